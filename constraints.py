@@ -1,0 +1,247 @@
+"""Constraints: maps that keep the norm of a weight matrix where you want it, and the norms they speak of.
+
+Read this file second, after muon.py. Everything here has one signature,
+
+    constraint(W, w_max, step_norm=0.0) -> W          W (..., fan_out, fan_in), any float dtype, wide or tall
+
+and acts on singular values alone. `w_max` is the limit on the RMS->RMS norm of W, `step_norm` says how far, in the same
+norm, the last update can have moved it (under Muon: lr). A constraint of your own is a function of this form. With
+w the limit on singular values, w = w_max * sqrt(fan_out / fan_in):
+
+    name                    singular values                                what it guarantees
+    none                    s -> s                                         nothing
+    weight_decay            s -> (1 - step_norm / w_max) s                 s <= w under Muon if so at the start
+    spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1             nothing alone
+    specnorm                s -> s * w / max(w, s_1)                       s <= w always
+    stiefel                 s -> w                                         s = w always
+    hammer                  s_1 -> w                                       nothing beyond s_1; for low-rank updates (AdamW)
+    soft_cap                s -> an odd polynomial in s, of slope 1 at 0   s <= w after a step of known norm
+    hard_cap                s -> min(s, w)                                 s <= w always
+
+Guarantees are for float32 (float64) weights, to a relative 1e-4 (specnorm, stiefel, hard_cap) or better; bfloat16 input
+is mapped in float32 and rounded at the end. Ancestry: spectral normalization is Miyato et al. (2018) and Yoshida and
+Miyato (2017); hammer, soft cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
+"""
+
+import math
+
+import torch
+
+from muon import msign, polynomial
+
+# ======================================================================================================================
+# Norms
+# ======================================================================================================================
+# rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The norm of W as a map from
+# RMS to RMS is max_x rms(W x) / rms(x) = sigma_max(W) * sqrt(fan_in / fan_out); a square orthogonal W has norm 1.
+
+
+def sigma_per_norm(W):
+    """sqrt(fan_out / fan_in): multiply an RMS->RMS norm by this to get a singular value, divide for the way back."""
+    return (W.shape[-2] / W.shape[-1]) ** 0.5
+
+
+def exact_norm(W: torch.Tensor) -> torch.Tensor:
+    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), float64, rounded up by 1e-9 relative: fit for a certificate.
+
+    From an SVD in float64, whose error is below 1e-12: a few ms to seconds, by size. For certificates, not for each step.
+    """
+    return torch.linalg.matrix_norm(W.detach().double(), ord=2) / sigma_per_norm(W) * (1 + 1e-9)
+
+
+def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> torch.Tensor:
+    """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...), by matrix products alone.
+
+    In float64 (the default) it is fit for a certificate; in float32 it allows for rounding as measured (1e-5), not as
+    proved. Power iteration, in contrast, bounds from below. Above the true norm by at most rank^(1 / 2^(squarings+2)):
+    0.2 % for rank 768 with 10 squarings, and less for spectra that are not flat. Source: Delattre et al. (2023).
+    """
+    # 1. A = W W^T has largest eigenvalue s_1^2, and the Frobenius norm of a matrix is at least its spectral norm.
+    # 2. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)) for every k.
+    # 3. Rescale before each squaring, or it overflows, and carry the factor as a logarithm: log s_1^2 <= log_square.
+    W = W.detach().to(dtype)
+    largest = W.abs().amax((-2, -1), keepdim=True)
+    A = gram(W / torch.where(largest == 0, torch.ones_like(largest), largest))
+    log_square = 2 * largest.double().log()
+    for k in range(squarings + 1):
+        A = A if k == 0 else A @ A
+        size = torch.linalg.matrix_norm(A, keepdim=True)
+        log_square = log_square + size.double().log() / 2**k
+        A = A / torch.where(size == 0, torch.ones_like(size), size)
+    return (log_square / 2).exp()[..., 0, 0] / sigma_per_norm(W) * (1 + (1e-9 if dtype == torch.float64 else 1e-5))
+
+
+# ======================================================================================================================
+# Tools: every map below is a polynomial or function of the small Gram matrix, applied to W once
+# ======================================================================================================================
+def gram(W):
+    """A = W W^T of a wide W, W^T W of a tall one: the smaller of the two, with eigenvalues s^2."""
+    return W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
+
+
+def multiply(R, W):
+    """R W for a wide W, W R for a tall one: where R is a function r of gram(W), singular values go s -> r(s^2) s."""
+    return R @ W if W.shape[-2] <= W.shape[-1] else W @ R
+
+
+def working(W):
+    """W in the precision the maps compute in: float32, or float64 if W is."""
+    return W if W.dtype == torch.float64 else W.float()
+
+
+def top_singular_pair(W, squarings=12):
+    """(u, s v), shapes (..., fan_out, 1) and (..., 1, fan_in), of the largest singular value s of W; zeros for zero.
+
+    A^(2^12) is the projector on the leading singular vector but for (s_2 / s_1)^8192; its largest column is that vector.
+    Where several singular values agree to 1e-4 it is one vector of their span.
+    """
+    A = gram(W / W.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny))
+    for _ in range(squarings):
+        A = A / torch.linalg.matrix_norm(A, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+        A = A @ A
+    index = torch.linalg.vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
+    x = torch.nn.functional.normalize(A.gather(-1, index.expand(*A.shape[:-1], 1)), dim=-2)  # (..., small side, 1)
+    if W.shape[-2] <= W.shape[-1]:
+        return x, x.mT @ W
+    sy = W @ x
+    return torch.nn.functional.normalize(sy, dim=-2), torch.linalg.vector_norm(sy, dim=-2, keepdim=True) * x.mT
+
+
+def check(W, w_max, step_norm):
+    """The sigma limit w for this W, after a look at the arguments."""
+    if W.ndim < 2 or not W.is_floating_point():
+        raise ValueError(f"a constraint needs a floating-point matrix (..., fan_out, fan_in), got {W.dtype} {tuple(W.shape)}")
+    if not (0 < w_max < math.inf and 0 <= step_norm < math.inf):
+        raise ValueError(f"a constraint needs w_max > 0 and step_norm >= 0, both finite, got {w_max} and {step_norm}")
+    return w_max * sigma_per_norm(W)
+
+
+# ======================================================================================================================
+# The decays: no limit of their own, only a pull. step_norm / w_max plays the part of lr * weight_decay.
+# ======================================================================================================================
+def none(W, w_max=1.0, step_norm=0.0):
+    """W as it is."""
+    return W
+
+
+def weight_decay(W, w_max, step_norm=0.0):
+    """All s -> (1 - step_norm / w_max) s. Under Muon: (w_max + lr) (1 - lr / w_max) = w_max - lr^2 / w_max <= w_max.
+
+    In other words decoupled weight decay of strength 1 / w_max, whose equilibrium norm under steps of norm lr is w_max.
+    AdamW's steps have no known norm, so there it guarantees nothing.
+    """
+    check(W, w_max, step_norm)
+    return W * max(0.0, 1 - step_norm / w_max)
+
+
+def spectral_weight_decay(W, w_max, step_norm=0.0):
+    """Only the largest s_1 -> (1 - step_norm / w_max) s_1: weight decay where it is needed."""
+    check(W, w_max, step_norm)
+    u, sv = top_singular_pair(working(W))
+    return (working(W) - min(1.0, step_norm / w_max) * u @ sv).to(W.dtype)
+
+
+# ======================================================================================================================
+# The limits
+# ======================================================================================================================
+def specnorm(W, w_max, step_norm=0.0):
+    """All s -> s * w / max(w, s_1): spectral normalization, on the weights themselves, and only from above.
+
+    s_1 is a bound from above (norm_bound, within 0.2 %), so that the limit holds; power iteration would leave s_1 > w.
+    """
+    check(W, w_max, step_norm)
+    bound = norm_bound(W, dtype=working(W).dtype)[..., None, None]
+    return (working(W) * (w_max / bound.clamp(min=w_max)).to(working(W).dtype)).to(W.dtype)
+
+
+def stiefel(W, w_max, step_norm=0.0):
+    """All s -> w: the nearest matrix of the (scaled) Stiefel manifold, one with orthonormal rows or columns.
+
+    msign and one Newton-Schulz step, which turns a deviation e from 1 into about 2.5 e^3; an SVD where that cannot be
+    enough, for matrices with singular values below 0.003 of the largest (a zero matrix has no nearest one, and gets one).
+    """
+    w = check(W, w_max, step_norm)
+    X = msign(working(W))
+    A = gram(X)
+    deviation = A - torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    if W.numel() and deviation.abs().amax() > 0.1 * A.shape[-1] ** -0.5:  # then some |s^2 - 1| may exceed 0.1
+        U, _, Vh = torch.linalg.svd(working(W), full_matrices=False)
+        return (w * (U @ Vh)).to(W.dtype)
+    return multiply(polynomial(15 * w / 8, -10 * w / 8, 3 * w / 8, A, A @ A), X).to(W.dtype)
+
+
+def hammer(W, w_max, step_norm=0.0):
+    """Only the largest s_1 -> w, up or down; the others stay, so nothing holds them but that AdamW's updates are low-rank."""
+    w = check(W, w_max, step_norm)
+    u, sv = top_singular_pair(working(W))
+    return (working(W) + u @ (w * torch.nn.functional.normalize(sv, dim=-1) - sv)).to(W.dtype)
+
+
+def hard_cap(W, w_max, step_norm=0.0):
+    """All s -> min(s, w), exactly: the nearest matrix within the limit.
+
+    Through the eigenvectors of the small Gram matrix, A = V diag(s^2) V^T: multiply W by V diag(min(1, w / s)) V^T. That
+    costs a few matrix products' time on a CPU, against dozens for an SVD of W. The Gram matrix resolves s^2 to 1e-7 of
+    s_1^2, so where s_1 >> w (never under Muon) all is done in float64.
+    """
+    w = check(W, w_max, step_norm)
+    X = working(W)
+    A = gram(X)
+    eigenvalue, V = torch.linalg.eigh(A)
+    if eigenvalue.numel() and not eigenvalue.amax() < (4 * w) ** 2:
+        X = X.double()
+        eigenvalue, V = torch.linalg.eigh(gram(X))
+    shrink = w / eigenvalue.clamp(min=w * w).sqrt()  # min(1, w / s)
+    return multiply((V * shrink[..., None, :]) @ V.mT, X).to(W.dtype)
+
+
+# ---- soft cap ------------------------------------------------------------------------------------------------------
+# The hard cap as a polynomial for the case at hand: s is at most k = w + step, just above the limit.
+#   1. Take y = x - alpha x^3, then z = y + alpha y^3: small x stay (z = x - 3 alpha^2 x^5 + ...), large x come down.
+#   2. Ask that z(k) = w. With u = alpha k^2: z(k) / k = (1 - u)(1 + u (1 - u)^2) = 1 - 3u^2 + 3u^3 - u^4, hence
+#          u^4 - 3 u^3 + 3 u^2 = 1 - w / k,   whose left side rises from 0 to 1 on [0, 1]: one root, found by bisection.
+#   3. z <= w on all of [0, k] if z rises there. z rises with y (slope 1 + 3 alpha y^2), y with x until x^2 = 1 / (3 alpha),
+#      where alpha x^2 = 1/3 and z = (2/3)(1 + 4/27) x = (62/81) x. So 2 is sound while u <= 1/3: k <= 81/62 w = 1.306 w.
+#   4. Beyond, put that peak on w: (62/81) / sqrt(3 alpha) = w. Then 0 <= z <= w as long as alpha x^2 <= 1, i.e. up to
+#      k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
+#   5. Where k <= w nothing has to come down: alpha = 0.
+def soft_cap_alpha(w: float, k: float) -> float:
+    """The alpha that takes every s in [0, k] into [0, w]; needs k <= 2.26 w. Same unit for w and k; alpha in unit^-2."""
+    if k <= w:
+        return 0.0
+    if k > 81 / 62 * 3**0.5 * w:
+        raise ValueError(f"the soft cap holds for steps up to k = 2.26 w, got k = {k} at w = {w}; use hard_cap")
+    if k > 81 / 62 * w:
+        return (62 / 81) ** 2 / (3 * w * w)
+    low, high = 0.0, 1 / 3  # the left side at 1/3 is 19/81 = 1 - 62/81
+    for _ in range(60):
+        u = (low + high) / 2
+        low, high = (u, high) if u**4 - 3 * u**3 + 3 * u**2 < 1 - w / k else (low, u)
+    return high / k**2
+
+
+def soft_cap_map(W, alpha):
+    """s -> y + alpha y^3 with y = s - alpha s^3, at a given alpha (in singular values, not RMS->RMS)."""
+    X = working(W)
+    A = gram(X)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    B = eye - alpha * A  # W -> B W is the first cubic; B A B is the Gram matrix of its result
+    return multiply(B + alpha * (B @ A @ B) @ B, X).to(W.dtype)
+
+
+def soft_cap(W, w_max, step_norm=0.0):
+    """All s <= w_max + step_norm (in RMS->RMS) to at most w_max, by the cubics above: products only, no decomposition.
+
+    step_norm must be true: under Muon it is lr; where a step's norm is unknown (AdamW) pass norm_bound(W) - w_max.
+    Steps beyond 1.26 w_max are left to hard_cap. Small s hardly move; s near the limit are pulled a little below it.
+    """
+    check(W, w_max, step_norm)
+    k = w_max + step_norm
+    if k > 2.26 * w_max:
+        return hard_cap(W, w_max)
+    alpha = soft_cap_alpha(w_max, k) / sigma_per_norm(W) ** 2
+    return soft_cap_map(W, alpha) if alpha else W
+
+
+CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap)}
+DECAYS = ("weight_decay", "spectral_weight_decay")  # here step_norm is the learning rate, also where a step's norm is unknown

@@ -1,0 +1,186 @@
+"""Muon: momentum, orthogonalised. A step of size `lr` moves a weight matrix by at most `lr`, and that is the point.
+
+Read this file first: the whole method rests on one fact that AdamW cannot offer. The size of an update is known *before*
+it is made. Muon replaces the momentum matrix by its orthogonal factor (all singular values 1), so that in the units
+of this project, where the RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in / fan_out), the update
+
+    W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
+
+has norm lr. If W was below its limit before the step, it is below limit + lr after it, and constraints.py knows how
+much there is to take back. Used by the three tutorials as
+
+    optimizer = Muon(model.parameters(), lr=0.1, constraint=soft_cap, w_max=6.0)   # every parameter a matrix
+
+Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon), its reading as steepest descent in a chosen
+norm Bernstein and Newhouse (2024), minimax polynomials for msign Amsel et al. (2025, "Polar Express").
+"""
+
+import torch
+
+# ======================================================================================================================
+# msign: the orthogonal factor of a matrix, by matrix products alone
+# ======================================================================================================================
+# For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. An odd polynomial p(x) = a x + b x^3 + c x^5
+# acts on the singular values through (a I + b A + c A^2) G with A = G G^T, so a few such polynomials, composed to send
+# (0, 1] close to 1, do the job with products alone, which is what hardware is good at. Which polynomials? What they
+# overshoot by goes straight into the guarantee on the weights (Jordan's five quintics reach 1.20, and a step of lr
+# would be one of 1.2 lr), so these never exceed 1:
+#   1. Let the singular values lie in [l, 1]. Take the odd quintic nearest to 1 in the worst case on [l, 1 + tau]: it
+#      touches 1-e, 1+e, 1-e, 1+e in turn, at l, at two points between, and at 1 + tau (Remez).
+#   2. Divide it by its maximum 1+e. Now it maps [l, 1] into [(1-e)/(1+e), 1], and rises from 0 on [0, l]: p <= 1.
+#   3. Repeat with (1-e)/(1+e) as the new l. From l = 0.003 these are 0.0125, 0.0515, 0.203, 0.638, 0.985.
+#   4. The allowance tau = 0.02 is for rounding: at 1 these polynomials are steep (slope 13), and a singular value that
+#      lands on 1 + 1e-6 would be thrown further out at each step. With tau even bfloat16 stays within 1.01.
+# Five steps take [0.003, 1] into [0.985, 1]. tests/test_muon.py derives the table again from these four lines.
+QUINTICS = (
+    (4.162211142880929, -11.819187004684427, 8.420724651839146),
+    (4.125812740391712, -11.528474162407102, 8.174927041191554),
+    (3.9748311498067355, -10.37381061340934, 7.204584136937587),
+    (3.408762476901501, -6.733872410694601, 4.228949125133077),
+    (2.3145816798573553, -2.2886541246007197, 0.9671980073466953),
+)
+MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.01}  # sigma_max(msign(G)) for any G
+
+
+def msign(G: torch.Tensor) -> torch.Tensor:
+    """The orthogonal factor U V^T of G = U diag(s) V^T, approximately and never too large.
+
+    G: (..., fan_out, fan_in), tall or wide, float64, float32 or bfloat16, any scale. Returns the same shape and dtype,
+    with every singular value at most MSIGN_MAX[dtype]. Relative to the largest one, s = 0.1, 0.01, 0.001 become 0.999,
+    0.987, 0.51, or less for matrices of high rank: s is measured against the bound of step 2 below, up to rank^(1/4)
+    too large. Zero gives zero, NaN or infinity gives NaN.
+    """
+    if G.ndim < 2 or not G.is_floating_point():
+        raise ValueError(f"msign needs a floating-point matrix (..., fan_out, fan_in), got {G.dtype} {tuple(G.shape)}")
+    if G.numel() == 0:
+        return G.clone()
+    X = G if G.shape[-2] <= G.shape[-1] else G.mT  # (..., m, n) with m <= n
+    m, n = X.shape[-2:]
+    # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
+    largest = X.abs().amax((-2, -1), keepdim=True)
+    X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
+    # 2. Largest singular value to at most 1: s_1^4 <= ||A^2||_F. Nearer than the usual ||G||_F, which costs a step or two.
+    A = X @ X.mT
+    A2 = A @ A
+    bound = torch.linalg.matrix_norm(A2.float() if A2.dtype == torch.bfloat16 else A2, keepdim=True).sqrt().to(X.dtype)
+    inverse = torch.where(bound == 0, torch.ones_like(bound), bound).reciprocal()
+    A, A2 = A * inverse, A2 * inverse.square()
+
+    if X.dtype != torch.bfloat16 and n >= 1.5 * m:
+        # 3a. Gram form, for matrices much longer than wide: all steps on the small A, the long X touched only twice.
+        #     A loses half the digits: an eigenvalue that rounding makes too small would be amplified too much. So it is
+        #     lifted by an allowance: at eigenvalue t >= s^2 the result is s p(sqrt(t)) / sqrt(t) <= p(sqrt(t)) <= 1.
+        allowance = 2e-6 if X.dtype == torch.float32 else 1e-13
+        Q = None  # so far X -> Q X
+        for step, (a, b, c) in enumerate(QUINTICS):
+            A.diagonal(dim1=-2, dim2=-1).add_(allowance)
+            P = polynomial(a, b, c, A, A2 if step == 0 else A @ A)  # (first A2: an allowance old, one part in 1e6)
+            Q = P if Q is None else P @ Q
+            if step < len(QUINTICS) - 1:
+                A = P @ (A @ P)
+        X = (Q * inverse.sqrt()) @ X
+    else:
+        # 3b. Direct form, for near-square ones (three products a step instead of four) and for bfloat16.
+        X = X * inverse.sqrt()
+        for step, (a, b, c) in enumerate(QUINTICS):
+            if step > 0:
+                A = X @ X.mT
+                A2 = A @ A
+            X = polynomial(a, b, c, A, A2) @ X
+    return X if G.shape[-2] <= G.shape[-1] else X.mT
+
+
+def polynomial(a, b, c, A, A2):
+    """a I + b A + c A2, for square A and A2 (..., m, m)."""
+    P = b * A
+    P.add_(A2, alpha=c)
+    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    return P
+
+
+# ======================================================================================================================
+# Muon
+# ======================================================================================================================
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, with an optional constraint applied to each matrix right after its update.
+
+    lr            RMS->RMS norm of an update
+    momentum      M <- momentum * M + (1 - momentum) * gradient (msign does not see the scale; this keeps M readable)
+    nesterov      use momentum * M + (1 - momentum) * gradient in place of M
+    weight_decay  W <- (1 - lr * weight_decay) W before the update
+    constraint    a map constraint(W, w_max, step_norm) from constraints.py or of your own, or None
+    w_max         the RMS->RMS limit the constraint enforces (a number, needed if there is a constraint)
+
+    All can be set per parameter group. Parameters are matrices (fan_out, fan_in); stacks (..., fan_out, fan_in) are taken
+    as independent matrices. Those of one shape in a group are handled as one batch.
+    """
+
+    def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, constraint=None, w_max=None):
+        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
+                                      constraint=constraint, w_max=w_max))
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.ndim < 2:
+                raise ValueError(f"Muon orthogonalises matrices (fan_out, fan_in) and got a parameter of shape "
+                                 f"{tuple(p.shape)}; give biases and gains to another optimizer, e.g. torch.optim.Adam")
+        for name, ok in (("lr", group["lr"] >= 0), ("momentum", 0 <= group["momentum"] < 1),
+                         ("weight_decay", group["weight_decay"] >= 0)):
+            if not ok:
+                raise ValueError(f"Muon: {name} is {group[name]}, must be >= 0" + " and < 1" * (name == "momentum"))
+        if group["constraint"] is not None and not (group["w_max"] is not None and group["w_max"] > 0):
+            raise ValueError(f"Muon: a constraint needs w_max > 0, got {group['w_max']}")
+
+    def state_dict(self):
+        """As of any optimizer, without the constraints: a checkpoint holds tensors and numbers, never code."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            del group["constraint"]
+        return state
+
+    def load_state_dict(self, state_dict):
+        """The groups keep the constraints they were made with."""
+        constraints = [group["constraint"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, constraint in zip(self.param_groups, constraints):
+            group["constraint"] = constraint
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            batches = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    batches.setdefault((p.shape, p.dtype, p.device), []).append(p)
+            for batch in batches.values():
+                self._update(batch, group)
+        return loss
+
+    def _update(self, batch, group):
+        """One step for matrices of one shape: momentum, orthogonal factor, update, constraint."""
+        lr, momentum = group["lr"], group["momentum"]
+        updates = []
+        for p in batch:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            M = state["momentum"].lerp_(p.grad, 1 - momentum)
+            updates.append(torch.lerp(p.grad, M, momentum) if group["nesterov"] else M)
+        update = msign(updates[0] if len(batch) == 1 else torch.stack(updates))
+        fan_out, fan_in = batch[0].shape[-2:]
+        size = lr * (fan_out / fan_in) ** 0.5
+        for p, U in zip(batch, [update] if len(batch) == 1 else update):
+            if group["weight_decay"]:
+                p.mul_(1 - lr * group["weight_decay"])
+            p.add_(U, alpha=-size)
+        if group["constraint"] is not None:
+            W = batch[0] if len(batch) == 1 else torch.stack(batch)
+            W = group["constraint"](W, group["w_max"], lr * MSIGN_MAX[update.dtype])
+            for p, new in zip(batch, [W] if len(batch) == 1 else W):
+                p.copy_(new)

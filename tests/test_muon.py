@@ -1,0 +1,172 @@
+"""msign against its own derivation and against SVDs; Muon against torch.optim.Muon."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from matrices import SHAPES, singular_values, spectra, with_spectrum
+
+import muon
+from constraints import hard_cap
+from muon import MSIGN_MAX, QUINTICS, Muon, msign
+
+
+def composed(x, quintics=QUINTICS):
+    for a, b, c in quintics:
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+def test_quintics_follow_from_their_derivation():
+    """Steps 1-4 above QUINTICS, by Remez in numpy."""
+    low, tau = 0.003, 0.02
+    for quintic in QUINTICS:
+        top = 1 + tau
+        q, r = low + 0.35 * (top - low), low + 0.8 * (top - low)
+        for _ in range(60):
+            x = np.array([low, q, r, top])
+            a, b, c, e = np.linalg.solve(np.stack([x, x**3, x**5, [1, -1, 1, -1]], 1), np.ones(4))
+            q, r = np.sort(np.sqrt(np.roots([5 * c, 3 * b, a]).real))
+        np.testing.assert_allclose(quintic, np.array([a, b, c]) / (1 + e), rtol=1e-9)
+        low = (1 - e) / (1 + e)
+    assert low == pytest.approx(0.985, abs=1e-3)
+
+
+def test_composition_never_exceeds_one_and_reaches_the_stated_range():
+    x = np.concatenate([np.linspace(0, 1.02, 200_001), np.logspace(-8, 0, 100_001)])
+    assert composed(x).max() <= 1 + 1e-9
+    assert composed(x[(x >= 0.003) & (x <= 1)]).min() >= 0.984
+    np.testing.assert_allclose(composed(np.array([0.1, 0.01, 0.001])), [0.999, 0.987, 0.506], atol=1e-3)  # docstring of msign
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES + [(3, 500), (256, 300)])
+def test_msign_never_overshoots(shape, dtype):
+    a, b, c = QUINTICS[0]
+    turning = np.sort(np.sqrt(np.roots([5 * c, 3 * b, a]).real))  # where the first quintic is 1, and where it is smallest
+    r = min(shape)
+    cases = list(spectra(r).values())
+    for t in turning:
+        cases.append(torch.cat([torch.ones(1), torch.linspace(t - 0.02, t + 0.02, r - 1)]).double())
+    for s in cases:
+        for scale in (1.0, 1e-30, 1e30):
+            X = msign(with_spectrum(*shape, s * scale, dtype=dtype))
+            assert X.dtype == dtype and X.shape == shape
+            assert singular_values(X).max() <= MSIGN_MAX[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_msign_is_the_polynomial_of_the_singular_values(shape):
+    """In float64 both forms must equal U p(s / bound) V^T, with bound as documented; so msign has the vectors of the SVD."""
+    G = with_spectrum(*shape, torch.linspace(1, 0.05, min(shape), dtype=torch.float64), dtype=torch.float64)
+    U, s, Vh = torch.linalg.svd(G, full_matrices=False)
+    bound = (s**8).sum() ** 0.125  # ||A^2||_F^(1/4) with A = G G^T
+    expected = (U * composed(s / bound)) @ Vh
+    torch.testing.assert_close(msign(G), expected, rtol=0, atol=1e-8)
+    assert singular_values(msign(G)).min() > 0.98
+
+
+def test_msign_of_zero_extremes_and_views():
+    assert torch.equal(msign(torch.zeros(3, 5)), torch.zeros(3, 5))
+    batch = torch.stack([torch.zeros(4, 9), torch.randn(4, 9, generator=torch.Generator().manual_seed(0))])
+    assert torch.equal(msign(batch)[0], torch.zeros(4, 9)) and singular_values(msign(batch)[1]).min() > 0.9
+    for tiny in (1e-44, 1e38):
+        assert 0.9 < singular_values(msign(torch.eye(4, 9) * tiny)).min()
+    assert msign(torch.full((2, 3), math.nan)).isnan().all() and msign(torch.tensor([[math.inf, 1.0]])).isnan().any()
+    G = torch.randn(5, 12, 30, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(msign(G.mT), msign(G).mT)  # tall, and not contiguous
+    torch.testing.assert_close(msign(G[::2, :, ::3]), msign(G[::2, :, ::3].contiguous()))
+    torch.testing.assert_close(torch.stack([msign(g) for g in G]), msign(G), rtol=0, atol=1e-5)
+    assert msign(torch.zeros(0, 3)).shape == (0, 3)
+    with pytest.raises(ValueError, match="matrix"):
+        msign(torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 40)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_against_torch(shape, nesterov, monkeypatch):
+    """Same gradients, same polynomial (the classical Newton-Schulz quintic, often enough to converge): same weights."""
+    classical = (15 / 8, -10 / 8, 3 / 8)
+    monkeypatch.setattr(muon, "QUINTICS", (classical,) * 20)
+    W0 = with_spectrum(*shape, torch.linspace(1, 0.3, 24, dtype=torch.float64))
+    ours, theirs = torch.nn.Parameter(W0.clone()), torch.nn.Parameter(W0.clone())
+    fan_out, fan_in = shape
+    lr = 0.1
+    a = Muon([ours], lr=lr, momentum=0.9, nesterov=nesterov, weight_decay=0.2)
+    to_rms = min(1.0, math.sqrt(fan_out / fan_in))  # torch scales by sqrt(max(1, fan_out / fan_in))
+    b = torch.optim.Muon([theirs], lr=lr * to_rms, weight_decay=0.2 / to_rms, momentum=0.9, nesterov=nesterov,
+                         ns_coefficients=classical, ns_steps=20)
+    for step in range(8):
+        G = with_spectrum(*shape, torch.linspace(1, 0.3, 24, dtype=torch.float64), seed=step)
+        ours.grad, theirs.grad = G.clone(), G.clone()
+        a.step()
+        b.step()
+    moved = (theirs - W0).norm()
+    assert moved > 1 and (ours - theirs).norm() / moved < 0.02  # torch computes in bfloat16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_update_has_norm_lr(shape):
+    W = torch.nn.Parameter(torch.zeros(shape))
+    W.grad = with_spectrum(*shape, torch.linspace(1, 0.5, min(shape), dtype=torch.float64))
+    Muon([W], lr=0.3).step()
+    assert 0.98 * 0.3 <= singular_values(W.data).max() / math.sqrt(shape[0] / shape[1]) <= 0.3 * MSIGN_MAX[torch.float32]
+
+
+def test_same_shapes_are_one_batch_and_constraint_follows_update():
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(6, 10, generator=generator) for _ in range(3)]
+    grads = [torch.randn(6, 10, generator=generator) for _ in range(3)]
+    together = [torch.nn.Parameter(w.clone()) for w in start]
+    apart = [torch.nn.Parameter(w.clone()) for w in start]
+    kwargs = dict(lr=0.2, constraint=hard_cap, w_max=0.7)
+    optimizers = [Muon(together, **kwargs)] + [Muon([w], **kwargs) for w in apart]
+    for w, v, g in zip(together, apart, grads):
+        w.grad, v.grad = g.clone(), g.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    for w, v in zip(together, apart):
+        torch.testing.assert_close(w, v, rtol=0, atol=1e-5)
+        assert singular_values(w.data).max() == pytest.approx(0.7 * math.sqrt(6 / 10), rel=1e-4)
+
+
+def test_constraint_is_told_the_true_step():
+    told = []
+    W = torch.nn.Parameter(torch.zeros(4, 4))
+    W.grad = torch.eye(4)
+    Muon([W], lr=0.25, w_max=2.0, constraint=lambda W, w_max, step_norm: told.append((w_max, step_norm)) or W).step()
+    assert told == [(2.0, 0.25 * MSIGN_MAX[torch.float32])]
+
+
+def test_state_dict_is_safe_to_load_and_continues():
+    def make():
+        W = torch.nn.Parameter(torch.ones(3, 5))
+        return W, Muon([W], lr=0.1, constraint=hard_cap, w_max=1.0)
+
+    def step(W, optimizer, seed):
+        W.grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+
+    W, optimizer = make()
+    step(W, optimizer, 0)
+    file = io.BytesIO()
+    torch.save(dict(W=W.data, optimizer=optimizer.state_dict()), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    V, other = make()
+    V.data.copy_(saved["W"])
+    other.load_state_dict(saved["optimizer"])
+    step(W, optimizer, 1)
+    step(V, other, 1)
+    assert torch.equal(W, V) and other.param_groups[0]["constraint"] is hard_cap
+
+
+def test_muon_refuses():
+    W = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="matrices"):
+        Muon([torch.nn.Parameter(torch.zeros(3))])
+    for wrong in (dict(lr=-1.0), dict(lr=math.nan), dict(momentum=1.0), dict(weight_decay=-0.1), dict(constraint=hard_cap)):
+        with pytest.raises(ValueError, match="Muon"):
+            Muon([W], **wrong)
