@@ -18,7 +18,7 @@ w the limit on singular values, w = w_max * sqrt(fan_out / fan_in):
     soft_cap                s -> an odd polynomial in s, of slope 1 at 0   s <= w after a step of known norm
     hard_cap                s -> min(s, w)                                 s <= w always
 
-Guarantees are for float32 (float64) weights, to a relative 1e-4 (specnorm, stiefel, hard_cap) or better; bfloat16 input
+Guarantees are for float32 (float64) weights, to a relative 1e-4 (specnorm, stiefel, hard_cap) or 4e-4 (soft_cap); bfloat16 input
 is mapped in float32 and rounded at the end. Ancestry: spectral normalization is Miyato et al. (2018) and Yoshida and
 Miyato (2017); hammer, soft cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
@@ -27,7 +27,7 @@ import math
 
 import torch
 
-from muon import msign, polynomial
+from muon import has_fast_bfloat16, msign, polynomial
 
 # ======================================================================================================================
 # Norms
@@ -60,7 +60,7 @@ def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> tor
     # 2. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)) for every k.
     # 3. Rescale before each squaring, or it overflows, and carry the factor as a logarithm: log s_1^2 <= log_square.
     W = W.detach().to(dtype)
-    largest = W.abs().amax((-2, -1), keepdim=True)
+    largest = torch.linalg.vector_norm(W, math.inf, dim=(-2, -1), keepdim=True)
     A = gram(W / torch.where(largest == 0, torch.ones_like(largest), largest))
     log_square = 2 * largest.double().log()
     for k in range(squarings + 1):
@@ -220,13 +220,18 @@ def soft_cap_alpha(w: float, k: float) -> float:
     return high / k**2
 
 
-def soft_cap_map(W, alpha):
-    """s -> y + alpha y^3 with y = s - alpha s^3, at a given alpha (in singular values, not RMS->RMS)."""
+def soft_cap_map(W, alpha, dtype=None):
+    """s -> y + alpha y^3 with y = s - alpha s^3, at a given alpha (in singular values, not RMS->RMS).
+
+    By step 2 z = x - e(u) x with u = alpha x^2 and e(u) = 3u^2 - 3u^3 + u^4, so W goes to W - E W, E = e(alpha A). Where E
+    is small it can be applied with few digits (dtype), and the result is still good to many.
+    """
     X = working(W)
-    A = gram(X)
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    B = eye - alpha * A  # W -> B W is the first cubic; B A B is the Gram matrix of its result
-    return multiply(B + alpha * (B @ A @ B) @ B, X).to(W.dtype)
+    low = X.to(dtype or X.dtype)
+    U = alpha * gram(low).to(X.dtype)
+    E = U @ U
+    E = E @ polynomial(3, -3, 1, U, E)
+    return (X - multiply(E.to(low.dtype), low)).to(W.dtype)
 
 
 def soft_cap(W, w_max, step_norm=0.0):
@@ -234,13 +239,18 @@ def soft_cap(W, w_max, step_norm=0.0):
 
     step_norm must be true: under Muon it is lr; where a step's norm is unknown (AdamW) pass norm_bound(W) - w_max.
     Steps beyond 1.26 w_max are left to hard_cap. Small s hardly move; s near the limit are pulled a little below it.
+    Where bfloat16 is fast, small corrections are made in it: at u <= 0.1 no s changes by more than 3 %, and 8 bits of
+    that, with a Gram matrix good to 8 bits (E goes as its square), put s within 4e-4 of where it should be (seen: 2e-5).
     """
     check(W, w_max, step_norm)
     k = w_max + step_norm
     if k > 2.26 * w_max:
         return hard_cap(W, w_max)
-    alpha = soft_cap_alpha(w_max, k) / sigma_per_norm(W) ** 2
-    return soft_cap_map(W, alpha) if alpha else W
+    alpha = soft_cap_alpha(w_max, k)
+    if alpha == 0:
+        return W
+    low = torch.bfloat16 if alpha * k * k <= 0.1 and W.dtype == torch.float32 and has_fast_bfloat16(W.device) else None
+    return soft_cap_map(W, alpha / sigma_per_norm(W) ** 2, low)
 
 
 CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap)}

@@ -19,6 +19,8 @@ The tight certificate is ECLipsE-Fast (Xu and Sivaranjani 2024), certified accur
 """
 
 import argparse
+import copy
+import ctypes
 import dataclasses
 import io
 import json
@@ -54,7 +56,8 @@ class Config:
     width: int = option(256, "hidden width (neurons)")
     bias: bool = option(True, "biases in all layers: they do not enter the Lipschitz constant")
     center: bool = option(True, "subtract the mean training image from the input: nor does that")
-    w_max: str = option("6", "limit on the RMS->RMS norm of each layer: one number, or one per layer as 3,4,5")
+    lowpass: int = option(12, "show the network only the K x K lowest frequencies of the 32 x 32 image (constant 1); 32: all")
+    w_max: str = option("3.4", "limit on the RMS->RMS norm of each layer: one number, or one per layer as 3,4,5")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
     constraint: str = option("soft_cap", "map applied to each weight matrix after each step; table in constraints.py",
@@ -79,8 +82,8 @@ class Config:
 
 PRESETS = {
     "default": dict(),
-    "paper": dict(bias=False, center=False),
-    "paper_adamw": dict(bias=False, center=False, optimizer="adamw", constraint="none", lr=0.0013, adamw_wd=0.08),
+    "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
+    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", lr=0.0013, adamw_wd=0.08),
 }
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels in [0, 1]
 
@@ -91,7 +94,9 @@ class Refusal(Exception):
 
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
-    presets = "\n".join(f"  {k:13} {' '.join(f'--{a} {b}' for a, b in v.items())}" for k, v in PRESETS.items())
+    flags = {k: " ".join(f"--{a} {b}" if not isinstance(b, bool) else f"--{'' if b else 'no-'}{a}" for a, b in v.items())
+             for k, v in PRESETS.items()}
+    presets = "\n".join(f"  {name:13} {text}" for name, text in flags.items())
     parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
@@ -120,6 +125,7 @@ def check(config):
         need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")
     for name in ("bias_lr", "adamw_wd"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
+    need(1 <= config.lowpass <= 32, "lowpass", "a whole number from 1 to 32")
     need(0 <= config.momentum < 1, "momentum", "at least 0 and below 1")
     need(0 <= config.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
     limits(config)
@@ -145,7 +151,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from constraints import CONSTRAINTS, DECAYS, exact_norm, norm_bound, sigma_per_norm  # noqa: E402
-from muon import Muon  # noqa: E402
+from muon import Muon, has_fast_bfloat16  # noqa: E402
 
 # Shapes: B images in a batch, N images in a set, P = 3072 pixel values, K = 10 classes, O x I one layer's weight matrix.
 
@@ -245,27 +251,24 @@ def stand_in(train=20_000, test=4_000):
 
     Neither colour nor the brightness of any pixel tells the class, so a linear model has little to go by.
     """
-    generator = torch.Generator().manual_seed(20_250_713)
-    n = train + test
+    n, generator = train + test, torch.Generator().manual_seed(20_250_713)
     label_N = torch.arange(n) % 10
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     axis = torch.linspace(-1, 1, 32)
-    x, y = axis[None, None, :] - uniform(-0.3, 0.3, 1, 1), axis[None, :, None] - uniform(-0.3, 0.3, 1, 1)  # (n, 32, 32)
-    r, size = (x * x + y * y).sqrt(), uniform(0.45, 0.75, 1, 1)
-    wave = 2 * math.pi / uniform(0.45, 0.6, 1, 1)
-    inside = x.abs().maximum(y.abs()) < size
-    figures = [r < size, (r < size) & (r > 0.6 * size), inside, inside & (x.abs().maximum(y.abs()) > 0.6 * size),
-               (y < size) & (y > 2 * x.abs() - size), (x.abs().minimum(y.abs()) < 0.25 * size) & inside,
-               (x + 0 * y) * wave, (y + 0 * x) * wave, (x + y) * wave * 0.7, None]
-    figures = [f.float() if f is not None and f.dtype == torch.bool else f for f in figures]
-    figures = [((f.sin() > 0).float() if 6 <= k <= 8 else f) for k, f in enumerate(figures[:9])]
-    figures.append(((x * wave).sin() * (y * wave).sin() > 0).float())  # checkerboard
-    mask = torch.stack(figures, 1)[torch.arange(n), label_N][..., None]  # (n, 32, 32, 1)
+    x, y = axis[None, None, :] - uniform(-0.4, 0.4, 1, 1), axis[None, :, None] - uniform(-0.4, 0.4, 1, 1)  # (n, 32, 32)
+    size, wave = uniform(0.35, 0.8, 1, 1), uniform(9, 14, 1, 1)
+    round_, square, near = (x * x + y * y).sqrt() / size, x.abs().maximum(y.abs()) / size, x.abs().minimum(y.abs()) / size
+    figures = torch.stack([
+        round_ < 1, (round_ < 1) & (round_ > 0.6), square < 1, (square < 1) & (square > 0.6),  # disc, ring, square, frame
+        (y < size) & (y > 2 * x.abs() - size), (square < 1) & (near < 0.25),  # triangle, cross
+        (x * wave).sin() + 0 * y > 0, (y * wave).sin() + 0 * x > 0, ((x + y) * wave).sin() > 0,  # stripes of three kinds
+        (x * wave).sin() * (y * wave).sin() > 0])  # checkerboard
+    mask = figures[label_N, torch.arange(n), :, :, None].float()
     ink, paper = uniform(0, 1, 1, 1, 3), uniform(0, 1, 1, 1, 3)
-    images = mask * ink + (1 - mask) * paper + 0.15 * torch.randn(n, 32, 32, 3, generator=generator)
+    images = mask * ink + (1 - mask) * paper + 0.25 * torch.randn(n, 32, 32, 3, generator=generator)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8).reshape(n, 3072)
     return (images[:train], label_N[:train]), (images[train:], label_N[train:])
 
@@ -305,31 +308,52 @@ def augmented(images_BP, step, config):
 # MODEL: matrices and ReLU, nothing else
 # ======================================================================================================================
 class MLP(torch.nn.Module):
-    """logits = W_d relu(... relu(W_1 (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
+    """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
 
-    The shift by the mean and the biases do not change differences of outputs: neither enters a Lipschitz constant.
+    The shift by the mean and the biases cancel in differences of outputs: neither enters a Lipschitz constant. T keeps the
+    lowest frequencies of each colour channel, as coefficients of the orthonormal cosine transform: an orthogonal projection
+    of constant 1 (l2->l2). What it hides is what an MLP on pixels uses to memorise its training images.
     """
 
     def __init__(self, config, mean_P=None):
         super().__init__()
-        sizes = [3072] + [config.width] * (config.depth - 1) + [10]
+        sizes = [3 * config.lowpass**2] + [config.width] * (config.depth - 1) + [10]
         shapes = list(zip(sizes[1:], sizes[:-1]))
         self.weights = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)
         self.biases = torch.nn.ParameterList(torch.zeros(shape[0]) for shape in shapes) if config.bias else [0.0] * config.depth
-        self.register_buffer("mean_P", torch.zeros(3072) if mean_P is None or not config.center else mean_P)
+        self.register_buffer("mean_P", (torch.zeros(3072) if mean_P is None else mean_P) if config.center else None)
+        self.register_buffer("cosines_FX", cosines(config.lowpass) if config.lowpass < 32 else None, persistent=False)
         generator = torch.Generator().manual_seed(config.seed)
         for W, w_max in zip(self.weights, limits(config)):
             # All singular values equal, of norm 1 (or the limit): inside every constraint, on the manifold for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
             W.data.mul_(sigma_per_norm(W) * (w_max if config.constraint == "stiefel" else min(1.0, w_max)))
 
+    def features(self, x_BP):
+        """T (x - mean): what the first matrix sees."""
+        h = x_BP if self.mean_P is None else x_BP - self.mean_P.to(x_BP.dtype)
+        if self.cosines_FX is None:
+            return h
+        cosines_XF = self.cosines_FX.to(h.dtype).T
+        h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
+        h = h.reshape(len(x_BP), 32, -1).mT @ cosines_XF  # columns to frequencies: (B, 3 * F, F)
+        return h.reshape(len(x_BP), -1)
+
     def forward(self, x_BP):
         """Logits (B, 10) of pixels in [0, 1], computed in the precision of x_BP (float64 for certificates)."""
-        h = x_BP - self.mean_P.to(x_BP.dtype)
+        h = self.features(x_BP)
         for i, (W, b) in enumerate(zip(self.weights, self.biases)):
             h = F.linear(h if i == 0 else F.relu(h), W.to(h.dtype))
             h = h + (b.to(h.dtype) if isinstance(b, torch.Tensor) else b)
         return h
+
+
+def cosines(frequencies, size=32):
+    """The first rows of the orthonormal discrete cosine transform (DCT-II), (frequencies, size), float64."""
+    x, f = torch.arange(size, dtype=torch.float64), torch.arange(frequencies, dtype=torch.float64)[:, None]
+    C = (2 / size) ** 0.5 * torch.cos(math.pi * f * (2 * x + 1) / (2 * size))
+    C[0] /= 2**0.5
+    return C
 
 
 # ======================================================================================================================
@@ -361,13 +385,13 @@ def certificate(model):
     product    prod of layer norms, l2->l2
     tight      steps 1-6 above, l2->l2: the certificate used
     pairs_KK   L_yj of step 7, l2 -> |f_y - f_j|
-    All rounded up by 1e-9 or more. Multiply l2->l2 by rms_per_l2(model) for RMS->RMS.
+    All rounded up by 1e-9 or more. Multiply l2->l2 by RMS_PER_L2 for RMS->RMS.
     """
     weights = [W.detach().double().cpu() for W in model.weights]
+    if not all(W.isfinite().all() for W in weights):
+        raise Refusal("the model has weights that are not finite, so there is nothing to certify")
     norms = [exact_norm(W).item() for W in weights]
     product = math.prod(n * sigma_per_norm(W) for n, W in zip(norms, weights))
-    if not math.isfinite(product):
-        raise Refusal("the model has weights that are not finite, so there is nothing to certify")
     root = weights[0]  # any matrix with root root^T = W M^-1 W^T, here for the layer under way
     for W in weights[1:]:
         S = root @ root.T
@@ -382,25 +406,23 @@ def certificate(model):
     return dict(norms=norms, product=product, tight=tight, pairs_KK=pairs_KK)
 
 
-def rms_per_l2(model):
-    """RMS->RMS constant of a map pixels -> logits per l2->l2 constant: sqrt(3072 / 10)."""
-    return (model.weights[0].shape[1] / model.weights[-1].shape[0]) ** 0.5
+RMS_PER_L2 = (3072 / 10) ** 0.5  # multiply an l2->l2 constant of a map pixels -> logits by this for RMS->RMS
 
 
 @torch.no_grad()
 def certified_radii(model, pairs_KK, images_NP, labels_N):
     """l2 radius, in pixels of [0, 1], within which each image provably keeps its right class (step 8); below 0 if wrong."""
-    logits_NK = torch.cat([model(x.to(model.mean_P.device).double() / 255).cpu() for x in images_NP.split(2000)])
+    model = copy.deepcopy(model).cpu()  # float64 is not on every device
+    logits_NK = torch.cat([model(x.double() / 255) for x in images_NP.split(2000)])
     margin_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
-    # Logits of 0 constant (two equal rows) never change order: infinitely far if right, not certified if wrong or tied.
-    radius_NK = (margin_NK / pairs_KK[labels_N].clamp(min=1e-300)).nan_to_num(nan=0.0)
+    radius_NK = margin_NK / pairs_KK[labels_N].clamp(min=1e-300)  # (a constant of 0: infinitely far if right, 0 if tied)
     return radius_NK.scatter(1, labels_N[:, None], math.inf).amin(1)
 
 
 def largest_jacobian_norm(model, images_NP):
     """The largest l2->l2 norm of the Jacobian among some images: a lower bound to hold the certificate against."""
-    x = (images_NP.to(model.mean_P.device).double() / 255).requires_grad_()
-    logits_NK = model(x)
+    x = (images_NP.double() / 255).requires_grad_()
+    logits_NK = copy.deepcopy(model).cpu()(x)
     rows = [torch.autograd.grad(logits_NK[:, k].sum(), x, retain_graph=True)[0] for k in range(logits_NK.shape[1])]
     return torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item()
 
@@ -450,7 +472,7 @@ def train_step(config, model, optimizers, images_BP, labels_B, step, dtype):
 @torch.no_grad()
 def evaluate(model, images_NP, labels_N):
     """(mean cross-entropy of the logits, accuracy) over a whole set, in float32."""
-    device, loss, right = model.mean_P.device, 0.0, 0
+    device, loss, right = model.weights[0].device, 0.0, 0
     for x, y in zip(images_NP.split(2000), labels_N.split(2000)):
         logits, y = model(x.to(device).float() / 255), y.to(device)
         loss += F.cross_entropy(logits, y, reduction="sum").item()
@@ -458,23 +480,19 @@ def evaluate(model, images_NP, labels_N):
     return loss / len(labels_N), right / len(labels_N)
 
 
-def where_not_finite(model, images_BP):
-    """In words, the first layer whose weights or outputs are not finite."""
-    h = images_BP.float() / 255 - model.mean_P
-    for i, (W, b) in enumerate(zip(model.weights, model.biases)):
+def first_not_finite(model):
+    """In words, the first layer whose weights are not finite."""
+    for i, W in enumerate(model.weights):
         if not W.isfinite().all():
-            return f"the weights of layer {i + 1} are not finite"
-        h = F.linear(h if i == 0 else F.relu(h), W) + b
-        if not h.isfinite().all():
-            return f"the outputs of layer {i + 1} are not finite"
-    return "the loss itself overflows"
+            return f"the weights of layer {i + 1} (of {len(model.weights)}) are not finite"
+    return "the logits overflow though all weights are finite"
 
 
 def train(config, model, optimizers, train_set, test_set, data_name, out, progress):
     """Train from progress["step"] to the end, with `evals` evaluations and checkpoints on the way."""
     from tqdm import tqdm
 
-    device, dtype = model.mean_P.device, compute_dtype(config, model.mean_P.device)
+    device, dtype = model.weights[0].device, compute_dtype(config, model.weights[0].device)
     images_NP, labels_N = train_set
     if config.random_labels:
         labels_N = torch.randint(10, labels_N.shape, generator=torch.Generator().manual_seed(config.seed))
@@ -492,7 +510,7 @@ def train(config, model, optimizers, train_set, test_set, data_name, out, progre
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at every step: on a GPU that would wait for it)
             if not torch.stack(losses[-10:]).isfinite().all():
-                raise Refusal(f"step {done}: the loss is not finite, as {where_not_finite(model, images_BP)}; the last good "
+                raise Refusal(f"step {done}: the loss is not finite, as {first_not_finite(model)}; the last good "
                               f"checkpoint, if any, is in {out}; try a smaller --lr than {config.lr:g}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(done - bar.n)
@@ -501,7 +519,7 @@ def train(config, model, optimizers, train_set, test_set, data_name, out, progre
             progress["step"] = done
             val_loss, val_accuracy = evaluate(model, *test_set)
             bound = certificate(model)
-            constant, ms = bound["tight"] * rms_per_l2(model), 1000 * progress["seconds"] / done
+            constant, ms = bound["tight"] * RMS_PER_L2, 1000 * progress["seconds"] / done
             record = dict(step=done, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss, val_accuracy=val_accuracy,
                           norms=bound["norms"], max_weight_norm=max(bound["norms"]), lipschitz_log10=log10(constant),
                           ms_per_step=ms)
@@ -524,6 +542,16 @@ def log10(x):
     return math.log10(x) if x > 0 else None
 
 
+def keep_memory():
+    """Have glibc keep freed blocks. By default each tensor above 128 KB is mapped and page-faulted in anew: 20 % of a step."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError, TypeError):
+        pass  # another C library: nothing lost but speed
+
+
 def choose_device(config):
     name = config.device
     if name == "auto":
@@ -538,9 +566,7 @@ def compute_dtype(config, device):
     """Precision of forward and backward. bfloat16 has the exponent range of float32, so nothing needs rescaling."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
-        device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 def write_atomically(path, data: bytes):
@@ -615,16 +641,15 @@ def report(config, model, out, data_name, test_set):
     radius_N = certified_radii(model, bound["pairs_KK"], *test_set)
     certified = {name: (radius_N > r).double().mean().item() for name, r in RADII.items()}
     jacobian = largest_jacobian_norm(model, test_set[0][:500])
-    scale = rms_per_l2(model)
     summary = dict(
         script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()), steps=config.steps,
-        val_loss=record["val_loss"], val_accuracy=record["val_accuracy"], lipschitz_log10=log10(bound["tight"] * scale),
-        lipschitz_product_log10=log10(bound["product"] * scale), lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits",
+        val_loss=record["val_loss"], val_accuracy=record["val_accuracy"], lipschitz_log10=log10(bound["tight"] * RMS_PER_L2),
+        lipschitz_product_log10=log10(bound["product"] * RMS_PER_L2), lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits",
         lipschitz_l2=bound["tight"], lipschitz_product_l2=bound["product"], largest_jacobian_l2=jacobian,
         certified_accuracy=certified, max_weight_norm=max(bound["norms"]), norms=bound["norms"],
         w_max=limits(config) if config.constraint != "none" else None, loss_temperature=config.loss_temperature,
-        train_seconds=record["ms_per_step"] * config.steps / 1000, ms_per_step=record["ms_per_step"], data=data_name, device=str(model.mean_P.device),
-        dtype=str(compute_dtype(config, model.mean_P.device)).removeprefix("torch."), seed=config.seed, torch=torch.__version__)
+        train_seconds=record["ms_per_step"] * config.steps / 1000, ms_per_step=record["ms_per_step"], data=data_name, device=str(model.weights[0].device),
+        dtype=str(compute_dtype(config, model.weights[0].device)).removeprefix("torch."), seed=config.seed, torch=torch.__version__)
     draw(config, model, out, log, bound, radius_N, data_name)
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
 
@@ -638,7 +663,7 @@ def report(config, model, out, data_name, test_set):
     print("  Lipschitz constant                l2->l2     RMS->RMS")
     for name, value in (("certified, product", bound["product"]), ("certified, tight", bound["tight"]),
                         ("found on 500 test images", jacobian)):
-        print(f"    {name:26} {value:12.4g} {value * scale:12.4g}")
+        print(f"    {name:26} {value:12.4g} {value * RMS_PER_L2:12.4g}")
     print("  certified accuracy at l2 radius   " + "   ".join(f"{k}: {100 * v:.2f} %" for k, v in certified.items()))
     if data_name == "stand-in":
         print("  data: stand-in. These figures are not about CIFAR-10.")
@@ -697,6 +722,7 @@ def main(config):
     if config.resume:
         out, state, config = resumed(config)
     check(config)
+    keep_memory()
     device = choose_device(config)
     train_set, test_set, data_name = load_data(config)
     if state and (state["data"] == "stand-in", state["images"]) != (data_name == "stand-in", len(train_set[0])):

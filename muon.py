@@ -15,6 +15,8 @@ Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon), its r
 norm Bernstein and Newhouse (2024), minimax polynomials for msign Amsel et al. (2025, "Polar Express").
 """
 
+import math
+
 import torch
 
 # ======================================================================================================================
@@ -57,7 +59,7 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     X = G if G.shape[-2] <= G.shape[-1] else G.mT  # (..., m, n) with m <= n
     m, n = X.shape[-2:]
     # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
-    largest = X.abs().amax((-2, -1), keepdim=True)
+    largest = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
     # 2. Largest singular value to at most 1: s_1^4 <= ||A^2||_F. Nearer than the usual ||G||_F, which costs a step or two.
     A = X @ X.mT
@@ -88,6 +90,13 @@ def msign(G: torch.Tensor) -> torch.Tensor:
                 A2 = A @ A
             X = polynomial(a, b, c, A, A2) @ X
     return X if G.shape[-2] <= G.shape[-1] else X.mT
+
+
+def has_fast_bfloat16(device) -> bool:
+    """Whether matrix products in bfloat16 are native there, so 2-3 times (GPU: 8 times) as fast as in float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.device(device).type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def polynomial(a, b, c, A, A2):

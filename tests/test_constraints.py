@@ -115,10 +115,15 @@ def test_soft_cap_alpha_outside_its_range():
 def test_soft_cap_holds_after_a_step_of_known_norm(shape, step):
     for name, W in cases(shape, W_MAX + step):
         capped = soft_cap(W, W_MAX, step)
-        assert singular_values(capped).max() <= sigma_limit(W, W_MAX) * (1 + 1e-5), name
+        assert singular_values(capped).max() <= sigma_limit(W, W_MAX) * (1 + 4e-4), name
         if W_MAX + step <= 2.26 * W_MAX:
             alpha = soft_cap_alpha(W_MAX, W_MAX + step) / sigma_per_norm(W) ** 2
-            assert (capped - mapped(W, lambda s: cubics(s, alpha))).abs().max() < 1e-5, name
+            expected = mapped(W, lambda s: cubics(s, alpha))
+            assert (capped - expected).norm() < 1e-3 * expected.norm(), name
+            assert (soft_cap_map(W, alpha) - expected).abs().max() < 1e-5, name
+            rounded = soft_cap_map(W, alpha, torch.bfloat16)  # in bfloat16 also where there are no native products
+            if alpha * ((W_MAX + step) * sigma_per_norm(W)) ** 2 <= 0.1:
+                assert singular_values(rounded).max() <= sigma_limit(W, W_MAX) * (1 + 4e-4), name
 
 
 # ---- decays and hammer -----------------------------------------------------------------------------------------------
