@@ -231,7 +231,7 @@ def soft_cap_map(W, alpha, dtype=None):
     U = alpha * gram(low).to(X.dtype)
     E = U @ U
     E = E @ polynomial(3, -3, 1, U, E)
-    return (X - multiply(E.to(low.dtype), low)).to(W.dtype)
+    return (X - multiply(E.to(low.dtype), low).to(X.dtype)).to(W.dtype)
 
 
 def soft_cap(W, w_max, step_norm=0.0):

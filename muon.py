@@ -15,8 +15,6 @@ Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon), its r
 norm Bernstein and Newhouse (2024), minimax polynomials for msign Amsel et al. (2025, "Polar Express").
 """
 
-import math
-
 import torch
 
 # ======================================================================================================================
@@ -59,7 +57,7 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     X = G if G.shape[-2] <= G.shape[-1] else G.mT  # (..., m, n) with m <= n
     m, n = X.shape[-2:]
     # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
-    largest = torch.linalg.vector_norm(X, math.inf, dim=(-2, -1), keepdim=True)
+    largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
     # 2. Largest singular value to at most 1: s_1^4 <= ||A^2||_F. Nearer than the usual ||G||_F, which costs a step or two.
     A = X @ X.mT
