@@ -14,13 +14,13 @@ w the limit on singular values, w = w_max * sqrt(fan_out / fan_in):
     spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1             nothing alone
     specnorm                s -> s * w / max(w, s_1)                       s <= w always
     stiefel                 s -> w                                         s = w always
-    hammer                  s_1 -> w                                       nothing beyond s_1; for low-rank updates (AdamW)
+    hammer                  s_1 -> w                                       nothing beyond s_1; for low-rank updates
     soft_cap                s -> an odd polynomial in s, of slope 1 at 0   s <= w after a step of known norm
     hard_cap                s -> min(s, w)                                 s <= w always
 
-Guarantees are for float32 (float64) weights, to a relative 1e-4 (specnorm, stiefel, hard_cap) or 4e-4 (soft_cap); bfloat16 input
-is mapped in float32 and rounded at the end. Ancestry: spectral normalization is Miyato et al. (2018) and Yoshida and
-Miyato (2017); hammer, soft cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
+Guarantees are for float32 (float64) weights, to a relative 1e-4 (specnorm, stiefel, hard_cap) or 4e-4 (soft_cap);
+bfloat16 input is mapped in float32 and rounded at the end. Ancestry: spectral normalization is Yoshida and Miyato
+(2017) and Miyato et al. (2018); hammer, soft cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
 import math
@@ -42,9 +42,9 @@ def sigma_per_norm(W):
 
 
 def exact_norm(W: torch.Tensor) -> torch.Tensor:
-    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), float64, rounded up by 1e-9 relative: fit for a certificate.
+    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), float64, rounded up by 1e-9: fit for a certificate.
 
-    From an SVD in float64, whose error is below 1e-12: a few ms to seconds, by size. For certificates, not for each step.
+    From an SVD in float64, whose error is below 1e-12: milliseconds to seconds, by size. Not for each step.
     """
     return torch.linalg.matrix_norm(W.detach().double(), ord=2) / sigma_per_norm(W) * (1 + 1e-9)
 
@@ -92,7 +92,8 @@ def working(W):
 def top_singular_pair(W, squarings=12):
     """(u, s v), shapes (..., fan_out, 1) and (..., 1, fan_in), of the largest singular value s of W; zeros for zero.
 
-    A^(2^12) is the projector on the leading singular vector but for (s_2 / s_1)^8192; its largest column is that vector.
+    A^(2^12) is the projector on the leading singular vector but for (s_2 / s_1)^8192; its largest column is
+    that vector.
     Where several singular values agree to 1e-4 it is one vector of their span.
     """
     A = gram(W / W.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny))
@@ -110,7 +111,8 @@ def top_singular_pair(W, squarings=12):
 def check(W, w_max, step_norm):
     """The sigma limit w for this W, after a look at the arguments."""
     if W.ndim < 2 or not W.is_floating_point():
-        raise ValueError(f"a constraint needs a floating-point matrix (..., fan_out, fan_in), got {W.dtype} {tuple(W.shape)}")
+        raise ValueError(f"a constraint needs a floating-point matrix (..., fan_out, fan_in), got {W.dtype} "
+                         f"{tuple(W.shape)}")
     if not (0 < w_max < math.inf and 0 <= step_norm < math.inf):
         raise ValueError(f"a constraint needs w_max > 0 and step_norm >= 0, both finite, got {w_max} and {step_norm}")
     return w_max * sigma_per_norm(W)
@@ -158,7 +160,7 @@ def stiefel(W, w_max, step_norm=0.0):
     """All s -> w: the nearest matrix of the (scaled) Stiefel manifold, one with orthonormal rows or columns.
 
     msign and one Newton-Schulz step, which turns a deviation e from 1 into about 2.5 e^3; an SVD where that cannot be
-    enough, for matrices with singular values below 0.003 of the largest (a zero matrix has no nearest one, and gets one).
+    enough, for matrices with singular values below 0.003 of the largest (to zero no one is nearest, and it gets one).
     """
     w = check(W, w_max, step_norm)
     X = msign(working(W))
@@ -171,7 +173,7 @@ def stiefel(W, w_max, step_norm=0.0):
 
 
 def hammer(W, w_max, step_norm=0.0):
-    """Only the largest s_1 -> w, up or down; the others stay, so nothing holds them but that AdamW's updates are low-rank."""
+    """Only the largest s_1 -> w, up or down. Nothing holds the others, but AdamW's updates are of low rank."""
     w = check(W, w_max, step_norm)
     u, sv = top_singular_pair(working(W))
     return (working(W) + u @ (w * torch.nn.functional.normalize(sv, dim=-1) - sv)).to(W.dtype)
@@ -180,8 +182,8 @@ def hammer(W, w_max, step_norm=0.0):
 def hard_cap(W, w_max, step_norm=0.0):
     """All s -> min(s, w), exactly: the nearest matrix within the limit.
 
-    Through the eigenvectors of the small Gram matrix, A = V diag(s^2) V^T: multiply W by V diag(min(1, w / s)) V^T. That
-    costs a few matrix products' time on a CPU, against dozens for an SVD of W. The Gram matrix resolves s^2 to 1e-7 of
+    Through the eigenvectors of the small Gram matrix, A = V diag(s^2) V^T: multiply W by V diag(min(1, w / s)) V^T.
+    That takes a few matrix products' time on a CPU, an SVD of W dozens. The Gram matrix resolves s^2 to 1e-7 of
     s_1^2, so where s_1 >> w (never under Muon) all is done in float64.
     """
     w = check(W, w_max, step_norm)
@@ -200,13 +202,13 @@ def hard_cap(W, w_max, step_norm=0.0):
 #   1. Take y = x - alpha x^3, then z = y + alpha y^3: small x stay (z = x - 3 alpha^2 x^5 + ...), large x come down.
 #   2. Ask that z(k) = w. With u = alpha k^2: z(k) / k = (1 - u)(1 + u (1 - u)^2) = 1 - 3u^2 + 3u^3 - u^4, hence
 #          u^4 - 3 u^3 + 3 u^2 = 1 - w / k,   whose left side rises from 0 to 1 on [0, 1]: one root, found by bisection.
-#   3. z <= w on all of [0, k] if z rises there. z rises with y (slope 1 + 3 alpha y^2), y with x until x^2 = 1 / (3 alpha),
-#      where alpha x^2 = 1/3 and z = (2/3)(1 + 4/27) x = (62/81) x. So 2 is sound while u <= 1/3: k <= 81/62 w = 1.306 w.
+#   3. z <= w on all of [0, k] if z rises there. z rises with y (slope 1 + 3 alpha y^2), and y with x until alpha x^2
+#      is 1/3, where z = (2/3)(1 + 4/27) x = (62/81) x. So 2 is sound while u <= 1/3: k <= 81/62 w = 1.306 w.
 #   4. Beyond, put that peak on w: (62/81) / sqrt(3 alpha) = w. Then 0 <= z <= w as long as alpha x^2 <= 1, i.e. up to
 #      k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
 #   5. Where k <= w nothing has to come down: alpha = 0.
 def soft_cap_alpha(w: float, k: float) -> float:
-    """The alpha that takes every s in [0, k] into [0, w]; needs k <= 2.26 w. Same unit for w and k; alpha in unit^-2."""
+    """The alpha that takes every s in [0, k] into [0, w]; needs k <= 2.26 w. Unit: that of w and k, to the -2."""
     if k <= w:
         return 0.0
     if k > 81 / 62 * 3**0.5 * w:
@@ -223,8 +225,8 @@ def soft_cap_alpha(w: float, k: float) -> float:
 def soft_cap_map(W, alpha, dtype=None):
     """s -> y + alpha y^3 with y = s - alpha s^3, at a given alpha (in singular values, not RMS->RMS).
 
-    By step 2 z = x - e(u) x with u = alpha x^2 and e(u) = 3u^2 - 3u^3 + u^4, so W goes to W - E W, E = e(alpha A). Where E
-    is small it can be applied with few digits (dtype), and the result is still good to many.
+    By step 2 z = x - e(u) x with u = alpha x^2 and e(u) = 3u^2 - 3u^3 + u^4, so W goes to W - E W, E = e(alpha A).
+    Where E is small it can be applied with few digits (dtype), and the result is still good to many.
     """
     X = working(W)
     low = X.to(dtype or X.dtype)
@@ -240,7 +242,7 @@ def soft_cap(W, w_max, step_norm=0.0):
     step_norm must be true: under Muon it is lr; where a step's norm is unknown (AdamW) pass norm_bound(W) - w_max.
     Steps beyond 1.26 w_max are left to hard_cap. Small s hardly move; s near the limit are pulled a little below it.
     Where bfloat16 is fast, small corrections are made in it: at u <= 0.1 no s changes by more than 3 %, and 8 bits of
-    that, with a Gram matrix good to 8 bits (E goes as its square), put s within 4e-4 of where it should be (seen: 2e-5).
+    that, with a Gram matrix good to 8 bits (E goes as its square), put s within 4e-4 of its place (seen: 2e-5).
     """
     check(W, w_max, step_norm)
     k = w_max + step_norm
@@ -253,5 +255,6 @@ def soft_cap(W, w_max, step_norm=0.0):
     return soft_cap_map(W, alpha / sigma_per_norm(W) ** 2, low)
 
 
-CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap)}
-DECAYS = ("weight_decay", "spectral_weight_decay")  # here step_norm is the learning rate, also where a step's norm is unknown
+CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer,
+                                       soft_cap, hard_cap)}
+DECAYS = ("weight_decay", "spectral_weight_decay")  # pass these the learning rate, also if a step's norm is unknown

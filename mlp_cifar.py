@@ -1,18 +1,20 @@
 """Tutorial 1: an MLP on CIFAR-10 whose Lipschitz constant is enforced at every step, and what that constant buys.
 
-WHAT IT SHOWS. Muon moves every weight matrix by a known amount, a constraint takes back what exceeds the limit, and so the
-network is at every moment as Lipschitz as its limits say, not after training and by accident. The constant is then a
-certificate: an image whose margin is large enough provably keeps its class under *every* perturbation up to a radius.
-(arXiv 2507.13338, section 3 and figure 2. The paper reports bounds; certified accuracy is ours.)
+WHAT IT SHOWS. Muon moves every weight matrix by a known amount, a constraint takes back what exceeds the limit, and so
+the network is at every moment as Lipschitz as its limits say, not after training and by accident. The constant is then
+a certificate: an image whose margin is large enough provably keeps its class under *every* perturbation up to a radius.
+(The CIFAR-10 experiments of arXiv 2507.13338. The paper reports bounds and attacks; certified accuracy is ours.)
 
 COMMANDS
     python mlp_cifar.py                                     # under a minute; downloads CIFAR-10, or draws a stand-in
     python mlp_cifar.py --data DIR                          # a folder of parquet files with columns img, label
-    python mlp_cifar.py --preset paper                      # the paper's network and settings; see --help for the others
+    python mlp_cifar.py --preset paper                      # the paper's settings; see --help for more presets
     python mlp_cifar.py --optimizer adamw --constraint none # the unconstrained baseline
     python mlp_cifar.py --resume runs/NAME                  # go on where a run was stopped
 
-RESULT: MEASURED
+RESULT (seeds 0, 1, 2; CIFAR-10 re-encoded as JPEG; two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
+    58.8 +- 0.2 % test accuracy at a Lipschitz bound of 93.0 +- 0.1 (RMS->RMS, product of norms; 80.4 by the tight
+    certificate), 38.3 +- 0.2 % certified at l2 radius 36/255. 41 to 52 s for the whole process.
 
 ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX); nothing of their code is used.
 The tight certificate is ECLipsE-Fast (Xu and Sivaranjani 2024), certified accuracy as in Tsuzuku et al. (2018).
@@ -49,14 +51,17 @@ class Config:
     preset: str = option("default", "named settings, see the end of this help; other flags override them")
     # data
     data: str = option("auto", "auto, stand-in, a folder of parquet files, or a data set's name on the Hub")
+    holdout: int = option(0, "for tuning: evaluate on this many training images taken out, not on the test set")
     augment: bool = option(False, "random flips and shifts of up to 2 pixels of the training images")
     random_labels: bool = option(False, "train on labels drawn at random: how much can the network memorise?")
     # model
     depth: int = option(3, "number of weight matrices")
     width: int = option(256, "hidden width (neurons)")
+    activation: str = option("relu", "relu, or maxmin, which sorts pairs of neurons and so loses no gradient",
+                             choices=("relu", "maxmin"))
     bias: bool = option(True, "biases in all layers: they do not enter the Lipschitz constant")
     center: bool = option(True, "subtract the mean training image from the input: nor does that")
-    lowpass: int = option(12, "show the network only the K x K lowest frequencies of the 32 x 32 image (constant 1); 32: all")
+    lowpass: int = option(12, "show the network only the K x K lowest frequencies of an image (constant 1); 32: all")
     w_max: str = option("3.4", "limit on the RMS->RMS norm of each layer: one number, or one per layer as 3,4,5")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
@@ -69,10 +74,11 @@ class Config:
     bias_lr: float = option(0.01, "learning rate of the biases (Adam), falling likewise")
     momentum: float = option(0.9, "Muon's momentum, or AdamW's first beta")
     adamw_wd: float = option(0.0, "AdamW's own weight decay (besides the constraint)")
-    loss_temperature: float = option(1.0, "the loss sees temperature * logits; bounds, margins and val_loss are of the logits")
+    loss_temperature: float = option(1.0, "the loss sees temperature * logits; bounds and val_loss are of the logits")
+    margin: float = option(0.0, "and then the right one lowered by this: asks for room around each image")
     # run
     seed: int = option(0, "seed of initialisation, data order, augmentation")
-    dtype: str = option("auto", "forward and backward pass; weights stay float32. auto: bfloat16 where the processor has it",
+    dtype: str = option("auto", "of the forward and backward pass; weights stay float32. auto: bfloat16 if native",
                         choices=("auto", "float32", "bfloat16"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     evals: int = option(10, "evaluations (on the whole test set) and checkpoints during a run")
@@ -83,7 +89,8 @@ class Config:
 PRESETS = {
     "default": dict(),
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
-    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", lr=0.0013, adamw_wd=0.08),
+    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", lr=0.0013,
+                        adamw_wd=0.08),
 }
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels in [0, 1]
 
@@ -94,9 +101,7 @@ class Refusal(Exception):
 
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
-    flags = {k: " ".join(f"--{a} {b}" if not isinstance(b, bool) else f"--{'' if b else 'no-'}{a}" for a, b in v.items())
-             for k, v in PRESETS.items()}
-    presets = "\n".join(f"  {name:13} {text}" for name, text in flags.items())
+    presets = "\n".join(f"  {k:13} " + " ".join(f"{a}={b}" for a, b in v.items()) for k, v in PRESETS.items())
     parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
@@ -123,10 +128,12 @@ def check(config):
         need(getattr(config, name) >= 1, name, "a whole number of at least 1")
     for name in ("lr", "loss_temperature"):
         need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")
-    for name in ("bias_lr", "adamw_wd"):
+    need(config.holdout >= 0, "holdout", "a whole number of at least 0")
+    for name in ("bias_lr", "adamw_wd", "margin"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
     need(1 <= config.lowpass <= 32, "lowpass", "a whole number from 1 to 32")
     need(0 <= config.momentum < 1, "momentum", "at least 0 and below 1")
+    need(config.activation == "relu" or config.width % 2 == 0, "width", "even for maxmin, which works on pairs")
     need(0 <= config.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
     limits(config)
 
@@ -153,7 +160,7 @@ import torch.nn.functional as F  # noqa: E402
 from constraints import CONSTRAINTS, DECAYS, exact_norm, norm_bound, sigma_per_norm  # noqa: E402
 from muon import Muon, has_fast_bfloat16  # noqa: E402
 
-# Shapes: B images in a batch, N images in a set, P = 3072 pixel values, K = 10 classes, O x I one layer's weight matrix.
+# Shapes: B images in a batch, N in a set, P = 3072 pixel values, K = 10 classes, F frequencies, X columns, H neurons.
 
 
 # ======================================================================================================================
@@ -174,13 +181,24 @@ def load_data(config):
     try:
         return load_images("uoft-cs/cifar10")
     except Refusal as problem:
-        print(f"{'!' * 100}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: drawings made by this script, "
-              f"not CIFAR-10. Its accuracy compares with nothing.\n{'!' * 100}", flush=True)
+        print(f"{'!' * 100}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: drawings made by this "
+              f"script, not CIFAR-10. Its accuracy compares with nothing.\n{'!' * 100}", flush=True)
         return (*stand_in(), "stand-in")
 
 
+def hold_out(config, train_set, test_set):
+    """With --holdout N, N training images (the same for every seed) take the place of the test set."""
+    n = len(train_set[0])
+    if config.holdout >= n:
+        raise Refusal(f"--holdout {config.holdout}: must be below the number of training images, {n}")
+    if config.holdout == 0:
+        return train_set, test_set
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(2025))
+    return tuple(tuple(t[part] for t in train_set) for part in (order[config.holdout:], order[:config.holdout]))
+
+
 def load_images(source):
-    """A folder, or a data set on the Hub (or in its cache), with splits train and test, columns img (or image) and label."""
+    """A folder or a data set of the Hub, with splits train and test and columns img (or image) and label."""
     local = Path(source).exists()
     if not local and not hub_answers():
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # look in the cache, do not wait
@@ -195,9 +213,9 @@ def load_images(source):
         splits = datasets.load_dataset(source)
     except Exception as problem:  # the library raises dozens of kinds; all mean that the data cannot be had
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise Refusal(f"--data {source}: cannot be read as a data set ({type(problem).__name__}: {first[:160]}); needed is "
-                      + ("a folder with a parquet file for train and one for test" if local else "a network or a cached copy")
-                      ) from problem
+        needed = "a folder with a parquet file for train and one for test" if local else "a network or a cached copy"
+        raise Refusal(f"--data {source}: is no data set ({type(problem).__name__}: {first[:160]}); needed "
+                      f"is {needed}") from problem
     sets = []
     for split in ("train", "test"):
         if split not in splits:
@@ -205,8 +223,8 @@ def load_images(source):
         table = splits[split]
         column = next((c for c in ("img", "image") if c in table.column_names), None)
         if column is None or "label" not in table.column_names:
-            raise Refusal(f"--data {source}: {split} has the columns {', '.join(table.column_names)}; needed are img (or image) "
-                          "and label")
+            raise Refusal(f"--data {source}: {split} has the columns {', '.join(table.column_names)}; needed are img "
+                          "(or image) and label")
         table = table.cast_column(column, datasets.Image(decode=False))
         images = np.empty((len(table), 32, 32, 3), np.uint8)
         for i, cell in enumerate(table.data.column(column).to_pylist()):
@@ -260,11 +278,12 @@ def stand_in(train=20_000, test=4_000):
     axis = torch.linspace(-1, 1, 32)
     x, y = axis[None, None, :] - uniform(-0.4, 0.4, 1, 1), axis[None, :, None] - uniform(-0.4, 0.4, 1, 1)  # (n, 32, 32)
     size, wave = uniform(0.35, 0.8, 1, 1), uniform(9, 14, 1, 1)
-    round_, square, near = (x * x + y * y).sqrt() / size, x.abs().maximum(y.abs()) / size, x.abs().minimum(y.abs()) / size
+    round_, square = (x * x + y * y).sqrt() / size, x.abs().maximum(y.abs()) / size
+    near = x.abs().minimum(y.abs()) / size
     figures = torch.stack([
-        round_ < 1, (round_ < 1) & (round_ > 0.6), square < 1, (square < 1) & (square > 0.6),  # disc, ring, square, frame
+        round_ < 1, (round_ < 1) & (round_ > 0.6), square < 1, (square < 1) & (square > 0.6),  # disc, ring, box, frame
         (y < size) & (y > 2 * x.abs() - size), (square < 1) & (near < 0.25),  # triangle, cross
-        (x * wave).sin() + 0 * y > 0, (y * wave).sin() + 0 * x > 0, ((x + y) * wave).sin() > 0,  # stripes of three kinds
+        (x * wave).sin() + 0 * y > 0, (y * wave).sin() + 0 * x > 0, ((x + y) * wave).sin() > 0,  # stripes, 3 ways
         (x * wave).sin() * (y * wave).sin() > 0])  # checkerboard
     mask = figures[label_N, torch.arange(n), :, :, None].float()
     ink, paper = uniform(0, 1, 1, 1, 3), uniform(0, 1, 1, 1, 3)
@@ -292,7 +311,7 @@ batch_indices.epoch = None
 
 
 def augmented(images_BP, step, config):
-    """Each image flipped with probability 1/2 and shifted by up to 2 pixels, edges repeated: a function of seed and step."""
+    """Each image flipped with probability 1/2, shifted by up to 2 pixels, edges repeated; by seed and step."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_009 + step)
     B = len(images_BP)
     flip_B = torch.rand(B, generator=generator) < 0.5
@@ -307,12 +326,18 @@ def augmented(images_BP, step, config):
 # ======================================================================================================================
 # MODEL: matrices and ReLU, nothing else
 # ======================================================================================================================
-class MLP(torch.nn.Module):
-    """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
+def maxmin(z_BH):
+    """(max, min) of each pair (neuron i of the first half, of the second): GroupSort of Anil et al. (2019)."""
+    a, b = z_BH.chunk(2, -1)
+    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], -1)
 
-    The shift by the mean and the biases cancel in differences of outputs: neither enters a Lipschitz constant. T keeps the
-    lowest frequencies of each colour channel, as coefficients of the orthonormal cosine transform: an orthogonal projection
-    of constant 1 (l2->l2). What it hides is what an MLP on pixels uses to memorise its training images.
+
+class MLP(torch.nn.Module):
+    """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1]; or with maxmin for relu.
+
+    The shift by the mean and the biases cancel in differences of outputs: neither enters a Lipschitz constant. T keeps
+    the lowest frequencies of each colour channel, as coefficients of the orthonormal cosine transform: an orthogonal
+    projection, of constant 1 (l2->l2). What it hides is what an MLP on pixels uses to memorise its training images.
     """
 
     def __init__(self, config, mean_P=None):
@@ -320,9 +345,12 @@ class MLP(torch.nn.Module):
         sizes = [3 * config.lowpass**2] + [config.width] * (config.depth - 1) + [10]
         shapes = list(zip(sizes[1:], sizes[:-1]))
         self.weights = torch.nn.ParameterList(torch.zeros(shape) for shape in shapes)
-        self.biases = torch.nn.ParameterList(torch.zeros(shape[0]) for shape in shapes) if config.bias else [0.0] * config.depth
+        self.biases = [0.0] * config.depth
+        if config.bias:
+            self.biases = torch.nn.ParameterList(torch.zeros(fan_out) for fan_out, _ in shapes)
         self.register_buffer("mean_P", (torch.zeros(3072) if mean_P is None else mean_P) if config.center else None)
         self.register_buffer("cosines_FX", cosines(config.lowpass) if config.lowpass < 32 else None, persistent=False)
+        self.activation = F.relu if config.activation == "relu" else maxmin
         generator = torch.Generator().manual_seed(config.seed)
         for W, w_max in zip(self.weights, limits(config)):
             # All singular values equal, of norm 1 (or the limit): inside every constraint, on the manifold for stiefel.
@@ -343,7 +371,7 @@ class MLP(torch.nn.Module):
         """Logits (B, 10) of pixels in [0, 1], computed in the precision of x_BP (float64 for certificates)."""
         h = self.features(x_BP)
         for i, (W, b) in enumerate(zip(self.weights, self.biases)):
-            h = F.linear(h if i == 0 else F.relu(h), W.to(h.dtype))
+            h = F.linear(h if i == 0 else self.activation(h), W.to(h.dtype))
             h = h + (b.to(h.dtype) if isinstance(b, torch.Tensor) else b)
         return h
 
@@ -359,14 +387,15 @@ def cosines(frequencies, size=32):
 # ======================================================================================================================
 # CERTIFICATE: numbers that no pair of images can exceed, from the weights alone
 # ======================================================================================================================
-# Let two inputs differ by dx, the vectors before layer i's ReLU by z_i, those after it by h_i: z_{i+1} = W_{i+1} h_i.
+# Let two inputs differ by dx, the vectors before layer i's activation by z_i, after it by h_i: z_{i+1} = W_{i+1} h_i.
 #
-# Product. ReLU has slope in [0, 1], so ||h_i|| <= ||z_i||, and ||W h|| <= sigma(W) ||h||: L = prod_i sigma(W_i).
+# Product. ReLU has slope in [0, 1], and sorting pairs brings no two vectors further apart, so ||h|| <= ||z||; with
+# ||W h|| <= sigma(W) ||h|| this makes L = prod_i sigma(W_i).
 #
 # Tighter (ECLipsE-Fast, Xu and Sivaranjani 2024). Follow not one length but an ellipsoid through the network.
 #   1. The claim kept up is  z_i^T S_i^-1 z_i <= ||dx||^2  (where S_i is singular: z_i in its range; or take limits).
 #      It holds at the start with S_1 = W_1 W_1^T: ||dx||^2 is at least that of the shortest dx with W_1 dx = z_1.
-#   2. Slopes in [0, 1] mean h (z - h) >= 0 in every neuron, so for any lambda >= 0:
+#   2. ReLU: slopes in [0, 1] mean h (z - h) >= 0 in every neuron, so for any lambda >= 0:
 #          ||dx||^2  >=  z^T S^-1 z  >=  z^T S^-1 z - lambda h^T (z - h).
 #   3. Minimise the right side over z for the given h: z = lambda S h / 2 and
 #          ||dx||^2  >=  h^T M h,    M = lambda I - lambda^2 S / 4.
@@ -374,7 +403,8 @@ def cosines(frequencies, size=32):
 #          lambda = 2 / sigma(S).
 #   5. z' = W' h of the next layer then satisfies 1 with S' = W' M^-1 W'^T, as in the start with W' M^-1/2 for W_1.
 #   6. After the last layer: ||z_d||^2 <= sigma(S_d) ||dx||^2, so L = sqrt(sigma(S_d)). Never more than the product, as
-#      M^-1 <= sigma(S) I.
+#      M^-1 <= sigma(S) I. (maxmin, in place of 2 to 4: ||h||^2 <= ||z||^2 <= sigma(S) ||dx||^2, so M = I / sigma(S)
+#      and L is the product. A finer one gains 0.2 % on a trained network: left out.)
 #   7. One difference of logits f_y - f_j is a network with the single last row w_y - w_j: its constant is
 #          L_yj = sqrt((w_y - w_j)^T M^-1 (w_y - w_j)).
 #   8. If f_y(x) - f_j(x) > eps L_yj for all j != y then every image within eps (l2) of x is still classified as y.
@@ -399,6 +429,9 @@ def certificate(model):
         if sigma == 0:
             root = torch.zeros_like(W)
             continue
+        if model.activation is maxmin:
+            root = sigma.sqrt() * W
+            continue
         M = (2 * torch.eye(len(S), dtype=S.dtype) - S / sigma) / sigma  # lambda I - lambda^2 S / 4
         root = torch.linalg.solve_triangular(torch.linalg.cholesky(M), W.T, upper=False).T  # W C^-T with M = C C^T
     tight = min(product, torch.linalg.matrix_norm(root, ord=2).item() * (1 + 1e-9))
@@ -411,11 +444,11 @@ RMS_PER_L2 = (3072 / 10) ** 0.5  # multiply an l2->l2 constant of a map pixels -
 
 @torch.no_grad()
 def certified_radii(model, pairs_KK, images_NP, labels_N):
-    """l2 radius, in pixels of [0, 1], within which each image provably keeps its right class (step 8); below 0 if wrong."""
+    """l2 radius, for pixels in [0, 1], in which each image provably keeps its right class (step 8); < 0 if wrong."""
     model = copy.deepcopy(model).cpu()  # float64 is not on every device
     logits_NK = torch.cat([model(x.double() / 255) for x in images_NP.split(2000)])
     margin_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
-    radius_NK = margin_NK / pairs_KK[labels_N].clamp(min=1e-300)  # (a constant of 0: infinitely far if right, 0 if tied)
+    radius_NK = margin_NK / pairs_KK[labels_N].clamp(min=1e-300)  # (a constant of 0: far if right, 0 if tied)
     return radius_NK.scatter(1, labels_N[:, None], math.inf).amin(1)
 
 
@@ -457,7 +490,10 @@ def train_step(config, model, optimizers, images_BP, labels_B, step, dtype):
     """One step; returns the loss (a tensor)."""
     fraction = 1 - step / config.steps
     x_BP = images_BP.to(dtype).div_(255)
-    loss = F.cross_entropy(config.loss_temperature * model(x_BP).float(), labels_B)
+    logits_BK = config.loss_temperature * model(x_BP).float()
+    if config.margin:
+        logits_BK = logits_BK - config.margin * F.one_hot(labels_B, logits_BK.shape[1])
+    loss = F.cross_entropy(logits_BK, labels_B)
     loss.backward()
     for optimizer, lr in optimizers:
         for group in optimizer.param_groups:
@@ -520,15 +556,16 @@ def train(config, model, optimizers, train_set, test_set, data_name, out, progre
             val_loss, val_accuracy = evaluate(model, *test_set)
             bound = certificate(model)
             constant, ms = bound["tight"] * RMS_PER_L2, 1000 * progress["seconds"] / done
-            record = dict(step=done, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss, val_accuracy=val_accuracy,
-                          norms=bound["norms"], max_weight_norm=max(bound["norms"]), lipschitz_log10=log10(constant),
-                          ms_per_step=ms)
+            record = dict(step=done, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
+                          val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=max(bound["norms"]),
+                          lipschitz_log10=log10(constant), ms_per_step=ms)
             with open(out / "log.jsonl", "a") as f:
                 f.write(json.dumps(record) + "\n")
             save_checkpoint(out, config, model, optimizers, progress, data_name, len(labels_N))
-            bar.write(f"step {done:5d}/{config.steps}  train loss {record['train_loss']:.3f}  test loss {val_loss:.3f}  accuracy "
-                      f"{100 * val_accuracy:5.2f} %  largest norm {max(bound['norms']):.3f}  bound (RMS->RMS) {constant:.4g}  "
-                      f"{ms:.1f} ms/step  {ms / 1000 * (config.steps - done):.0f} s left", file=sys.stdout)
+            left = ms / 1000 * (config.steps - done)
+            bar.write(f"step {done:5d}/{config.steps}  train loss {record['train_loss']:.3f}  test loss {val_loss:.3f} "
+                      f" accuracy {100 * val_accuracy:5.2f} %  largest norm {max(bound['norms']):.3f}  bound "
+                      f"(RMS->RMS) {constant:.4g}  {ms:.1f} ms/step  {left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
     bar.close()
@@ -543,7 +580,7 @@ def log10(x):
 
 
 def keep_memory():
-    """Have glibc keep freed blocks. By default each tensor above 128 KB is mapped and page-faulted in anew: 20 % of a step."""
+    """Have glibc keep freed blocks: by default every large tensor is mapped and page-faulted in anew."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
@@ -559,7 +596,8 @@ def choose_device(config):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
-        raise Refusal(f"--device {config.device}: cannot be used here ({str(problem).splitlines()[0]}); try auto") from problem
+        reason = str(problem).splitlines()[0]
+        raise Refusal(f"--device {config.device}: cannot be used here ({reason}); try auto") from problem
 
 
 def compute_dtype(config, device):
@@ -584,10 +622,10 @@ def write_atomically(path, data: bytes):
 
 
 def save_checkpoint(out, config, model, optimizers, progress, data_name, images):
-    """Everything a run needs to go on. Data order and augmentation are functions of seed and step: no other state is there."""
+    """All a run needs to go on. Data order and augmentation are functions of seed and step: there is no other state."""
     buffer = io.BytesIO()
-    torch.save(dict(script=SCRIPT, config=dataclasses.asdict(config), step=progress["step"], training_seconds=progress["seconds"],
-                    data=data_name, images=images, model=model.state_dict(),
+    torch.save(dict(script=SCRIPT, config=dataclasses.asdict(config), step=progress["step"], data=data_name,
+                    images=images, training_seconds=progress["seconds"], model=model.state_dict(),
                     optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
     write_atomically(out / "checkpoint.pt", buffer.getvalue())
 
@@ -601,8 +639,8 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # truncated, no checkpoint at all, or with code in it
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise Refusal(f"{path}: cannot be read as a checkpoint ({type(problem).__name__}: {reason[:120]}); it is damaged, foreign "
-                      "or unsafe") from problem
+        raise Refusal(f"{path}: cannot be read as a checkpoint ({type(problem).__name__}: {reason[:120]}); it is "
+                      "damaged, foreign or unsafe") from problem
     if not isinstance(state, dict) or state.get("script") != SCRIPT:
         made_by = state.get("script") if isinstance(state, dict) else None
         raise Refusal(f"{path}: is a checkpoint of {made_by or 'something else'}; needed is one of {SCRIPT}.py")
@@ -617,7 +655,8 @@ def model_from_checkpoint(state):
         model = MLP(config)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as problem:
-        raise Refusal(f"the checkpoint's weights do not fit its configuration ({str(problem).splitlines()[0][:160]})") from problem
+        reason = str(problem).splitlines()[0][:160]
+        raise Refusal(f"the checkpoint's weights do not fit its configuration ({reason})") from problem
     return config, model
 
 
@@ -629,7 +668,7 @@ def new_run_folder(config):
         number += 1
         out = out.with_name(f"{SCRIPT}_{config.preset}_seed{config.seed}_{number}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refusal(f"--out {out}: exists and is not empty; choose another folder, or --resume {out} to go on with it")
+        raise Refusal(f"--out {out}: exists and is not empty; choose another, or --resume {out} to go on with it")
     out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -641,19 +680,24 @@ def report(config, model, out, data_name, test_set):
     radius_N = certified_radii(model, bound["pairs_KK"], *test_set)
     certified = {name: (radius_N > r).double().mean().item() for name, r in RADII.items()}
     jacobian = largest_jacobian_norm(model, test_set[0][:500])
+    device = model.weights[0].device
     summary = dict(
         script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()), steps=config.steps,
-        val_loss=record["val_loss"], val_accuracy=record["val_accuracy"], lipschitz_log10=log10(bound["tight"] * RMS_PER_L2),
-        lipschitz_product_log10=log10(bound["product"] * RMS_PER_L2), lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits",
+        val_loss=record["val_loss"], val_accuracy=record["val_accuracy"],
+        lipschitz_log10=log10(bound["tight"] * RMS_PER_L2),
+        lipschitz_product_log10=log10(bound["product"] * RMS_PER_L2),
+        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits",
         lipschitz_l2=bound["tight"], lipschitz_product_l2=bound["product"], largest_jacobian_l2=jacobian,
         certified_accuracy=certified, max_weight_norm=max(bound["norms"]), norms=bound["norms"],
         w_max=limits(config) if config.constraint != "none" else None, loss_temperature=config.loss_temperature,
-        train_seconds=record["ms_per_step"] * config.steps / 1000, ms_per_step=record["ms_per_step"], data=data_name, device=str(model.weights[0].device),
-        dtype=str(compute_dtype(config, model.weights[0].device)).removeprefix("torch."), seed=config.seed, torch=torch.__version__)
+        train_seconds=record["ms_per_step"] * config.steps / 1000, ms_per_step=record["ms_per_step"], data=data_name,
+        device=str(device), dtype=str(compute_dtype(config, device)).removeprefix("torch."), seed=config.seed,
+        torch=torch.__version__)
     draw(config, model, out, log, bound, radius_N, data_name)
     write_atomically(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
 
-    print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, data: {data_name}, seed {config.seed}")
+    print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, seed {config.seed}, "
+          f"data: {data_name}")
     print(f"  test accuracy                    {100 * record['val_accuracy']:8.2f} %     cross-entropy of the logits "
           f"{record['val_loss']:.3f}" + (f" (trained at loss temperature {config.loss_temperature:g})"
                                          if config.loss_temperature != 1 else ""))
@@ -665,7 +709,7 @@ def report(config, model, out, data_name, test_set):
                         ("found on 500 test images", jacobian)):
         print(f"    {name:26} {value:12.4g} {value * RMS_PER_L2:12.4g}")
     print("  certified accuracy at l2 radius   " + "   ".join(f"{k}: {100 * v:.2f} %" for k, v in certified.items()))
-    if data_name == "stand-in":
+    if data_name.startswith("stand-in"):
         print("  data: stand-in. These figures are not about CIFAR-10.")
     print(f"\nPictures and numbers are in {out}. Attack the certificate: python verify_lipschitz.py {out}")
 
@@ -684,15 +728,17 @@ def draw(config, model, out, log, bound, radius_N, data_name):
         line, = b.plot(steps, [r["norms"][i] for r in log], "o-", label=f"layer {i + 1}")
         if config.constraint != "none":
             b.axhline(w, color=line.get_color(), linestyle=":")
+            b.set_ylim(0, 1.1 * max(limits(config)))
         s = torch.linalg.svdvals(model.weights[i].detach().double().cpu()) / sigma_per_norm(model.weights[i])
         c.plot(np.linspace(0, 1, len(s)), s, label=f"layer {i + 1}")
-    b.set(title="weight norms and their limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
+    b.set(title="weight norms and their limits (dotted)", xlabel="step", ylabel="RMS->RMS norm")
     c.set(title="singular values at the end", xlabel="rank, as a share", ylabel="RMS->RMS", ylim=(0, None))
     b.legend()
     c.legend()
     r = np.linspace(0, 1, 200)
     d.plot(r, [100 * (radius_N.numpy() > v).mean() for v in r])
-    d.set(title=f"certified accuracy (constant {bound['tight']:.3g}, l2->l2)", xlabel="l2 radius", ylabel="%", ylim=(0, None))
+    d.set(title=f"certified accuracy (constant {bound['tight']:.3g}, l2->l2)", xlabel="l2 radius", ylabel="%")
+    d.set_ylim(0, None)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
@@ -703,7 +749,7 @@ def resumed(config):
     """(run folder, checkpoint, configuration) of a run that was stopped."""
     for f in dataclasses.fields(config):
         if f.name not in ("resume", "data", "device") and getattr(config, f.name) != f.default:
-            raise Refusal(f"--{f.name} with --resume: a run goes on with its own settings; only --data and --device may be given")
+            raise Refusal(f"--{f.name} with --resume: a run goes on with its own settings (but --data and --device)")
     out, state = Path(config.resume), load_checkpoint(config.resume)
     if not out.is_dir():
         raise Refusal(f"--resume {out}: is a file; give the run folder that holds it")
@@ -725,9 +771,12 @@ def main(config):
     keep_memory()
     device = choose_device(config)
     train_set, test_set, data_name = load_data(config)
-    if state and (state["data"] == "stand-in", state["images"]) != (data_name == "stand-in", len(train_set[0])):
-        raise Refusal(f"--resume {out}: was trained on {state['images']} images ({state['data']}), and this is {data_name} with "
-                      f"{len(train_set[0])}; give the same with --data")
+    train_set, test_set = hold_out(config, train_set, test_set)
+    data_name += f" (evaluated on {config.holdout} training images held out)" * (config.holdout > 0)
+    if state and (state["data"].startswith("stand-in") != data_name.startswith("stand-in")
+                  or state["images"] != len(train_set[0])):
+        raise Refusal(f"--resume {out}: was trained on {state['images']} images ({state['data']}), and this is "
+                      f"{data_name} with {len(train_set[0])}; give the same with --data")
     if state:
         _, model = model_from_checkpoint(state)
     else:
@@ -739,8 +788,8 @@ def main(config):
     if state:
         for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-    print(f"device {device}, computing in {compute_dtype(config, device)} with float32 weights, data: {data_name} ({len(train_set[0])} "
-          f"images to train, {len(test_set[0])} to test), run folder {out}", flush=True)
+    print(f"device {device}, computing in {compute_dtype(config, device)} with float32 weights, data: {data_name} "
+          f"({len(train_set[0])} images to train, {len(test_set[0])} to test), run folder {out}", flush=True)
     progress = dict(step=state["step"], seconds=state["training_seconds"]) if state else dict(step=0, seconds=0.0)
     train(config, model, optimizers, train_set, test_set, data_name, out, progress)
     report(config, model, out, data_name, test_set)
@@ -753,7 +802,7 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {refusal}", file=sys.stderr)
         sys.exit(2)
     except OSError as problem:
-        print(f"{SCRIPT}.py: {problem}; nothing that was saved before is lost: make room, then --resume", file=sys.stderr)
+        print(f"{SCRIPT}.py: {problem}; what was saved before is not lost: mend that, then --resume", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{SCRIPT}.py: interrupted; --resume the run folder to go on", file=sys.stderr)

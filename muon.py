@@ -1,8 +1,9 @@
 """Muon: momentum, orthogonalised. A step of size `lr` moves a weight matrix by at most `lr`, and that is the point.
 
-Read this file first: the whole method rests on one fact that AdamW cannot offer. The size of an update is known *before*
-it is made. Muon replaces the momentum matrix by its orthogonal factor (all singular values 1), so that in the units
-of this project, where the RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in / fan_out), the update
+Read this file first: the whole method rests on one fact that AdamW cannot offer. The size of an update is known
+*before* it is made. Muon replaces the momentum matrix by its orthogonal factor (all singular values 1), so that in the
+units of this project, where the RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in / fan_out),
+the update
 
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
@@ -59,7 +60,7 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
     largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
-    # 2. Largest singular value to at most 1: s_1^4 <= ||A^2||_F. Nearer than the usual ||G||_F, which costs a step or two.
+    # 2. Largest singular value to at most 1: s_1^4 <= ||A^2||_F. Nearer than the usual ||G||_F, which costs steps.
     A = X @ X.mT
     A2 = A @ A
     bound = torch.linalg.matrix_norm(A2.float() if A2.dtype == torch.bfloat16 else A2, keepdim=True).sqrt().to(X.dtype)
@@ -118,8 +119,8 @@ class Muon(torch.optim.Optimizer):
     constraint    a map constraint(W, w_max, step_norm) from constraints.py or of your own, or None
     w_max         the RMS->RMS limit the constraint enforces (a number, needed if there is a constraint)
 
-    All can be set per parameter group. Parameters are matrices (fan_out, fan_in); stacks (..., fan_out, fan_in) are taken
-    as independent matrices. Those of one shape in a group are handled as one batch.
+    All can be set per parameter group. Parameters are matrices (fan_out, fan_in); stacks (..., fan_out, fan_in) are
+    taken as independent matrices. Those of one shape in a group are handled as one batch.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, nesterov=True, weight_decay=0.0, constraint=None, w_max=None):
