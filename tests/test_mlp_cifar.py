@@ -89,7 +89,8 @@ def test_certificates_hold_and_are_ordered(case):
     bound = certificate(model)
     assert bound["product"] == pytest.approx(math.prod(singular_values(W.data).max().item() for W in model.weights), rel=1e-8)
     assert bound["tight"] <= bound["product"]
-    assert bound["tight"] < 0.98 * bound["product"] or case["depth"] == 1 or "activation" in case  # worth its derivation
+    if case["kind"] == "random" and case["depth"] > 1 and "activation" not in case:
+        assert bound["tight"] < 0.98 * bound["product"]  # (orthogonal weights reach the product)
     images = torch.randint(0, 256, (64, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     found = max(largest_jacobian_norm(model, images), steepest_pair(model))
     assert 0.05 * bound["tight"] < found <= bound["tight"]
