@@ -91,6 +91,10 @@ PRESETS = {
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", lr=0.0013,
                         adamw_wd=0.08),
+    "accurate": dict(width=512, lowpass=9, w_max="3.15"),
+    "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.8", steps=4000),
+    "certified": dict(activation="maxmin", augment=True, width=512, w_max="1", loss_temperature=15.0, margin=2.0,
+                      steps=4000),
 }
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels in [0, 1]
 
@@ -711,7 +715,7 @@ def report(config, model, out, data_name, test_set):
     print("  certified accuracy at l2 radius   " + "   ".join(f"{k}: {100 * v:.2f} %" for k, v in certified.items()))
     if data_name.startswith("stand-in"):
         print("  data: stand-in. These figures are not about CIFAR-10.")
-    print(f"\nPictures and numbers are in {out}. Attack the certificate: python verify_lipschitz.py {out}")
+    print(f"\nPicture, log and checkpoint are in {out}. Compare: python {SCRIPT}.py --preset paper_adamw (no constraint)")
 
 
 def draw(config, model, out, log, bound, radius_N, data_name):
