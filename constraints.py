@@ -15,7 +15,7 @@ w the limit on singular values, w = w_max * sqrt(fan_out / fan_in):
     specnorm                s -> s * w / max(w, s_1)                       s <= w always
     stiefel                 s -> w                                         s = w always
     hammer                  s_1 -> w                                       nothing beyond s_1; for low-rank updates
-    soft_cap                s -> an odd polynomial in s, of slope 1 at 0   s <= w after a step of known norm
+    soft_cap                s -> an odd polynomial in s, of slope 1 at 0   s <= w after a step of known norm from there
     hard_cap                s -> min(s, w)                                 s <= w always
 
 Guarantees are for float32 (float64) weights, to a relative 1e-4 (specnorm, stiefel, hard_cap) or 4e-4 (soft_cap);
@@ -159,17 +159,18 @@ def specnorm(W, w_max, step_norm=0.0):
 def stiefel(W, w_max, step_norm=0.0):
     """All s -> w: the nearest matrix of the (scaled) Stiefel manifold, one with orthonormal rows or columns.
 
-    msign and one Newton-Schulz step, which turns a deviation e from 1 into about 2.5 e^3; an SVD where that cannot be
-    enough, for matrices with singular values below 0.003 of the largest (to zero no one is nearest, and it gets one).
+    msign and one Newton-Schulz step, which turns a deviation e from 1 into about 2.5 e^3; then a check, and an SVD where
+    that was not enough, for singular values below 0.003 of the largest (to zero no one is nearest, and it gets one).
     """
     w = check(W, w_max, step_norm)
     X = msign(working(W))
     A = gram(X)
-    deviation = A - torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    if W.numel() and deviation.abs().amax() > 0.1 * A.shape[-1] ** -0.5:  # then some |s^2 - 1| may exceed 0.1
+    X = multiply(polynomial(15 / 8, -10 / 8, 3 / 8, A, A @ A), X)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    if (torch.linalg.matrix_norm(gram(X) - eye) > 1e-3).any():  # at least the largest |s^2 - 1|
         U, _, Vh = torch.linalg.svd(working(W), full_matrices=False)
-        return (w * (U @ Vh)).to(W.dtype)
-    return multiply(polynomial(15 * w / 8, -10 * w / 8, 3 * w / 8, A, A @ A), X).to(W.dtype)
+        X = U @ Vh
+    return (w * X).to(W.dtype)
 
 
 def hammer(W, w_max, step_norm=0.0):
@@ -180,19 +181,21 @@ def hammer(W, w_max, step_norm=0.0):
 
 
 def hard_cap(W, w_max, step_norm=0.0):
-    """All s -> min(s, w), exactly: the nearest matrix within the limit.
+    """All s -> min(s, w), exactly: the nearest matrix within the limit. NaN or infinity gives NaN.
 
-    Through the eigenvectors of the small Gram matrix, A = V diag(s^2) V^T: multiply W by V diag(min(1, w / s)) V^T.
-    That takes a few matrix products' time on a CPU, an SVD of W dozens. The Gram matrix resolves s^2 to 1e-7 of
-    s_1^2, so where s_1 >> w (never under Muon) all is done in float64.
+    Through the eigenvectors of the small Gram matrix, A = V diag(s^2) V^T: multiply W by V diag(min(1, w / s)) V^T. That
+    takes a few matrix products' time on a CPU, an SVD of W dozens. But A resolves s^2 only to 1e-7 of s_1^2, so far above
+    the limit, where Muon never is, it is an SVD after all.
     """
     w = check(W, w_max, step_norm)
     X = working(W)
     A = gram(X)
+    if not A.isfinite().all():
+        return torch.full_like(W, math.nan)
     eigenvalue, V = torch.linalg.eigh(A)
-    if eigenvalue.numel() and not eigenvalue.amax() < (4 * w) ** 2:
-        X = X.double()
-        eigenvalue, V = torch.linalg.eigh(gram(X))
+    if eigenvalue.numel() and eigenvalue.amax() > (4 * w) ** 2:
+        U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+        return (U * s.clamp(max=w)[..., None, :] @ Vh).to(W.dtype)
     shrink = w / eigenvalue.clamp(min=w * w).sqrt()  # min(1, w / s)
     return multiply((V * shrink[..., None, :]) @ V.mT, X).to(W.dtype)
 

@@ -9,7 +9,7 @@ COMMANDS
     python mlp_cifar.py                                     # under a minute; downloads CIFAR-10, or draws a stand-in
     python mlp_cifar.py --data DIR                          # a folder of parquet files with columns img, label
     python mlp_cifar.py --preset paper                      # the paper's settings; see --help for more presets
-    python mlp_cifar.py --optimizer adamw --constraint none # the unconstrained baseline
+    python mlp_cifar.py --optimizer adamw --constraint none # no constraint: see how the norms grow
     python mlp_cifar.py --resume runs/NAME                  # go on where a run was stopped
 
 RESULT (seeds 0, 1, 2; CIFAR-10 re-encoded as JPEG; two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
@@ -61,7 +61,7 @@ class Config:
                              choices=("relu", "maxmin"))
     bias: bool = option(True, "biases in all layers: they do not enter the Lipschitz constant")
     center: bool = option(True, "subtract the mean training image from the input: nor does that")
-    lowpass: int = option(12, "show the network only the K x K lowest frequencies of an image (constant 1); 32: all")
+    lowpass: int = option(12, "show the network only the K x K lowest frequencies of an image (l2 constant 1); 32: all")
     w_max: str = option("3.4", "limit on the RMS->RMS norm of each layer: one number, or one per layer as 3,4,5")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
@@ -70,7 +70,8 @@ class Config:
                                       "soft_cap", "hard_cap"))
     steps: int = option(2000, "training steps")
     batch: int = option(512, "images a step")
-    lr: float = option(0.2, "learning rate, falling linearly to 0. Muon: RMS->RMS norm of a step, shared by the layers")
+    lr: float = option(0.0, "learning rate at the start, falling linearly to 0; for Muon it is the RMS->RMS norm of a step, "
+                            "shared by the layers. 0: 0.2 for Muon, 0.0013 for AdamW")
     bias_lr: float = option(0.01, "learning rate of the biases (Adam), falling likewise")
     momentum: float = option(0.9, "Muon's momentum, or AdamW's first beta")
     adamw_wd: float = option(0.0, "AdamW's own weight decay (besides the constraint)")
@@ -80,7 +81,7 @@ class Config:
     seed: int = option(0, "seed of initialisation, data order, augmentation")
     dtype: str = option("auto", "of the forward and backward pass; weights stay float32. auto: bfloat16 if native",
                         choices=("auto", "float32", "bfloat16"))
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps; auto: cuda if there is one")
     evals: int = option(10, "evaluations (on the whole test set) and checkpoints during a run")
     out: str = option("", "run folder; default runs/mlp_cifar_PRESET_seedN")
     resume: str = option("", "run folder to go on with; its own settings are used")
@@ -89,8 +90,7 @@ class Config:
 PRESETS = {
     "default": dict(),
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
-    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", lr=0.0013,
-                        adamw_wd=0.08),
+    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", adamw_wd=0.08),
     "accurate": dict(width=512, lowpass=9, w_max="3.15"),
     "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.8", steps=4000),
     "certified": dict(activation="maxmin", augment=True, width=512, w_max="1", loss_temperature=15.0, margin=2.0,
@@ -109,10 +109,9 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type in (bool, "bool") else dict(
-            type={"int": int, "float": float, "str": str}.get(f.type, f.type), metavar=f.name.upper())
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         if "choices" in f.metadata:
-            kind.update(choices=f.metadata["choices"], metavar=None)
+            kind["choices"] = f.metadata["choices"]
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, **kind,
                             help=f.metadata["help"].replace("%", "%%") + f" [{f.default}]")
     given = vars(parser.parse_args(argv))
@@ -130,16 +129,16 @@ def check(config):
 
     for name in ("depth", "width", "steps", "batch", "evals"):
         need(getattr(config, name) >= 1, name, "a whole number of at least 1")
-    for name in ("lr", "loss_temperature"):
-        need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")
+    need(0 < config.loss_temperature < math.inf, "loss_temperature", "a finite number above 0")
     need(config.holdout >= 0, "holdout", "a whole number of at least 0")
-    for name in ("bias_lr", "adamw_wd", "margin"):
+    for name in ("lr", "bias_lr", "adamw_wd", "margin"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
     need(1 <= config.lowpass <= 32, "lowpass", "a whole number from 1 to 32")
     need(0 <= config.momentum < 1, "momentum", "at least 0 and below 1")
     need(config.activation == "relu" or config.width % 2 == 0, "width", "even for maxmin, which works on pairs")
-    need(0 <= config.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
+    need(0 <= config.seed < 2**31, "seed", "a whole number from 0 to 2^31 - 1")
     limits(config)
+    config.lr = config.lr or (0.2 if config.optimizer == "muon" else 0.0013)
 
 
 def limits(config):
@@ -353,7 +352,7 @@ class MLP(torch.nn.Module):
         if config.bias:
             self.biases = torch.nn.ParameterList(torch.zeros(fan_out) for fan_out, _ in shapes)
         self.register_buffer("mean_P", (torch.zeros(3072) if mean_P is None else mean_P) if config.center else None)
-        self.register_buffer("cosines_FX", cosines(config.lowpass) if config.lowpass < 32 else None, persistent=False)
+        self.cosines_FX = cosines(config.lowpass) if config.lowpass < 32 else None  # float64, on the CPU
         self.activation = F.relu if config.activation == "relu" else maxmin
         generator = torch.Generator().manual_seed(config.seed)
         for W, w_max in zip(self.weights, limits(config)):
@@ -366,7 +365,7 @@ class MLP(torch.nn.Module):
         h = x_BP if self.mean_P is None else x_BP - self.mean_P.to(x_BP.dtype)
         if self.cosines_FX is None:
             return h
-        cosines_XF = self.cosines_FX.to(h.dtype).T
+        cosines_XF = self.cosines_FX.to(h.dtype).to(h.device).T
         h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
         h = h.reshape(len(x_BP), 32, -1).mT @ cosines_XF  # columns to frequencies: (B, 3 * F, F)
         return h.reshape(len(x_BP), -1)
@@ -421,7 +420,7 @@ def certificate(model):
     pairs_KK   L_yj of step 7, l2 -> |f_y - f_j|
     All rounded up by 1e-9 or more. Multiply l2->l2 by RMS_PER_L2 for RMS->RMS.
     """
-    weights = [W.detach().double().cpu() for W in model.weights]
+    weights = [W.detach().cpu().double() for W in model.weights]
     if not all(W.isfinite().all() for W in weights):
         raise Refusal("the model has weights that are not finite, so there is nothing to certify")
     norms = [exact_norm(W).item() for W in weights]
@@ -549,9 +548,9 @@ def train(config, model, optimizers, train_set, test_set, data_name, out, progre
         losses.append(train_step(config, model, optimizers, images_BP, labels_N[index], step, dtype))
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at every step: on a GPU that would wait for it)
-            if not torch.stack(losses[-10:]).isfinite().all():
-                raise Refusal(f"step {done}: the loss is not finite, as {first_not_finite(model)}; the last good "
-                              f"checkpoint, if any, is in {out}; try a smaller --lr than {config.lr:g}")
+            if not (torch.stack(losses[-10:]).isfinite().all() and all(W.isfinite().all() for W in model.weights)):
+                raise Refusal(f"step {done}: training has diverged, as {first_not_finite(model)}; the last good checkpoint, "
+                              f"if any, is in {out}; try a smaller --lr than {config.lr:g}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(done - bar.n)
         if done in eval_steps:
@@ -596,7 +595,7 @@ def keep_memory():
 def choose_device(config):
     name = config.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
@@ -708,6 +707,8 @@ def report(config, model, out, data_name, test_set):
     for i, (norm, w) in enumerate(zip(bound["norms"], limits(config))):
         limit = f"limit {w:g}" if config.constraint != "none" else "no limit"
         print(f"  layer {i + 1} norm (RMS->RMS)          {norm:8.4f}       {limit}")
+    if config.lowpass < 32:
+        print(f"  low-pass in front (RMS->RMS)     {32 / config.lowpass:8.4f}       fixed; 1 in l2->l2")
     print("  Lipschitz constant                l2->l2     RMS->RMS")
     for name, value in (("certified, product", bound["product"]), ("certified, tight", bound["tight"]),
                         ("found on 500 test images", jacobian)):
@@ -762,7 +763,8 @@ def resumed(config):
     own, _ = model_from_checkpoint(state)
     own.device = config.device
     own.data = config.data if config.data != "auto" else own.data
-    log = [line for line in (out / "log.jsonl").read_text().splitlines() if json.loads(line)["step"] <= state["step"]]
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)  # (the last may have been cut off with the run)
+    log = [line.strip() for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]]
     write_atomically(out / "log.jsonl", "".join(line + "\n" for line in log).encode())
     return out, state, own
 
@@ -806,8 +808,8 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {refusal}", file=sys.stderr)
         sys.exit(2)
     except OSError as problem:
-        print(f"{SCRIPT}.py: {problem}; what was saved before is not lost: mend that, then --resume", file=sys.stderr)
+        print(f"{SCRIPT}.py: {problem}; mend that and start again, or --resume from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; --resume the run folder to go on", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; --resume goes on from the last checkpoint, if there was one", file=sys.stderr)
         sys.exit(130)

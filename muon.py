@@ -30,7 +30,7 @@ import torch
 #      touches 1-e, 1+e, 1-e, 1+e in turn, at l, at two points between, and at 1 + tau (Remez).
 #   2. Divide it by its maximum 1+e. Now it maps [l, 1] into [(1-e)/(1+e), 1], and rises from 0 on [0, l]: p <= 1.
 #   3. Repeat with (1-e)/(1+e) as the new l. From l = 0.003 these are 0.0125, 0.0515, 0.203, 0.638, 0.985.
-#   4. The allowance tau = 0.02 is for rounding: at 1 these polynomials are steep (slope 13), and a singular value that
+#   4. The allowance tau = 0.02 is for rounding: at 1 these polynomials are steep (slope 11), and a singular value that
 #      lands on 1 + 1e-6 would be thrown further out at each step. With tau even bfloat16 stays within 1.01.
 # Five steps take [0.003, 1] into [0.985, 1]. tests/test_muon.py derives the table again from these four lines.
 QUINTICS = (
@@ -48,11 +48,12 @@ def msign(G: torch.Tensor) -> torch.Tensor:
 
     G: (..., fan_out, fan_in), tall or wide, float64, float32 or bfloat16, any scale. Returns the same shape and dtype,
     with every singular value at most MSIGN_MAX[dtype]. Relative to the largest one, s = 0.1, 0.01, 0.001 become 0.999,
-    0.987, 0.51, or less for matrices of high rank: s is measured against the bound of step 2 below, up to rank^(1/4)
+    0.987, 0.51, or less for matrices of high rank: s is measured against the bound of step 2 below, up to rank^(1/8)
     too large. Zero gives zero, NaN or infinity gives NaN.
     """
-    if G.ndim < 2 or not G.is_floating_point():
-        raise ValueError(f"msign needs a floating-point matrix (..., fan_out, fan_in), got {G.dtype} {tuple(G.shape)}")
+    if G.ndim < 2 or G.dtype not in MSIGN_MAX:
+        raise ValueError(f"msign needs a matrix (..., fan_out, fan_in) in float64, float32 or bfloat16, got {G.dtype} "
+                         f"{tuple(G.shape)}")
     if G.numel() == 0:
         return G.clone()
     X = G if G.shape[-2] <= G.shape[-1] else G.mT  # (..., m, n) with m <= n
@@ -117,7 +118,8 @@ class Muon(torch.optim.Optimizer):
     nesterov      use momentum * M + (1 - momentum) * gradient in place of M
     weight_decay  W <- (1 - lr * weight_decay) W before the update
     constraint    a map constraint(W, w_max, step_norm) from constraints.py or of your own, or None
-    w_max         the RMS->RMS limit the constraint enforces (a number, needed if there is a constraint)
+    w_max         the RMS->RMS limit the constraint enforces (a number, needed if there is a constraint). The weights have
+                  to start within it, and to be float32 or float64: in bfloat16, rounding lets them drift past it
 
     All can be set per parameter group. Parameters are matrices (fan_out, fan_in); stacks (..., fan_out, fan_in) are
     taken as independent matrices. Those of one shape in a group are handled as one batch.
@@ -170,6 +172,14 @@ class Muon(torch.optim.Optimizer):
                 self._update(batch, group)
         return loss
 
+    @staticmethod
+    def _check_start(p, w_max):
+        """Constraints are told how far a step can lead from the limit, so the first one has to begin within it."""
+        norm = torch.linalg.matrix_norm(p.float(), 2).max().item() * (p.shape[-1] / p.shape[-2]) ** 0.5
+        if norm > w_max * (1 + 1e-3):
+            raise ValueError(f"Muon: a {tuple(p.shape)} parameter starts at RMS->RMS norm {norm:.4g}, above its w_max of "
+                             f"{w_max:g}; bring it there first: p.data = constraints.hard_cap(p.data, {w_max:g})")
+
     def _update(self, batch, group):
         """One step for matrices of one shape: momentum, orthogonal factor, update, constraint."""
         lr, momentum = group["lr"], group["momentum"]
@@ -177,6 +187,8 @@ class Muon(torch.optim.Optimizer):
         for p in batch:
             state = self.state[p]
             if not state:
+                if group["constraint"] is not None:
+                    self._check_start(p, group["w_max"])
                 state["momentum"] = torch.zeros_like(p)
             M = state["momentum"].lerp_(p.grad, 1 - momentum)
             updates.append(torch.lerp(p.grad, M, momentum) if group["nesterov"] else M)

@@ -52,7 +52,7 @@ def test_power_iteration_would_have_been_below():
 
 # ---- limits ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("largest", [0.0, 0.5, 1.4999, 1.5001, 1.7, 5.0, 100.0, 1e6])
+@pytest.mark.parametrize("largest", [0.0, 0.5, 1.4999, 1.5001, 1.7, 5.0, 100.0, 1e9])
 @pytest.mark.parametrize("constraint", [hard_cap, specnorm, stiefel])
 def test_limits_hold_whatever_the_input(constraint, largest, shape):
     for name, W in cases(shape, largest):
@@ -83,6 +83,16 @@ def test_stiefel_makes_all_singular_values_equal(shape):
     W = with_spectrum(*shape, torch.linspace(1, 0.2, min(shape), dtype=torch.float64))
     assert (stiefel(W, W_MAX) - mapped(W, lambda s: 0 * s + sigma_limit(W, W_MAX))).abs().max() < 1e-3
     assert singular_values(stiefel(torch.zeros(shape), W_MAX)).min() > 0
+
+
+@pytest.mark.parametrize("smallest", [0.0, 0.001])
+def test_stiefel_finds_null_directions_that_no_single_entry_shows(smallest):
+    Q = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(7):
+        Q = torch.cat([torch.cat([Q, Q], 1), torch.cat([Q, -Q], 1)]) / 2**0.5  # Hadamard: all entries alike
+    s = torch.ones(128, dtype=torch.float64)
+    s[0], s[1] = smallest, 5.9
+    assert singular_values(stiefel(((Q * s) @ Q.T).float(), 1.0)).min() > 0.999
 
 
 # ---- soft cap --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from matrices import SHAPES, singular_values, spectra, with_spectrum
 
 import muon
-from constraints import hard_cap
+from constraints import hard_cap, weight_decay
 from muon import MSIGN_MAX, QUINTICS, Muon, msign
 
 
@@ -82,6 +82,8 @@ def test_msign_of_zero_extremes_and_views():
     assert msign(torch.zeros(0, 3)).shape == (0, 3)
     with pytest.raises(ValueError, match="matrix"):
         msign(torch.ones(3))
+    with pytest.raises(ValueError, match="float16"):
+        msign(torch.ones(3, 3, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 40)])
@@ -117,11 +119,11 @@ def test_update_has_norm_lr(shape):
 
 def test_same_shapes_are_one_batch_and_constraint_follows_update():
     generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(6, 10, generator=generator) for _ in range(3)]
+    start = [0.1 * torch.randn(6, 10, generator=generator) for _ in range(3)]
     grads = [torch.randn(6, 10, generator=generator) for _ in range(3)]
     together = [torch.nn.Parameter(w.clone()) for w in start]
     apart = [torch.nn.Parameter(w.clone()) for w in start]
-    kwargs = dict(lr=0.2, constraint=hard_cap, w_max=0.7)
+    kwargs = dict(lr=0.9, constraint=hard_cap, w_max=0.7)
     optimizers = [Muon(together, **kwargs)] + [Muon([w], **kwargs) for w in apart]
     for w, v, g in zip(together, apart, grads):
         w.grad, v.grad = g.clone(), g.clone()
@@ -142,7 +144,7 @@ def test_constraint_is_told_the_true_step():
 
 def test_state_dict_is_safe_to_load_and_continues():
     def make():
-        W = torch.nn.Parameter(torch.ones(3, 5))
+        W = torch.nn.Parameter(0.1 * torch.ones(3, 5))
         return W, Muon([W], lr=0.1, constraint=hard_cap, w_max=1.0)
 
     def step(W, optimizer, seed):
@@ -161,6 +163,24 @@ def test_state_dict_is_safe_to_load_and_continues():
     step(W, optimizer, 1)
     step(V, other, 1)
     assert torch.equal(W, V) and other.param_groups[0]["constraint"] is hard_cap
+
+
+def test_weight_decay_under_muon_keeps_the_limit():
+    W = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = Muon([W], lr=0.1, constraint=weight_decay, w_max=1.0)
+    for _ in range(100):
+        W.grad = -torch.eye(8)
+        optimizer.step()
+        assert singular_values(W.data).max() <= 1
+    assert singular_values(W.data).min() > 0.85  # equilibrium at w_max - lr, less what msign falls short of 1
+
+
+def test_muon_refuses_to_start_above_the_limit():
+    W = torch.nn.Parameter(2 * torch.eye(4))
+    W.grad = torch.eye(4)
+    with pytest.raises(ValueError, match="starts at RMS->RMS norm 2, above its w_max of 1"):
+        Muon([W], constraint=hard_cap, w_max=1.0).step()
+    assert torch.equal(W, 2 * torch.eye(4))
 
 
 def test_muon_refuses():
