@@ -119,7 +119,7 @@ def test_update_has_norm_lr(shape):
 
 def test_same_shapes_are_one_batch_and_constraint_follows_update():
     generator = torch.Generator().manual_seed(0)
-    start = [0.1 * torch.randn(6, 10, generator=generator) for _ in range(3)]
+    start = [0.05 * torch.randn(6, 10, generator=generator) for _ in range(3)]
     grads = [torch.randn(6, 10, generator=generator) for _ in range(3)]
     together = [torch.nn.Parameter(w.clone()) for w in start]
     apart = [torch.nn.Parameter(w.clone()) for w in start]
