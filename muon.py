@@ -8,7 +8,7 @@ the update
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
 has norm lr. If W was below its limit before the step, it is below limit + lr after it, and constraints.py knows how
-much there is to take back. Used by the three tutorials as
+much there is to take back. Used as
 
     optimizer = Muon(model.parameters(), lr=0.1, constraint=soft_cap, w_max=6.0)   # every parameter a matrix
 
