@@ -93,8 +93,8 @@ PRESETS = {
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", adamw_wd=0.08),
     "accurate": dict(width=512, lowpass=9, w_max="3.15"),
     "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.8", steps=4000),
-    "certified": dict(activation="maxmin", augment=True, width=512, w_max="1", loss_temperature=15.0, margin=2.0,
-                      steps=4000),
+    "certified": dict(activation="maxmin", augment=True, depth=4, width=512, w_max="1", loss_temperature=15.0,
+                      margin=2.0, steps=5000),
 }
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels in [0, 1]
 
@@ -118,6 +118,9 @@ def parse_arguments(argv=None):
     preset = given.get("preset", "default")
     if preset not in PRESETS:
         parser.error(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    if given.get("resume") and given.keys() - {"resume", "data", "device"}:
+        others = ", ".join("--" + name for name in sorted(given.keys() - {"resume", "data", "device"}))
+        parser.error(f"{others} with --resume: a run goes on with its own settings (but --data and --device)")
     return Config(**{**PRESETS[preset], **given})
 
 
@@ -133,6 +136,7 @@ def check(config):
     need(config.holdout >= 0, "holdout", "a whole number of at least 0")
     for name in ("lr", "bias_lr", "adamw_wd", "margin"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
+    need(config.width <= 2**16 and config.depth <= 1000, "width", "at most 65536 (and --depth at most 1000)")
     need(1 <= config.lowpass <= 32, "lowpass", "a whole number from 1 to 32")
     need(0 <= config.momentum < 1, "momentum", "at least 0 and below 1")
     need(config.activation == "relu" or config.width % 2 == 0, "width", "even for maxmin, which works on pairs")
@@ -198,6 +202,10 @@ def hold_out(config, train_set, test_set):
         return train_set, test_set
     order = torch.randperm(n, generator=torch.Generator().manual_seed(2025))
     return tuple(tuple(t[part] for t in train_set) for part in (order[config.holdout:], order[:config.holdout]))
+
+
+def test_name(config):
+    return "held-out" if config.holdout else "test"
 
 
 def load_images(source):
@@ -470,9 +478,10 @@ def make_optimizers(config, model):
     """[(optimizer, its learning rate at the start)]: one for the matrices, one for the biases if there are any."""
     w_max = limits(config)
     if config.optimizer == "muon":
+        dtype = compute_dtype(config, model.weights[0].device)
         # The layers share the learning rate: a step moves the product of their norms by about lr / w_max in all.
         optimizers = [(Muon([dict(params=[W], w_max=w) for W, w in zip(model.weights, w_max)], momentum=config.momentum,
-                            constraint=CONSTRAINTS[config.constraint]), config.lr / config.depth)]
+                            constraint=CONSTRAINTS[config.constraint], dtype=dtype), config.lr / config.depth)]
     else:
         optimizers = [(torch.optim.AdamW(model.weights, betas=(config.momentum, 0.95), weight_decay=config.adamw_wd),
                        config.lr)]
@@ -566,8 +575,8 @@ def train(config, model, optimizers, train_set, test_set, data_name, out, progre
                 f.write(json.dumps(record) + "\n")
             save_checkpoint(out, config, model, optimizers, progress, data_name, len(labels_N))
             left = ms / 1000 * (config.steps - done)
-            bar.write(f"step {done:5d}/{config.steps}  train loss {record['train_loss']:.3f}  test loss {val_loss:.3f} "
-                      f" accuracy {100 * val_accuracy:5.2f} %  largest norm {max(bound['norms']):.3f}  bound "
+            bar.write(f"step {done:5d}/{config.steps}  train loss {record['train_loss']:.3f}  {test_name(config)} loss "
+                      f"{val_loss:.3f}  accuracy {100 * val_accuracy:5.2f} %  largest norm {max(bound['norms']):.3f}  bound "
                       f"(RMS->RMS) {constant:.4g}  {ms:.1f} ms/step  {left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
@@ -701,7 +710,7 @@ def report(config, model, out, data_name, test_set):
 
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, seed {config.seed}, "
           f"data: {data_name}")
-    print(f"  test accuracy                    {100 * record['val_accuracy']:8.2f} %     cross-entropy of the logits "
+    print(f"  {test_name(config) + ' accuracy':27}      {100 * record['val_accuracy']:8.2f} %     cross-entropy of the logits "
           f"{record['val_loss']:.3f}" + (f" (trained at loss temperature {config.loss_temperature:g})"
                                          if config.loss_temperature != 1 else ""))
     for i, (norm, w) in enumerate(zip(bound["norms"], limits(config))):
@@ -711,7 +720,7 @@ def report(config, model, out, data_name, test_set):
         print(f"  low-pass in front (RMS->RMS)     {32 / config.lowpass:8.4f}       fixed; 1 in l2->l2")
     print("  Lipschitz constant                l2->l2     RMS->RMS")
     for name, value in (("certified, product", bound["product"]), ("certified, tight", bound["tight"]),
-                        ("found on 500 test images", jacobian)):
+                        (f"found on 500 {test_name(config)} images", jacobian)):
         print(f"    {name:26} {value:12.4g} {value * RMS_PER_L2:12.4g}")
     print("  certified accuracy at l2 radius   " + "   ".join(f"{k}: {100 * v:.2f} %" for k, v in certified.items()))
     if data_name.startswith("stand-in"):
@@ -728,7 +737,7 @@ def draw(config, model, out, log, bound, radius_N, data_name):
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}, data: {data_name}")
     a.plot(steps, [100 * r["val_accuracy"] for r in log], "o-")
-    a.set(title="accuracy", xlabel="step", ylabel="test accuracy (%)")
+    a.set(title="accuracy", xlabel="step", ylabel=f"{test_name(config)} accuracy (%)")
     for i, w in enumerate(limits(config)):
         line, = b.plot(steps, [r["norms"][i] for r in log], "o-", label=f"layer {i + 1}")
         if config.constraint != "none":
@@ -752,9 +761,6 @@ def draw(config, model, out, log, bound, radius_N, data_name):
 
 def resumed(config):
     """(run folder, checkpoint, configuration) of a run that was stopped."""
-    for f in dataclasses.fields(config):
-        if f.name not in ("resume", "data", "device") and getattr(config, f.name) != f.default:
-            raise Refusal(f"--{f.name} with --resume: a run goes on with its own settings (but --data and --device)")
     out, state = Path(config.resume), load_checkpoint(config.resume)
     if not out.is_dir():
         raise Refusal(f"--resume {out}: is a file; give the run folder that holds it")
@@ -795,7 +801,7 @@ def main(config):
         for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     print(f"device {device}, computing in {compute_dtype(config, device)} with float32 weights, data: {data_name} "
-          f"({len(train_set[0])} images to train, {len(test_set[0])} to test), run folder {out}", flush=True)
+          f"({len(train_set[0])} images to train, {len(test_set[0])} {test_name(config)}), run folder {out}", flush=True)
     progress = dict(step=state["step"], seconds=state["training_seconds"]) if state else dict(step=0, seconds=0.0)
     train(config, model, optimizers, train_set, test_set, data_name, out, progress)
     report(config, model, out, data_name, test_set)

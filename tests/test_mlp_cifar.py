@@ -349,11 +349,12 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
     (["--device", "tpu"], "--device"), (["--device", "cuda:77"], "--device"), (["--momentum", "1"], "--momentum"),
     (["--lowpass", "33"], "--lowpass"), (["--loss_temperature", "0"], "--loss_temperature"), (["--seed", "-1"], "--seed"), (["--seed", "100000000000000"], "--seed"),
     (["--data", "/no/such/folder"], "/no/such/folder"), (["--resume", "/no/such/run"], "no such checkpoint"),
+    (["--steps", "2000", "--resume", "/no/such/run"], "--out, --steps with --resume"), (["--width", "1000000000"], "65536"),
     (["--depht", "3"], "--depht"), (["--width", "7", "--activation", "maxmin"], "even"), (["--margin", "-1"], "--margin"), (["--bias_lr", "inf"], "--bias_lr"), (["--evals", "0"], "--evals")])
 def test_wrong_flags(flags, says, tmp_path, capsys):
     out = tmp_path / "run"
     try:  # in this process, as main() does it, to save 27 starts of python
-        config = mlp_cifar.parse_arguments(["--data", "stand-in", *flags, *([] if "--resume" in flags else ["--out", str(out)])])
+        config = mlp_cifar.parse_arguments(["--data", "stand-in", *flags, *([] if flags[0] == "--resume" else ["--out", str(out)])])
         with pytest.raises(Refusal) as refusal:
             mlp_cifar.main(config)
         message = str(refusal.value)
