@@ -76,7 +76,8 @@ class Config:
     batch: int = option(32, "windows a step")
     lr: float = option(0.0, "learning rate at the start, falling linearly to 0; for Muon it is the RMS->RMS norm of a "
                             "step. 0: 0.1 for Muon, 0.003 for AdamW")
-    embed_lr: float = option(0.02, "learning rate of embedding and position bias (Adam), falling likewise")
+    embed_lr: float = option(0.02, "learning rate of the embedding (Adam), falling likewise")
+    bias_lr: float = option(0.1, "learning rate of the position bias (Adam), falling likewise")
     momentum: float = option(0.95, "Muon's momentum, or AdamW's first beta")
     adamw_wd: float = option(0.0, "AdamW's own weight decay (besides the constraint)")
     loss_temperature: float = option(1.0, "the loss sees temperature * logits; bounds and val_loss are of the logits")
@@ -145,7 +146,7 @@ def check(config):
         need(1 <= getattr(config, name) <= largest, name, f"a whole number from 1 to {largest}")
     for name in ("loss_temperature", "temperature"):
         need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")
-    for name in ("lr", "embed_lr", "adamw_wd", "logit_scale", "attention_scale", "residual_scale"):
+    for name in ("lr", "embed_lr", "bias_lr", "adamw_wd", "logit_scale", "attention_scale", "residual_scale"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
     need(config.width % config.heads == 0, "heads", f"a divisor of the width, {config.width}")
     need(config.positions == "bias" or config.width // config.heads % 2 == 0, "heads", "such that width / heads is even, "
@@ -299,16 +300,18 @@ def rotate(x_BHTE):
 class Block(torch.nn.Module):
     """The matrices of a block: q, k, v, o (D, D), w_in (hidden, D), w_out (D, hidden), and the position bias (H, T)."""
 
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
         D = config.width
         for name in ("q", "k", "v", "o") if config.logit_scale > 0 else ("v", "o"):
             setattr(self, name, torch.nn.Parameter(torch.zeros(D, D)))
         self.w_in = torch.nn.Parameter(torch.zeros(config.hidden, D))
         self.w_out = torch.nn.Parameter(torch.zeros(D, config.hidden))
-        if config.positions == "bias":  # at the start the heads look back over 1/2 to 64 characters
-            slope_H = 2 ** torch.linspace(1, -6, config.heads)
-            self.bias_HT = torch.nn.Parameter(-slope_H[:, None] * torch.arange(config.seq_len))
+        if config.positions == "bias":  # at the start head h of block i looks at about h 2^i characters ago
+            step = 2 ** min(index, 5)
+            centre_H = (step * torch.arange(config.heads)).clamp(max=config.seq_len - 1)
+            distance_HT = (torch.arange(config.seq_len) - centre_H[:, None]).abs()
+            self.bias_HT = torch.nn.Parameter(-2.0 / step * distance_HT)
 
     def matrices(self):
         """[(role, matrix)]"""
@@ -329,7 +332,7 @@ class Transformer(torch.nn.Module):
         self.mix = config.residual_scale / (2 * config.blocks)  # a
         self.attention_scale = config.attention_scale or config.heads**-0.5
         self.embedding_VD = torch.nn.Parameter(torch.randn(len(vocabulary), config.width, generator=generator))
-        self.blocks = torch.nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.blocks = torch.nn.ModuleList(Block(config, i) for i in range(config.blocks))
         self.head_VD = torch.nn.Parameter(torch.zeros(len(vocabulary), config.width))
         w_max = limits(config)
         for role, W in self.matrices():
@@ -603,7 +606,7 @@ def certified_token_accuracy(model, tokens_N, rhos=RHOS):
 def make_optimizers(config, model):
     """[(optimizer, its learning rate at the start)]: one for the matrices, one for the embedding and the position bias."""
     w_max = limits(config)
-    others = [p for name, p in model.named_parameters() if "embedding" in name or "bias" in name]
+    biases = [block.bias_HT for block in model.blocks if config.positions == "bias"]
     if config.optimizer == "muon":
         groups = [dict(params=[W for role, W in model.matrices() if w_max[role] == w], w_max=w)
                   for w in dict.fromkeys(w_max.values()) if any(w_max[role] == w for role, _ in model.matrices())]
@@ -612,7 +615,8 @@ def make_optimizers(config, model):
     else:
         matrices = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                      weight_decay=config.adamw_wd)
-    return [(matrices, config.lr), (torch.optim.Adam(others, betas=(0.9, 0.95)), config.embed_lr)]
+    optimizers = [(matrices, config.lr), (torch.optim.Adam([model.embedding_VD], betas=(0.9, 0.95)), config.embed_lr)]
+    return optimizers + [(torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr)] * bool(biases)
 
 
 @torch.no_grad()
@@ -844,7 +848,7 @@ def load_published(path):
     def entry(name):
         with archive.open(name + ".npy") as f:
             version = np.lib.format.read_magic(f)
-            np.lib.format._read_array_header(f, version)
+            (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
             return NumpyOnly(f).load().item()
 
     try:

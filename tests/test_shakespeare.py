@@ -1,0 +1,593 @@
+"""shakespeare.py: its certificate against attacks step by step, its data, and its behaviour through the command line."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matrices import sigma_limit, singular_values, with_spectrum
+from test_mlp_cifar import same, state_of
+
+import shakespeare
+from constraints import CONSTRAINTS
+from shakespeare import Config, Refusal, Transformer, attention_terms, certificate, mlp_terms, sigma
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(data="stand-in", width=16, blocks=2, heads=2, hidden=32, seq_len=24, steps=6, batch=4, evals=2, length=20)
+REFERENCE = np.load(Path(__file__).parent / "reference.npz")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_stand_in():
+    """The library's source, but little of it; and the paper's protocol on few windows."""
+    text = shakespeare.stand_in(20_000)
+    originals = shakespeare.stand_in, shakespeare.paper_protocol
+    shakespeare.stand_in = lambda: text
+    shakespeare.paper_protocol = lambda model, tokens, dtype: originals[1](model, tokens[:300], dtype)
+    yield text
+    shakespeare.stand_in, shakespeare.paper_protocol = originals
+
+
+def run(tmp_path, **changes):
+    """A tiny run in this process; returns its folder and summary."""
+    out = tmp_path / "run"
+    shakespeare.main(Config(**{**TINY, "out": str(out), **changes}))
+    return out, json.loads((out / "summary.json").read_text())
+
+
+def command(*arguments, **kwargs):
+    """The script as a user runs it."""
+    return subprocess.run([sys.executable, str(ROOT / "shakespeare.py"), *map(str, arguments)], capture_output=True,
+                          text=True, timeout=120, **kwargs)
+
+
+def random_model(kind="random", seed=0, norm=1.0, vocabulary="abcdefgh", **changes):
+    """A float64 model with random or orthogonal matrices of the RMS->RMS norm asked for."""
+    config = Config(**{**dict(width=16, blocks=1, heads=2, hidden=32, seq_len=6, seed=seed), **changes})
+    model = Transformer(config, vocabulary)
+    generator = torch.Generator().manual_seed(seed)
+    for i, (_, W) in enumerate(model.matrices()):
+        r = min(W.shape)
+        s = torch.ones(r) if kind == "orthogonal" else torch.rand(r, generator=generator)
+        W.data = with_spectrum(*W.shape, norm * sigma_limit(W, 1.0) * (s / s.max()).double(), seed=100 * seed + i)
+    model = model.double()
+    for block in model.blocks:
+        if hasattr(block, "bias_HT"):
+            block.bias_HT.data = torch.randn(block.bias_HT.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def rms(x):
+    return x.square().mean(-1).sqrt()
+
+
+def attack(f, R, T, D, seed=0, restarts=8, steps=100, start=None):
+    """The largest max_t rms((J_f(x) dx)_t) found over x in the ball of radius R and rms(dx_t) <= 1 at every token.
+
+    Adam on both at once; x is projected into the ball, dx normalised token by token (the maximum is at the border).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = start if start is not None else R * torch.randn(restarts, T, D, generator=generator, dtype=torch.float64)
+    x = x.clone().requires_grad_()
+    dx = torch.randn(x.shape, generator=generator, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.Adam([x, dx], lr=0.05)
+    best = 0.0
+    for _ in range(steps):
+        inside = x * (R / rms(x).clamp(min=R))[..., None]
+        _, moved = torch.func.jvp(f, (inside,), (dx / rms(dx)[..., None],))
+        found = rms(moved).amax(-1)
+        best = max(best, found.max().item())
+        optimizer.zero_grad()
+        (-found.log().sum()).backward()
+        optimizer.step()
+    return best
+
+
+def split_tokens(model, R):
+    """Inputs that break a count without heads: each head finds its slice of the value in a token of its own."""
+    D, H, T = model.config.width, model.config.heads, model.config.seq_len
+    v_HED = model.blocks[0].v.detach().view(H, D // H, D)
+    x = torch.zeros(8, T, D, dtype=torch.float64)
+    for b in range(8):
+        for t in range(T):
+            x[b, t] = v_HED[(t + b) % H].T @ torch.randn(D // H, generator=torch.Generator().manual_seed(b * T + t), dtype=torch.float64)
+    return x * (R / rms(x))[..., None]
+
+
+# ---- the certificate, step by step -----------------------------------------------------------------------------------
+ARCHITECTURES = [dict(heads=H, positions=p, activation=act, residual_scale=r, attention_scale=beta)
+                 for H, p, act, r, beta in ((1, "rope", "gelu", 1.0, 1 / 3), (2, "rope", "gelu", 2.0, 1 / 3), (4, "rope", "maxmin", 1.0, 0.0),
+                                            (8, "bias", "gelu", 1.0, 1.0), (4, "bias", "maxmin", 1.0, 0.0), (8, "rope", "maxmin", 0.5, 0.0))]
+
+
+def test_the_attack_is_strong():
+    """What it finds where the truth is known: a matrix on each token, and the average of moved tokens over heads."""
+    W = torch.randn(16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = attack(lambda x: x @ W.T, 1.0, 6, 16)
+    assert 0.99 * sigma(W) <= found <= sigma(W)
+    for heads in (1, 2, 4):  # patterns that each look at one token of their own, orthogonal weights: exactly sqrt(H)
+        model = random_model("orthogonal", heads=heads, positions="bias", logit_scale=0.0, attention_scale=1.0)
+        bias_HT = torch.full((heads, 6), -1e4, dtype=torch.float64)
+        bias_HT[torch.arange(heads), torch.arange(heads)] = 0
+        model.blocks[0].bias_HT.data = bias_HT
+        found = attack(lambda x: model.attention(model.blocks[0], x), 1.0, 6, 16)
+        certified = attention_terms(model, model.blocks[0], 1.0)["value"]
+        assert certified == pytest.approx(heads**0.5, rel=1e-6) and 0.99 * certified <= found <= certified
+
+
+@pytest.mark.parametrize("kind", ["random", "orthogonal"])
+@pytest.mark.parametrize("case", ARCHITECTURES, ids=str)
+def test_certificate_survives_attack(case, kind):
+    """End to end and each sublayer alone, from the embeddings' ball."""
+    model = random_model(kind, norm=1.5, logit_scale=1.0, **case)
+    model.embedding_VD.data /= rms(model.embedding_VD.data).max()
+    bound = certificate(model, search=10)
+    block, row = model.blocks[0], bound["rows"][0]
+    R, T, D = row["radius"], 6, 16
+    found = attack(model.body, R, T, D)
+    assert found <= 10 ** bound["body_log10"]
+    attention = attack(lambda x: model.attention(block, x), R, T, D)
+    attention = max(attention, attack(lambda x: model.attention(block, x), R, T, D, start=split_tokens(model, R)))
+    certified = row["value"] + row["pattern"] * R**2
+    assert attention <= certified
+    mlp = attack(lambda x: model.mlp(block, x), row["radius_mlp"], 1, D)
+    assert mlp <= row["mlp_derivative"]
+    together = attack(lambda x: torch.lerp(x, model.mlp(block, x), model.mix), row["radius_mlp"], 1, D)
+    assert together <= row["mlp"] <= (1 - model.mix) + model.mix * row["mlp_derivative"] + 1e-12
+    assert bound["log10"] <= bound["simple_log10"] + 1e-9
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_the_papers_formula_is_exceeded_and_ours_is_not(heads):
+    """Orthogonal weights, tokens of RMS 1, output factor 1/3: the formula without heads says 1."""
+    model = random_model("orthogonal", heads=heads)
+    block = model.blocks[0]
+    formula, _, _ = shakespeare.reference_formula(model, block, 1.0)
+    assert formula.item() if isinstance(formula, torch.Tensor) else formula == pytest.approx(1.0, rel=1e-6)
+    found = max(attack(lambda x: model.attention(block, x), 1.0, 6, 16, start=s) for s in (None, split_tokens(model, 1.0)))
+    terms = attention_terms(model, block, 1.0, search=10)
+    assert 1.0 < found <= terms["value"] + terms["pattern"]
+
+
+def test_one_head_gives_the_papers_formula():
+    model = random_model("random", heads=1, norm=2.0)
+    terms = attention_terms(model, model.blocks[0], 1.3)
+    formula, gain, _ = shakespeare.reference_formula(model, model.blocks[0], 1.3)
+    assert terms["value_simple"] == pytest.approx(gain, rel=1e-6)
+    assert terms["value_simple"] + terms["pattern_simple"] * 1.3**2 == pytest.approx(formula, rel=1e-6)
+    assert terms["value"] <= terms["value_simple"] and terms["pattern"] <= terms["pattern_simple"] * (1 + 1e-8)
+
+
+def test_weights_trained_to_break_the_certificate_do_not():
+    """Gradient ascent on found / certified over the weights themselves."""
+    model = random_model("random", heads=4, attention_scale=1.0)
+    block = model.blocks[0]
+    generator = torch.Generator().manual_seed(0)
+    x, dx = torch.randn(2, 8, 6, 16, generator=generator, dtype=torch.float64)
+    dx.requires_grad_()
+    x.requires_grad_()
+    optimizer = torch.optim.Adam([x, dx, block.q, block.k, block.v, block.o], lr=0.03)
+    ratios = []
+    for _ in range(150):
+        inside = x / rms(x).clamp(min=1)[..., None]
+        _, moved = torch.func.jvp(lambda v: model.attention(block, v), (inside,), (dx / rms(dx)[..., None],))
+        found = rms(moved).amax()
+        terms = attention_terms(model, block, 1.0)
+        ratios.append(found.item() / (terms["value"] + terms["pattern"]))
+        # what is ascended is the ratio to a differentiable stand-in of the bound
+        simple = sigma(block.o) * sigma(block.v.view(4, 4, 16)).norm() * (1 + 2 * sigma(block.q) * sigma(block.k))
+        optimizer.zero_grad()
+        (-(found / simple).log()).backward()
+        optimizer.step()
+    assert max(ratios) <= 1 and max(ratios) > 1.5 * ratios[0]
+
+
+@torch.no_grad()
+def test_inequalities_of_attention():
+    """Steps 1 to 4 above certificate(), at random points and moves."""
+    generator = torch.Generator().manual_seed(2)
+    P = torch.rand(200, 7, generator=generator, dtype=torch.float64).pow(4)
+    P = P / P.sum(1, keepdim=True)
+    e = torch.randn(200, 7, generator=generator, dtype=torch.float64).sign()
+    dP = P * (e - (P * e).sum(1, keepdim=True))
+    assert dP.abs().sum(1).max() <= 1 + 1e-12 and dP.abs().sum(1).max() > 0.9  # step 1, moves of 1 in each logit
+    H, E, D, s, r = 4, 4, 16, 0.3, 2.0
+    q, k = torch.randn(2, H, E, D, generator=generator, dtype=torch.float64)
+    x, y, dx, dy = (torch.nn.functional.normalize(v, dim=-1) for v in
+                    torch.randn(4, 500, D, generator=generator, dtype=torch.float64))
+    x, y = r * x, r * y
+    dlogit = s * torch.einsum("hed,nd,hec,nc->nh", q, dx, k, y) + s * torch.einsum("hed,nd,hec,nc->nh", q, x, k, dy)
+    q_n, dq_n = torch.einsum("hed,nd->nhe", q, x).norm(dim=-1), torch.einsum("hed,nd->nhe", q, dx).norm(dim=-1)
+    e_nh = s * (dq_n * sigma(k) * r + q_n * sigma(k))
+    assert (dlogit.abs() <= e_nh).all()  # step 2
+    t = torch.rand(H, generator=generator, dtype=torch.float64) + 0.1
+    shared = sigma((q * (t * sigma(k))[:, None, None]).reshape(H * E, D))
+    assert ((t * e_nh).norm(dim=1) <= 2 * s * r * shared).all()  # step 4
+    C, u = torch.randn(H, D, D, generator=generator, dtype=torch.float64), torch.randn(500, H, D, generator=generator, dtype=torch.float64)
+    left = torch.einsum("hij,nhj->ni", C, u).norm(dim=1)
+    right = sigma(torch.cat(list(C / t[:, None, None]), 1)) * (t * u.norm(dim=-1)).norm(dim=1)
+    assert (left <= right).all()  # step 3
+
+
+def test_slopes_of_the_activations():
+    """Step 7: g bounds GeLU's slope, and is not generous; MaxMin keeps lengths; no activation lengthens a vector."""
+    z = torch.linspace(-8, 8, 400_001, dtype=torch.float64, requires_grad=True)
+    slope, = torch.autograd.grad(torch.nn.functional.gelu(z, approximate="tanh").sum(), z)
+    g = shakespeare.GELU_SLOPE
+    assert g - 1e-8 < slope.max() <= g and slope.min() >= 1 - g
+    assert (torch.nn.functional.gelu(z, approximate="tanh").abs() <= z.abs()).all()
+    x = torch.randn(50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = shakespeare.maxmin(x)
+    a, b = x.chunk(2, -1)
+    torch.testing.assert_close(y, torch.cat([torch.maximum(a, b), torch.minimum(a, b)], -1))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "maxmin"])
+def test_the_stream_and_the_mlp_together(activation):
+    """Step 8, exactly: for MaxMin the worst pattern of swaps by enumeration, for GeLU slopes at the ends of their range."""
+    model = random_model("random", width=4, hidden=8, heads=1, residual_scale=1.5, activation=activation, norm=1.4)
+    block, a = model.blocks[0], model.mix
+    terms = mlp_terms(model, block)
+    g, worst = shakespeare.GELU_SLOPE, 0.0
+    for code in range(2**8):
+        bits = torch.tensor([(code >> i) & 1 for i in range(8)], dtype=torch.float64)
+        if activation == "gelu":
+            J = torch.diag(bits * g + (1 - bits) * (1 - g)) / shakespeare.GELU_SCALE
+        else:
+            J = torch.zeros(8, 8, dtype=torch.float64)
+            for i in range(4):
+                swap = bits[i]
+                J[i, i] = J[i + 4, i + 4] = 1 - swap
+                J[i, i + 4] = J[i + 4, i] = swap
+        worst = max(worst, sigma((1 - a) * torch.eye(4, dtype=torch.float64) + a * block.w_out @ J @ block.w_in).item())
+    assert 0.7 * terms["mlp"] < worst <= terms["mlp"]
+
+
+@torch.no_grad()
+def test_radius_is_not_left():
+    for case in ARCHITECTURES:
+        model = random_model("orthogonal", blocks=3, norm=1.3, **{**case, "residual_scale": 1.0})
+        bound = certificate(model)
+        tokens = torch.randint(8, (64, 6), generator=torch.Generator().manual_seed(0))
+        x = torch.nn.functional.embedding(tokens, model.embedding_VD)
+        for block, row in zip(model.blocks, bound["rows"]):
+            assert rms(x).max() <= row["radius"]
+            x = torch.lerp(x, model.attention(block, x), model.mix)
+            assert rms(x).max() <= row["radius_mlp"]
+            x = torch.lerp(x, model.mlp(block, x), model.mix)
+        assert rms(x).max() <= bound["radius"]
+
+
+def test_certificate_of_extremes():
+    model = random_model()
+    model.head_VD.data.zero_()
+    assert certificate(model)["log10"] == -math.inf
+    model.blocks[0].o.data.zero_()
+    assert math.isfinite(certificate(model, search=3)["body_log10"])
+    model.blocks[0].v.data.fill_(math.nan)
+    with pytest.raises(Refusal, match="not finite"):
+        certificate(model)
+
+
+def test_certified_tokens_survive_attack():
+    """Projected gradient ascent on the embeddings of every token flips no certified prediction; some others it does."""
+    model = random_model("random", blocks=2, positions="bias", logit_scale=0.2, attention_scale=0.0, activation="maxmin")
+    tokens = torch.randint(8, (601,), generator=torch.Generator().manual_seed(1))
+    rho = 0.03
+    share = shakespeare.certified_token_accuracy(model, tokens, (rho, 1e-9))
+    x_BT, _ = next(shakespeare.windows(tokens, 6, batch=100))
+    clean = torch.nn.functional.embedding(x_BT, model.embedding_VD).detach()
+    predicted = model(x_BT, torch.float64).argmax(-1)
+    # Take what the model says as the truth, so that every position is right, and see which can be moved.
+    L = 10 ** certificate(model, rho, search=5)["body_log10"]
+    logits = model(x_BT, torch.float64)
+    margins = logits.gather(-1, predicted[..., None]) - logits
+    apart = (model.head_VD[predicted][..., None, :] - model.head_VD).norm(dim=-1)
+    stands = (margins > rho * 4 * L * apart).logical_or(torch.arange(8) == predicted[..., None]).all(-1)
+    assert 0.05 < stands.double().mean() < 0.99 and 0 <= share[rho] <= share[1e-9] <= 1
+    flipped = torch.zeros_like(stands)
+    for target in range(8):  # towards each class at all positions
+        d = torch.zeros_like(clean)
+        for _ in range(40):
+            d.requires_grad_()
+            out = torch.nn.functional.linear(model.body(clean + d), model.head_VD)
+            flipped |= out.argmax(-1) != predicted
+            gradient, = torch.autograd.grad((out[..., target] - out.gather(-1, predicted[..., None])[..., 0]).sum(), d)
+            d = (d + 0.3 * rho * gradient / rms(gradient)[..., None].clamp(min=1e-30)).detach()
+            d = d * (rho / rms(d).clamp(min=rho))[..., None]
+    assert not (flipped & stands).any() and flipped.any()
+
+
+# ---- model and data --------------------------------------------------------------------------------------------------
+def published(path, **replaced):
+    """A checkpoint in the authors' format: object arrays of pickled dictionaries, lists of matrices by index."""
+    args = dict(vocab_size=65, num_heads=4, d_embed=32, num_blocks=2, softmax_scale=1, final_scale=1, residual_scale=1)
+    weights = {i: [REFERENCE[f"gpt_weight_{i}"]] for i in range(14)}
+    content = dict(args=args, results=dict(val_losses=[0.0]), weights_checkpoint_0=weights, **{})
+    content.update(replaced)
+    np.savez(path, **{k: np.array(v, dtype=object) for k, v in content.items()})
+    return path
+
+
+def test_parity_with_the_reference_through_its_own_format(tmp_path):
+    """Logits recorded from the authors' GPT, from a file in their form, with or without references to absent code."""
+    tokens, logits = torch.from_numpy(REFERENCE["gpt_tokens"]), torch.from_numpy(REFERENCE["gpt_logits"])
+    _, model = shakespeare.load_published(published(tmp_path / "plain.npz"))
+    torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
+    module = types.ModuleType("modula_that_is_not_there")
+    exec("def soft_cap(): pass", module.__dict__)
+    module.soft_cap.__module__ = module.__name__
+    sys.modules[module.__name__] = module
+    try:
+        path = published(tmp_path / "refs.npz", args=dict(vocab_size=65, num_heads=4, d_embed=32, num_blocks=2, softmax_scale=1,
+                         final_scale=1, residual_scale=1, project=dict(default=module.soft_cap)))
+    finally:
+        del sys.modules[module.__name__]
+    _, model = shakespeare.load_published(path)
+    torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
+
+
+class Payload:
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("call", [os.system, eval, exec, subprocess.call, np.load, getattr], ids=lambda f: f.__name__)
+def test_a_malicious_file_is_refused_and_runs_nothing(call, tmp_path):
+    witness = tmp_path / "witness"
+    code = f"touch {witness}" if call is os.system else [["touch", str(witness)]] if call is subprocess.call else \
+        f"open({str(witness)!r}, 'w')"
+    payload = Payload(call, *code) if isinstance(code, list) else Payload(call, code)
+    if call in (os.system, eval, exec, subprocess.call):  # the payload works where nobody looks
+        pickle.loads(pickle.dumps(payload))
+        assert witness.exists()
+        witness.unlink()
+    path = published(tmp_path / "bad.npz", args=dict(num_heads=payload))
+    with pytest.raises(Refusal, match="nothing in it was run"):
+        shakespeare.load_published(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "shapes", "missing", "vocabulary"])
+def test_wrong_published_files(kind, tmp_path):
+    path = published(tmp_path / "x.npz")
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif kind == "shapes":
+        published(path, weights_checkpoint_0={i: [np.ones((3, 4))] for i in range(14)})
+    elif kind == "missing":
+        published(path, weights_checkpoint_0={0: [REFERENCE["gpt_weight_0"]]})
+    with pytest.raises(Refusal, match="--load"):  # (the stand-in has another vocabulary than the play)
+        shakespeare.main(Config(data="stand-in", load=str(path), out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_load_evaluates_certifies_and_samples(tmp_path, monkeypatch, capsys):
+    text = (shakespeare.VOCABULARY * 200)[:12_000]
+    (tmp_path / "play.txt").write_text(text)
+    path = published(tmp_path / "x.npz")
+    shakespeare.main(Config(data=str(tmp_path / "play.txt"), load=str(path), out=str(tmp_path / "run"), length=10))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 0 and math.isfinite(summary["lipschitz_log10"]) and "LIPSCHITZ" in capsys.readouterr().out
+    shakespeare.main(Config(sample=str(tmp_path / "run"), prompt="ROMEO:", length=30))
+    out = capsys.readouterr().out
+    assert out.startswith("ROMEO:") and len(out) == 6 + 30 + 1
+
+
+@torch.no_grad()
+def test_causal_and_rotation_keeps_norms():
+    for case in ARCHITECTURES:
+        model = random_model(**case)
+        x = torch.randint(8, (1, 6), generator=torch.Generator().manual_seed(3))
+        y = x.clone()
+        y[0, 4] = (y[0, 4] + 1) % 8
+        a, b = model(x, torch.float64), model(y, torch.float64)
+        assert torch.equal(a[0, :4], b[0, :4]) and not torch.allclose(a[0, 4:], b[0, 4:])
+    x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
+    torch.testing.assert_close(shakespeare.rotate(x).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_validation_covers_every_token_once():
+    tokens = torch.arange(1003)
+    seen = torch.cat([y.flatten() for _, y in shakespeare.windows(tokens, 24, batch=5)])
+    assert torch.equal(seen, torch.arange(1, 1003))
+    assert all(torch.equal(x + 1, y) for x, y in shakespeare.windows(tokens, 24))
+
+
+def test_sample_is_reproducible_and_temperature_zero_is_the_mode():
+    model = random_model(vocabulary="\nabcdefg")
+    draw = lambda temperature, seed: "".join(shakespeare.generate(model, "ab", 12, temperature, seed, torch.float64))  # noqa: E731
+    assert draw(1.0, 0) == draw(1.0, 0) != draw(1.0, 1) and draw(1e-9, 0) == draw(1e-9, 1) and len(draw(1.0, 0)) == 12
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_optimizer_with_every_constraint(optimizer, constraint, tmp_path):
+    lr = 0.5 if optimizer == "muon" else 0.05
+    out, summary = run(tmp_path, optimizer=optimizer, constraint=constraint, lr=lr, w_max="1.2")
+    assert math.isfinite(summary["val_loss"]) and 0 <= summary["val_accuracy"] <= 1
+    assert summary["norms"]["embedding"] <= 1 + 1e-6
+    if constraint in ("soft_cap", "hard_cap", "specnorm", "stiefel") or (optimizer, constraint) == ("muon", "weight_decay"):
+        assert summary["max_weight_norm"] <= 1.2 * (1 + 1e-3)
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
+
+
+@pytest.mark.parametrize("constraint", ["soft_cap", "hard_cap", "specnorm", "stiefel"])
+def test_limits_hold_at_every_step(constraint):
+    """In float64, after each of 30 steps large enough to reach the limits; and no stored embedding beyond RMS 1."""
+    config = Config(**{**TINY, "steps": 30, "constraint": constraint, "lr": 0.3, "w_max": "1,1,1.5,1,0.7,0.7,2"})
+    train_N, _, vocabulary, _ = shakespeare.load_data(config)
+    model = Transformer(config, vocabulary)
+    optimizers = shakespeare.make_optimizers(config, model)
+    reached = 0
+    for step in range(config.steps):
+        shakespeare.train_step(config, model, optimizers, *shakespeare.batch_of(train_N, step, config), step, torch.float32)
+        for role, W in model.matrices():
+            share = singular_values(W.data).max().item() / sigma_limit(W, shakespeare.limits(config)[role])
+            assert share <= 1 + 1e-3
+            reached += share > 0.9
+        assert rms(model.embedding_VD.double()).max() <= 1 + 1e-6
+    assert reached > 20
+
+
+def test_it_learns(tmp_path):
+    """Through the shell: below the entropy of single characters after a few steps."""
+    out = tmp_path / "run"
+    done = command("--data", "stand-in", "--steps", 80, "--evals", 1, "--width", 64, "--blocks", 1, "--heads", 2, "--hidden", 128,
+                   "--seq_len", 32, "--length", 30, "--out", out)
+    assert done.returncode == 0, done.stderr
+    tokens = shakespeare.encode(shakespeare.stand_in(), "".join(sorted(set(shakespeare.stand_in()))))
+    p = torch.bincount(tokens).double() / len(tokens)
+    entropy = -(p * p.clamp(min=1e-30).log()).sum().item()
+    assert json.loads((out / "summary.json").read_text())["val_loss"] < entropy - 0.5
+
+
+# ---- through the command line ----------------------------------------------------------------------------------------
+def test_help_is_quick_and_complete():
+    start = time.perf_counter()
+    done = command("--help")
+    assert done.returncode == 0 and time.perf_counter() - start < 2
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in done.stdout
+    for preset in shakespeare.PRESETS:
+        assert preset in done.stdout
+
+
+def test_data_comes_from_data_dir_then_cache_then_network_then_stand_in(tmp_path, monkeypatch, capsys):
+    text = "To be, or not to be\n" * 1000
+    (tmp_path / "here" / "tinyshakespeare").mkdir(parents=True)
+    (tmp_path / "here" / "tinyshakespeare" / "input.txt").write_text(text)
+    monkeypatch.setenv("DATA_DIR", str(tmp_path / "here"))
+    assert shakespeare.load_text(Config())[0] == text
+    monkeypatch.delenv("DATA_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shakespeare, "TEXT_SHA256", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text.encode()))
+    assert shakespeare.load_text(Config()) == (text, "tinyshakespeare")
+
+    def dead(url, timeout):
+        raise OSError("no network")
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", dead)
+    assert shakespeare.load_text(Config()) == (text, "tinyshakespeare")  # now cached
+    cached = tmp_path / "cache" / "tinyshakespeare" / "input.txt"
+    cached.write_text("damaged")
+    assert shakespeare.load_text(Config())[1] == "stand-in" and "STAND-IN" in capsys.readouterr().out
+    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"something else"))
+    assert shakespeare.load_text(Config())[1] == "stand-in" and cached.read_text() == "damaged"
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
+    flags = ["--data", "stand-in", "--steps", 40, "--evals", 8, "--width", 32, "--blocks", 1, "--hidden", 64, "--seq_len", 32,
+             "--optimizer", optimizer, "--length", 5, "--positions", "bias"]
+    assert command(*flags, "--out", tmp_path / "whole").returncode == 0
+    process = subprocess.Popen([sys.executable, ROOT / "shakespeare.py", *map(str, flags), "--out", tmp_path / "killed"],
+                               stdout=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state_of(tmp_path / "killed")["step"] < 40 and not (tmp_path / "killed" / "summary.json").exists()
+    done = command("--resume", tmp_path / "killed", "--length", 5)
+    assert done.returncode == 0, done.stderr
+    whole, killed = state_of(tmp_path / "whole"), state_of(tmp_path / "killed")
+    assert same(whole["model"], killed["model"]) and same(whole["optimizers"], killed["optimizers"])
+    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(5, 41, 5))
+
+
+# ---- bad input: one line, exit status 2, nothing damaged ---------------------------------------------------------------
+@pytest.mark.parametrize("flags, says", [
+    (["--w_max", "-1"], "--w_max"), (["--w_max", "nan"], "--w_max"), (["--w_max", "1,2"], "7 of them"), (["--steps", "0"], "--steps"),
+    (["--lr", "nan"], "--lr"), (["--heads", "3"], "divisor"), (["--heads", "256"], "even"), (["--logit_scale", "0"], "rope"),
+    (["--hidden", "7", "--activation", "maxmin"], "even"), (["--residual_scale", "7"], "at most"), (["--width", "1000000000"], "16384"),
+    (["--loss_temperature", "0"], "--loss_temperature"), (["--temperature", "-1"], "--temperature"), (["--seed", "-1"], "--seed"),
+    (["--data", "/no/such/file"], "/no/such/file"), (["--resume", "/no/such/run"], "no such checkpoint"),
+    (["--sample", "/no/such/run"], "no such checkpoint"), (["--load", "/no/such.npz"], "no checkpoint in the published form"),
+    (["--sample", "/no/such/run", "--steps", "600"], "--steps"), (["--preset", "best"], "lipschitz2"), (["--device", "tpu"], "--device"),
+    (["--prompt", "\u2603"], "does not know"), (["--constraint", "clip"], "soft_cap"), (["--depth", "2"], "--depth")])
+def test_wrong_flags(flags, says, tmp_path, capsys):
+    out = tmp_path / "run"
+    own_out = [] if flags[0] in ("--resume", "--sample") else ["--out", str(out)]
+    try:
+        config = shakespeare.parse_arguments(["--data", "stand-in", *flags, *own_out])
+        with pytest.raises(Refusal) as refusal:
+            shakespeare.main(config)
+        message = str(refusal.value)
+        assert "\n" not in message
+    except SystemExit as exit_:
+        assert exit_.code == 2
+        message = capsys.readouterr().err
+    assert says in message and not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["not utf-8", "empty", "short", "one character", "folder"])
+def test_wrong_text(kind, tmp_path):
+    path = tmp_path / "text"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes({"not utf-8": b"\xff\xfe\x00" * 9999, "empty": b"", "short": b"hello", "one character": b"a" * 9999}[kind])
+    with pytest.raises(Refusal) as refusal:
+        shakespeare.main(Config(**{**TINY, "data": str(path), "out": str(tmp_path / "run")}))
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "hostile", "other script", "other shape", "other data"])
+def test_wrong_checkpoints(kind, tmp_path):
+    out, _ = run(tmp_path)
+    (out / "summary.json").unlink()
+    path, before = out / "checkpoint.pt", (out / "checkpoint.pt").read_bytes()
+    state, witness = state_of(out), tmp_path / "witness"
+    if kind == "truncated":
+        path.write_bytes(before[: len(before) // 2])
+    elif kind == "hostile":
+        torch.save(dict(state, model=Payload(os.system, f"touch {witness}")), path)
+    elif kind == "other script":
+        torch.save(dict(state, script="mlp_cifar"), path)
+    elif kind == "other shape":
+        torch.save(dict(state, config=dict(state["config"], width=32)), path)
+    with pytest.raises(Refusal) as refusal:
+        text = tmp_path / "text"
+        text.write_text("other words " * 2000)
+        shakespeare.main(Config(resume=str(out), data=str(text) if kind == "other data" else "auto"))
+    assert "\n" not in str(refusal.value) and not witness.exists()
+
+
+def test_runs_are_never_overwritten_and_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    out, _ = run(tmp_path)
+    before = (out / "checkpoint.pt").read_bytes()
+    for again in (Config(**{**TINY, "out": str(out)}), Config(resume=str(out))):
+        with pytest.raises(Refusal):
+            shakespeare.main(again)
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda f: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    config, model = shakespeare.model_from_checkpoint(state_of(out))
+    with pytest.raises(OSError):
+        shakespeare.save_checkpoint(out, config, model, [], dict(step=1, seconds=0.0), "x", 1)
+    monkeypatch.setattr(os, "fsync", real)
+    assert (out / "checkpoint.pt").read_bytes() == before and not (out / "checkpoint.pt.part").exists()
+
+
+def test_divergence_stops_and_names_the_matrix(tmp_path):
+    with pytest.raises(Refusal, match="diverged.*not finite"):
+        run(tmp_path, optimizer="adamw", constraint="none", lr=1e30, steps=10, evals=1)
