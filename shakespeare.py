@@ -66,6 +66,7 @@ class Config:
     logit_scale: float = option(1.0, "attention logits are logit_scale * q.k / (D / H); 0 leaves only the bias")
     attention_scale: float = option(1 / 3, "factor on the output of attention; 0: 1 / sqrt(H)")
     residual_scale: float = option(1.0, "x <- (1 - a) x + a block(x) with a = residual_scale / (2 * blocks)")
+    final_scale: float = option(1.0, "fixed factor on the logits, part of the network and of its bound")
     w_max: str = option("6", "limit on the RMS->RMS norm of each matrix: one number, or 7 as q,k,v,o,in,out,head")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
@@ -97,12 +98,14 @@ class Config:
     temperature: float = option(0.8, "of sampling; near 0: always the most probable character")
 
 
-SMALL = dict(activation="maxmin", positions="bias", attention_scale=0.0, hidden=256)
+SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4, heads=2, hidden=512,
+             residual_scale=4.0, w_max="1", steps=1000)
 PRESETS = {
-    "laptop": dict(),
+    "laptop": dict(SMALL, hidden=1024, heads=4, w_max="2", final_scale=10.0, steps=800),
     "paper": dict(batch=512, steps=2000, evals=10),
     "paper_adamw": dict(batch=512, steps=2000, evals=10, optimizer="adamw", constraint="none"),
-    "lipschitz2": dict(SMALL, blocks=6, residual_scale=6.0, logit_scale=0.05, w_max="1", loss_temperature=40.0),
+    "lipschitz2": dict(SMALL, loss_temperature=150.0),
+    "plain100": dict(SMALL, final_scale=120.0),
 }
 RHOS = (0.001, 0.01, 0.03, 0.1)  # radii around the embeddings, RMS at every token, for certified token accuracy
 SAMPLING = ("sample", "prompt", "length", "temperature")
@@ -146,7 +149,8 @@ def check(config):
         need(1 <= getattr(config, name) <= largest, name, f"a whole number from 1 to {largest}")
     for name in ("loss_temperature", "temperature"):
         need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")
-    for name in ("lr", "embed_lr", "bias_lr", "adamw_wd", "logit_scale", "attention_scale", "residual_scale"):
+    for name in ("lr", "embed_lr", "bias_lr", "adamw_wd", "logit_scale", "attention_scale", "residual_scale",
+                 "final_scale"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
     need(config.width % config.heads == 0, "heads", f"a divisor of the width, {config.width}")
     need(config.positions == "bias" or config.width // config.heads % 2 == 0, "heads", "such that width / heads is even, "
@@ -322,7 +326,7 @@ class Block(torch.nn.Module):
 class Transformer(torch.nn.Module):
     """Embedding (a table of V vectors of RMS at most 1), blocks, head. No biases, no norm layers.
 
-    x <- (1 - a) x + a attention(x);  x <- (1 - a) x + a mlp(x);  logits = head x.
+    x <- (1 - a) x + a attention(x);  x <- (1 - a) x + a mlp(x);  logits = final_scale * head x.
     """
 
     def __init__(self, config, vocabulary):
@@ -398,7 +402,7 @@ class Transformer(torch.nn.Module):
         """Logits (B, T, V) in float32 or float64, with everything before the head computed in `dtype`."""
         x_BTD = self.body(F.embedding(tokens_BT, self.embedding_VD.to(dtype)))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return F.linear(x_BTD.to(wide), self.head_VD.to(wide))
+        return F.linear(x_BTD.to(wide), self.config.final_scale * self.head_VD.to(wide))
 
 
 @torch.no_grad()
@@ -449,7 +453,7 @@ def generate(model, prompt, length, temperature, seed, dtype):
 #          sigma((1 - a) I + a/(2 * 1.1289) w_out w_in) + a (g - 1/2)/1.1289 sigma(w_out) sigma(w_in).
 #      A pair of MaxMin has derivative M or I - M on two coordinates, where M + N e, M = [[1,1],[1,1]]/2, N = I - M,
 #      -1 <= e <= 1 between: sigma((1 - a) I + a w_out M w_in) + a sigma(w_out N) sigma(N w_in). The smaller one counts.
-#   9. The head's RMS->RMS norm ends it. Start: R = the largest RMS of an embedding (+ rho).
+#   9. The head's RMS->RMS norm, times final_scale, ends it. Start: R = the largest RMS of an embedding (+ rho).
 def certificate(model, rho=0.0, search=0):
     """Certified constants of the map from embedded tokens to logits, exact singular values in float64, rounded up.
 
@@ -488,7 +492,7 @@ def certificate(model, rho=0.0, search=0):
     for role, W in model.matrices():
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
     norms["embedding"] = model.embedding_VD.square().mean(1).sqrt().max().item()
-    head = log10(norms["head"])
+    head = log10(norms["head"] * model.config.final_scale)
     return dict(rows=rows, body_log10=body, log10=body + head, simple_log10=simple + head,
                 reference_log10=reference + head, radius=R, norms=norms)
 
@@ -587,7 +591,7 @@ def certified_token_accuracy(model, tokens_N, rhos=RHOS):
     body: the prediction y stands if f_y - f_j > rho sqrt(D) L_body ||u_y - u_j|| for all j. Margins in float64.
     """
     model = copy.deepcopy(model).cpu().double()
-    head_VD, D = model.head_VD, model.config.width
+    head_VD, D = model.config.final_scale * model.head_VD, model.config.width
     apart_VV = torch.linalg.vector_norm(head_VD[:, None] - head_VD[None, :], dim=-1) * (1 + 1e-9)
     radius_N = []  # rho L_body up to which each prediction stands
     for x_BT, y_BT in windows(tokens_N, model.config.seq_len):
@@ -616,7 +620,7 @@ def make_optimizers(config, model):
         matrices = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                      weight_decay=config.adamw_wd)
     optimizers = [(matrices, config.lr), (torch.optim.Adam([model.embedding_VD], betas=(0.9, 0.95)), config.embed_lr)]
-    return optimizers + [(torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr)] * bool(biases)
+    return optimizers + ([(torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr)] if biases else [])
 
 
 @torch.no_grad()
@@ -860,12 +864,11 @@ def load_published(path):
         weights = [W.reshape(W.shape[-2:]) for W in weights]
         config = Config(preset="paper", width=int(args["d_embed"]), blocks=int(args["num_blocks"]), heads=int(args["num_heads"]),
                         hidden=len(weights[5]), logit_scale=float(args["softmax_scale"]),
-                        residual_scale=float(args["residual_scale"]), w_max=repr(1e9))
+                        residual_scale=float(args["residual_scale"]), final_scale=float(args["final_scale"]), w_max=repr(1e9))
         check(config)
         model = Transformer(config, VOCABULARY)
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in ("v", "q", "k", "o", "w_in", "w_out")]
         weights[0] = weights[0].T.contiguous()
-        weights[-1] = weights[-1] * float(args.get("final_scale", 1))
         model.load_state_dict(dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True)))
     except Refusal:
         raise
@@ -932,7 +935,7 @@ def report(config, model, out, data_name, validation_N, options):
     for i, row in enumerate(bound["rows"]):
         print(f"    {i + 1:5d} {row['radius']:8.3g} {row['value']:7.3g} {row['pattern'] * row['radius']**2:13.3g} "
               f"{row['attention']:11.4g} {row['radius_mlp']:8.3g} {row['mlp_derivative']:11.3g} {row['mlp']:9.4g}")
-    print(f"    body {power(bound['body_log10'])} x head {bound['norms']['head']:.4g} = LIPSCHITZ CONSTANT "
+    print(f"    body {power(bound['body_log10'])} x head {bound['norms']['head'] * config.final_scale:.4g} = LIPSCHITZ CONSTANT "
           f"{power(bound['log10'])}   (embeddings to logits; simplest form {power(bound['simple_log10'])})")
     print(f"    what the formula of the paper's code gives, which misses heads: {power(bound['reference_log10'])}")
     if data_name.startswith("stand-in"):

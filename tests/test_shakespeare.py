@@ -452,7 +452,7 @@ def test_it_learns(tmp_path):
     """Through the shell: below the entropy of single characters after a few steps."""
     out = tmp_path / "run"
     done = command("--data", "stand-in", "--steps", 80, "--evals", 1, "--width", 64, "--blocks", 1, "--heads", 2, "--hidden", 128,
-                   "--seq_len", 32, "--length", 30, "--out", out)
+                   "--seq_len", 32, "--residual_scale", 1, "--length", 30, "--out", out)
     assert done.returncode == 0, done.stderr
     tokens = shakespeare.encode(shakespeare.stand_in(), "".join(sorted(set(shakespeare.stand_in()))))
     p = torch.bincount(tokens).double() / len(tokens)
@@ -497,7 +497,7 @@ def test_data_comes_from_data_dir_then_cache_then_network_then_stand_in(tmp_path
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
     flags = ["--data", "stand-in", "--steps", 40, "--evals", 8, "--width", 32, "--blocks", 1, "--hidden", 64, "--seq_len", 32,
-             "--optimizer", optimizer, "--length", 5, "--positions", "bias"]
+             "--residual_scale", 1, "--optimizer", optimizer, "--length", 5]
     assert command(*flags, "--out", tmp_path / "whole").returncode == 0
     process = subprocess.Popen([sys.executable, ROOT / "shakespeare.py", *map(str, flags), "--out", tmp_path / "killed"],
                                stdout=subprocess.DEVNULL)
@@ -518,8 +518,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
 # ---- bad input: one line, exit status 2, nothing damaged ---------------------------------------------------------------
 @pytest.mark.parametrize("flags, says", [
     (["--w_max", "-1"], "--w_max"), (["--w_max", "nan"], "--w_max"), (["--w_max", "1,2"], "7 of them"), (["--steps", "0"], "--steps"),
-    (["--lr", "nan"], "--lr"), (["--heads", "3"], "divisor"), (["--heads", "256"], "even"), (["--logit_scale", "0"], "rope"),
-    (["--hidden", "7", "--activation", "maxmin"], "even"), (["--residual_scale", "7"], "at most"), (["--width", "1000000000"], "16384"),
+    (["--lr", "nan"], "--lr"), (["--heads", "3"], "divisor"), (["--heads", "256", "--preset", "paper"], "even"), (["--logit_scale", "0", "--preset", "paper"], "rope"),
+    (["--hidden", "7"], "even"), (["--residual_scale", "9"], "at most"), (["--width", "1000000000"], "16384"),
     (["--loss_temperature", "0"], "--loss_temperature"), (["--temperature", "-1"], "--temperature"), (["--seed", "-1"], "--seed"),
     (["--data", "/no/such/file"], "/no/such/file"), (["--resume", "/no/such/run"], "no such checkpoint"),
     (["--sample", "/no/such/run"], "no such checkpoint"), (["--load", "/no/such.npz"], "no checkpoint in the published form"),
