@@ -118,7 +118,9 @@ def parse_arguments(argv=None):
     preset = given.get("preset", "default")
     if preset not in PRESETS:
         parser.error(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    if given.get("resume") and given.keys() - {"resume", "data", "device"}:
+    if given.get("resume") == "":
+        parser.error("--resume: is empty; give a run folder")
+    if "resume" in given and given.keys() - {"resume", "data", "device"}:
         others = ", ".join("--" + name for name in sorted(given.keys() - {"resume", "data", "device"}))
         parser.error(f"{others} with --resume: a run goes on with its own settings (but --data and --device)")
     return Config(**{**PRESETS[preset], **given})
@@ -142,6 +144,7 @@ def check(config):
     need(config.activation == "relu" or config.width % 2 == 0, "width", "even for maxmin, which works on pairs")
     need(0 <= config.seed < 2**31, "seed", "a whole number from 0 to 2^31 - 1")
     limits(config)
+    config.evals = min(config.evals, config.steps)
     config.lr = config.lr or (0.2 if config.optimizer == "muon" else 0.0013)
 
 
@@ -680,7 +683,8 @@ def new_run_folder(config):
         number += 1
         out = out.with_name(f"{SCRIPT}_{config.preset}_seed{config.seed}_{number}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refusal(f"--out {out}: exists and is not empty; choose another, or --resume {out} to go on with it")
+        raise Refusal(f"--out {out}: exists and is not empty; choose another" +
+                      f", or --resume {out} to go on with it" * (out / "checkpoint.pt").is_file())
     out.mkdir(parents=True, exist_ok=True)
     return out
 

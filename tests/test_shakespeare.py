@@ -411,6 +411,14 @@ def test_validation_covers_every_token_once():
     assert all(torch.equal(x + 1, y) for x, y in shakespeare.windows(tokens, 24))
 
 
+def test_a_printed_bound_is_rounded_up():
+    for exponent in (-0.1426675, 2.0, 3.64055, 5.99999, 15.8100001):
+        text = shakespeare.power(exponent)
+        shown = float(text[3:]) if text.startswith("10^") else math.log10(float(text))
+        assert exponent - 1e-12 <= shown <= exponent + (0.1 if exponent > 6 else 1e-3)
+    assert shakespeare.power(-math.inf) == "0" and shakespeare.power(math.inf) == "infinite"
+
+
 def test_sample_is_reproducible_and_temperature_zero_is_the_mode():
     model = random_model(vocabulary="\nabcdefg")
     draw = lambda temperature, seed: "".join(shakespeare.generate(model, "ab", 12, temperature, seed, torch.float64))  # noqa: E731
@@ -524,12 +532,13 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
     (["--data", "/no/such/file"], "/no/such/file"), (["--resume", "/no/such/run"], "no such checkpoint"),
     (["--sample", "/no/such/run"], "no such checkpoint"), (["--load", "/no/such.npz"], "no checkpoint in the published form"),
     (["--sample", "/no/such/run", "--steps", "600"], "--steps"), (["--preset", "best"], "lipschitz2"), (["--device", "tpu"], "--device"),
-    (["--prompt", "\u2603"], "does not know"), (["--constraint", "clip"], "soft_cap"), (["--depth", "2"], "--depth")])
+    (["--prompt", "\u2603"], "does not know"), (["--prompt", ""], "at least one"), (["--resume", ""], "empty"), (["--load", ""], "empty"),
+    (["--dtype", "float32", "--resume", "/no/such/run"], "--dtype"), (["--constraint", "clip"], "soft_cap"), (["--depth", "2"], "--depth")])
 def test_wrong_flags(flags, says, tmp_path, capsys):
     out = tmp_path / "run"
-    own_out = [] if flags[0] in ("--resume", "--sample") else ["--out", str(out)]
+    own_out = [] if "--resume" in flags or "--sample" in flags else ["--data", "stand-in", "--out", str(out)]
     try:
-        config = shakespeare.parse_arguments(["--data", "stand-in", *flags, *own_out])
+        config = shakespeare.parse_arguments([*flags, *own_out])
         with pytest.raises(Refusal) as refusal:
             shakespeare.main(config)
         message = str(refusal.value)
