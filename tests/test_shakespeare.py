@@ -538,7 +538,7 @@ def test_wrong_flags(flags, says, tmp_path, capsys):
     out = tmp_path / "run"
     own_out = [] if "--resume" in flags or "--sample" in flags else ["--data", "stand-in", "--out", str(out)]
     try:
-        config = shakespeare.parse_arguments([*flags, *own_out])
+        config = shakespeare.parse_arguments([*own_out, *flags])
         with pytest.raises(Refusal) as refusal:
             shakespeare.main(config)
         message = str(refusal.value)
