@@ -14,8 +14,8 @@ COMMANDS
     python shakespeare.py --resume runs/NAME                 # go on where a run was stopped
 
 RESULT (tinyshakespeare, whole validation text, seed 0; two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
-    laptop, the default: 56.1 % of the characters right, loss 1.471, at a true bound of 4.4e3; 300 s at 800 steps (two
-    seeds: 55.9 and 56.0 %), now 950. lipschitz2: 56.3 %, at a true bound of 0.78 and a loss temperature of 800; 470 s.
+    laptop, the default: 56.1 % of the characters right, loss 1.471, at a true bound of 4.24e3 (950 steps; 800 took
+    300 s in all). lipschitz2: 56.3 %, at a true bound of 0.773 and a loss temperature of 800; 470 s.
 
 ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX), the text karpathy/char-rnn's;
 nothing of their code is used. MaxMin is GroupSort (Anil et al. 2019).

@@ -155,7 +155,7 @@ def test_the_papers_formula_is_exceeded_and_ours_is_not(heads):
     model = random_model("orthogonal", heads=heads)
     block = model.blocks[0]
     formula, _, _ = shakespeare.reference_formula(model, block, 1.0)
-    assert formula.item() if isinstance(formula, torch.Tensor) else formula == pytest.approx(1.0, rel=1e-6)
+    assert formula == pytest.approx(1.0, rel=1e-6)
     found = max(attack(lambda x: model.attention(block, x), 1.0, 6, 16, start=s) for s in (None, split_tokens(model, 1.0)))
     terms = attention_terms(model, block, 1.0, search=10)
     assert 1.0 < found <= terms["value"] + terms["pattern"]
