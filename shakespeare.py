@@ -102,9 +102,9 @@ class Config:
 
 
 SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4, heads=2, hidden=512,
-             residual_scale=4.0, w_max="1", steps=1000)
+             residual_scale=4.0, w_max="1", steps=1000, lr=0.04, embed_lr=0.05, momentum=0.9)
 PRESETS = {
-    "laptop": dict(SMALL, hidden=1024, heads=4, w_max="2", final_scale=10.0, steps=950),
+    "laptop": dict(SMALL, heads=4, w_max="2", final_scale=10.0, steps=800),
     "paper": dict(batch=512, steps=2000, evals=10),
     "paper_adamw": dict(batch=512, steps=2000, evals=10, optimizer="adamw", constraint="none"),
     "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0, steps=1400),
@@ -140,7 +140,10 @@ def parse_arguments(argv=None):
         if mode in given and others:
             parser.error(f"{', '.join('--' + name for name in sorted(others))} with --{mode}: what was trained keeps its "
                          "own settings")
-    return Config(**{**PRESETS[preset], **given})
+    settings = {**PRESETS[preset], **given}
+    if "lr" not in given and settings.get("optimizer", "muon") != PRESETS[preset].get("optimizer", "muon"):
+        settings.pop("lr", None)  # a preset's learning rate is for its own optimizer
+    return Config(**settings)
 
 
 def check(config):

@@ -173,6 +173,13 @@ class Table:
         self.rows.append(dict(where=where, what=what, norm=norm, certified_log10=certified, found_log10=found,
                               tightness=tightness, broken=broken))
 
+    def add_shares(self, where, what, attacked_N, certified_N, norm):
+        """Predictions that survived an attack, and those certified: the share of the second is at most that of the first,
+        and no prediction that fell may be among the certified."""
+        attacked, certified = attacked_N.double().mean().item(), certified_N.double().mean().item()
+        self.rows.append(dict(where=where, what=what, norm=norm, certified_log10=log10(attacked), found_log10=log10(certified),
+                              tightness=certified / max(attacked, 1e-300), broken=(certified_N & ~attacked_N).any().item()))
+
     def broken(self):
         return [row for row in self.rows if row["broken"]]
 
@@ -243,10 +250,7 @@ def verify_mlp(config, state, claim):
     for eps in (0.0, *mlp_cifar.RADII.values()):
         stands_N, certified_N = withstands(model, x_NP, labels_N, eps, config), radius_N > eps
         curve.append(dict(radius=eps, certified=certified_N.double().mean().item(), attacked=stands_N.double().mean().item()))
-        table.add("test images", f"certified accuracy at {eps:.3g} (found: attacked)", 1.0,
-                  1.0 + (certified_N & ~stands_N).double().sum().item(), "l2")
-        table.rows[-1].update(certified_log10=log10(curve[-1]["attacked"]), found_log10=log10(curve[-1]["certified"]),
-                              tightness=curve[-1]["certified"] / max(curve[-1]["attacked"], 1e-300))
+        table.add_shares("test images", f"right when attacked, and certified, at {eps:.3g}", stands_N, certified_N, "l2")
 
     def evaluate():
         logits_NK = model(x_NP)
@@ -261,7 +265,7 @@ def test_images(config, run, state):
     return images_NP[:config.images], labels_N[:config.images], name
 
 
-def withstands(model, x_NP, labels_N, eps, config, restarts=3):
+def withstands(model, x_NP, labels_N, eps, config, restarts=4):
     """(N,) bool: classified right, and still after projected gradient descent of the margin within eps (l2)."""
     generator = torch.Generator().manual_seed(config.seed)
     steps = max(2, int(20 * config.budget))
@@ -472,10 +476,7 @@ def attacked_tokens(table, model, tokens_N, config):
             d = d.detach() - 0.5 * rho * gradient / rms(gradient)[..., None].clamp(min=1e-300)
             d = d * (rho / rms(d).clamp(min=rho))[..., None]
         curve.append(dict(radius=rho, certified=certified_N.double().mean().item(), attacked=right_N.double().mean().item()))
-        table.add("validation text", f"certified tokens at {rho:g} (found: attacked)", 1.0,
-                  1.0 + (certified_N & ~right_N).double().sum().item(), "RMS, every token")
-        table.rows[-1].update(certified_log10=log10(curve[-1]["attacked"]), found_log10=log10(curve[-1]["certified"]),
-                              tightness=curve[-1]["certified"] / max(curve[-1]["attacked"], 1e-300))
+        table.add_shares("validation text", f"right when attacked, and certified, at {rho:g}", right_N, certified_N, "RMS, tokens")
     return curve
 
 
@@ -500,7 +501,8 @@ FORMATS = {"full": lambda x: x, "bfloat16": to_bfloat16, "float8 e4m3": to_e4m3,
 
 
 class Rounded(TorchFunctionMode):
-    """Both operands of every matrix product are rounded; the largest entry that a linear layer is given is kept."""
+    """Both operands of every matrix product, and embedding tables, are rounded; keeps the largest entry of what linear
+    layers are given."""
 
     def __init__(self, form):
         super().__init__()
@@ -511,6 +513,8 @@ class Rounded(TorchFunctionMode):
             if func is F.linear:
                 self.largest = max(self.largest, args[0].abs().max().item())
             args = (self.form(args[0]), self.form(args[1]), *args[2:])
+        elif func is F.embedding:
+            args = (args[0], self.form(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
 
 

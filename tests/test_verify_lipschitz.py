@@ -203,7 +203,7 @@ def test_false_certificates_of_predictions_are_caught(runs, monkeypatch, capsys)
     monkeypatch.setattr(shakespeare, "token_margins", lambda *a: 1e6 * honest_tokens(*a))
     assert verify_lipschitz.main([str(runs / "mlp"), str(runs / "position")], QUICK) == 1
     printed = capsys.readouterr().out
-    assert "BROKEN: test images (certified accuracy" in printed and "BROKEN: validation text (certified tokens" in printed
+    assert "BROKEN: test images (right when attacked" in printed and "BROKEN: validation text (right when attacked" in printed
 
 
 # ---- what cannot be checked ------------------------------------------------------------------------------------------
@@ -265,8 +265,9 @@ def test_rounding_errs_by_no_more_than_the_format(form, relative, absolute):
 def test_rounded_mode_sees_every_product_and_the_largest_activation():
     x, W = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
     with verify_lipschitz.Rounded("int8") as mode:
-        y, z = F.linear(3 * x, W), x @ W
+        y, z, e = F.linear(3 * x, W), x @ W, F.embedding(torch.arange(8), W)
     q = verify_lipschitz.to_int8
     torch.testing.assert_close(y, q(3 * x) @ q(W).T)
     torch.testing.assert_close(z, q(x) @ q(W))
+    torch.testing.assert_close(e, q(W))
     assert mode.largest == (3 * x).abs().max().item()
