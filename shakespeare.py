@@ -104,10 +104,11 @@ class Config:
 SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4, heads=2, hidden=512,
              residual_scale=4.0, w_max="1", steps=1000, lr=0.04, embed_lr=0.05, momentum=0.9)
 PRESETS = {
-    "laptop": dict(SMALL, heads=4, w_max="2", final_scale=10.0, steps=800),
+    "laptop": dict(SMALL, heads=4, w_max="2", final_scale=10.0, steps=800, lr=0.08),
     "paper": dict(batch=512, steps=2000, evals=10),
     "paper_adamw": dict(batch=512, steps=2000, evals=10, optimizer="adamw", constraint="none"),
-    "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0, steps=1400),
+    "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0, steps=1400, lr=0.1,
+                       embed_lr=0.02, momentum=0.95),
     "plain100": dict(SMALL, final_scale=120.0),
 }
 RHOS = (0.001, 0.01, 0.03, 0.1)  # radii around the embeddings, RMS at every token, for certified token accuracy
