@@ -71,6 +71,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 import mlp_cifar  # noqa: E402
+import nanogpt_lipschitz  # noqa: E402
 import shakespeare  # noqa: E402
 from constraints import exact_norm  # noqa: E402
 
@@ -200,7 +201,7 @@ SLACK = 4e-4  # of that promise, in float32: see constraints.py
 
 
 def promised(config):
-    return config.constraint in HELD_EVERY_STEP or (config.constraint, config.optimizer) == ("weight_decay", "muon")
+    return config.constraint in HELD_EVERY_STEP or (config.constraint, getattr(config, "optimizer", "muon")) == ("weight_decay", "muon")
 
 
 def verify_mlp(config, state, claim):
@@ -295,26 +296,68 @@ def withstands(model, x_NP, labels_N, eps, config, restarts=4):
 # ======================================================================================================================
 # TRANSFORMER: sublayers, blocks and the whole, inside the ball that the certificate speaks of
 # ======================================================================================================================
-def verify_transformer(config, run, model, claim, data_of_run):
-    """(table, extras) of a model of shakespeare.py."""
-    table, model = Table(), model.double()
+SEARCH = {"shakespeare": dict(search=20), "nanogpt_lipschitz": {}}  # how each certificate is made
+VOCABULARY = 1024  # above this, single predictions are not attacked: pairs of tokens would fill the memory
+
+
+def verify_transformer(config, script, run, model, claim, data_of_run):
+    """(table, extras) of a model of shakespeare.py or nanogpt_lipschitz.py."""
+    table, model, baseline = Table(), model.double(), getattr(run, "baseline", False)
     if not finite(table, model):
         return table, {}
-    bound = shakespeare.certificate(model, search=20)
+    bound = script.certificate(model, **SEARCH[script.SCRIPT])
     steps, D, T = max(6, int(120 * config.budget)), run.width, min(32, run.seq_len)
     norm = "max-token RMS->RMS"
-    tokens_N, data_name = validation_text(config, run, model, data_of_run)
+    tokens_N, data_name = validation_text(config, script, run, model, data_of_run)
 
-    limits = shakespeare.limits(run)
+    limits = script.limits(run)
     for name, role, W in named_matrices(model):
         if promised(run):
             table.add(name, "limit on the weights", limits[role], exact_norm(W).item(), "RMS->RMS", SLACK)
-    table.add("embedding", "largest RMS of a stored vector", 1.0, rms(model.embedding_VD).max().item(), "RMS", 1e-6)
+    if not baseline:
+        table.add("embedding", "largest RMS of a stored vector", 1.0, rms(model.embedding_VD).max().item(), "RMS", 1e-6)
 
     generator = torch.Generator().manual_seed(config.seed)
     start_W = torch.randint(len(tokens_N) - T, (8,), generator=generator)
     with torch.no_grad():
         real_STD = F.embedding(tokens_N[start_W[:, None] + torch.arange(T)], model.embedding_VD)  # the stream, on real text
+    head_VD, R0 = run.final_scale * model.head_VD, rms(model.embedding_VD).max().item() * (1 + 1e-9)
+    random_STD = torch.randn(8, T, D, generator=generator, dtype=torch.float64)
+    starts = torch.cat([real_STD, R0 * random_STD / rms(random_STD)[..., None]])
+
+    def network(x_STD):
+        stream = model.body(x_STD)
+        return model.logits(stream) if baseline else F.linear(stream, head_VD)
+
+    if not baseline:  # (whose norm layers have a slope of up to 1000: nothing to learn from single layers)
+        verify_layers(table, config, script, run, model, bound, real_STD, steps)
+        found = climb(lambda x: F.linear(x, head_VD), random_STD[:, :1], steps=2 * steps, seed=config.seed).max().item()
+        table.add("head", "norm", bound["norms"]["head"] * run.final_scale, found, norm)
+    found = climb(network, starts, R0, steps, config.seed).max().item()
+    table.add("network", "embeddings to logits", Log(bound["log10"]), found, norm)
+    if claim is not None:
+        table.add("network", "as printed in summary.json", Log(claim), found, norm)
+    for what, ratio in pairs_of_windows(model, network, tokens_N, config, T):
+        table.add("network", what, Log(bound["log10"]), ratio, norm)
+    extras = dict(data=data_name)
+    if len(model.embedding_VD) <= VOCABULARY and not baseline:
+        extras.update(curve=attacked_tokens(table, script, model, tokens_N, config), curve_norm="rho: RMS at every embedding")
+
+    def evaluate():
+        length = min(run.seq_len, 256)
+        batches = ((x, y) for x, y in shakespeare.windows(tokens_N[:length * config.windows * 2 + 1], length))
+        _, loss, accuracy = shakespeare.evaluate(model, batches)
+        return loss, accuracy
+
+    model = model.float()
+    return table, dict(extras, precision=low_precision(evaluate))
+
+
+def verify_layers(table, config, script, run, model, bound, real_STD, steps):
+    """Each sublayer, alone and with the stream, and the ball it is to stay in."""
+    norm, generator = "max-token RMS->RMS", torch.Generator().manual_seed(config.seed)
+    _, T, D = real_STD.shape
+    with torch.no_grad():
         stream_STD = real_STD
         streams = []
         for block in model.blocks:
@@ -343,7 +386,7 @@ def verify_transformer(config, run, model, claim, data_of_run):
                 ("MLP + stream", with_stream(mlp), row["mlp"], row["radius_mlp"], streams[2 * i + 1][:, -8:].reshape(-1, 1, D))):
             table.add(where, what, certified, climb(f, x_STD, radius, steps, config.seed).max().item(), norm)
         if hasattr(block, "q"):
-            table.add(where, "attention logits (largest)", *logits_of_attention(model, block, R, starts), "abs")
+            table.add(where, "attention logits (largest)", *logits_of_attention(script, model, block, R, starts), "abs")
 
     R0 = bound["rows"][0]["radius"]
     random_STD = torch.randn(8, T, D, generator=generator, dtype=torch.float64)
@@ -354,29 +397,6 @@ def verify_transformer(config, run, model, claim, data_of_run):
         table.add(f"block {i + 1}", "radius: largest RMS before the MLP", row["radius_mlp"], seen[2 * i + 1], "max-token RMS")
     table.add("stream", "radius: largest RMS at the end", bound["radius"], seen[-1], "max-token RMS")
 
-    head_VD = run.final_scale * model.head_VD
-    table.add("head", "norm", bound["norms"]["head"] * run.final_scale,
-              climb(lambda x: F.linear(x, head_VD), random_STD[:, :1], steps=2 * steps, seed=config.seed).max().item(), norm)
-
-    def network(x_STD):
-        return F.linear(model.body(x_STD), head_VD)
-
-    found = climb(network, starts, R0, steps, config.seed).max().item()
-    table.add("network", "embeddings to logits", Log(bound["log10"]), found, norm)
-    if claim is not None:
-        table.add("network", "as printed in summary.json", Log(claim), found, norm)
-    for what, ratio in pairs_of_windows(model, network, tokens_N, config, T):
-        table.add("network", what, Log(bound["log10"]), ratio, norm)
-    curve = attacked_tokens(table, model, tokens_N, config)
-
-    def evaluate():
-        batches = ((x, y) for x, y in shakespeare.windows(tokens_N[:run.seq_len * config.windows * 2 + 1], run.seq_len))
-        _, loss, accuracy = shakespeare.evaluate(model, batches)
-        return loss, accuracy
-
-    model = model.float()
-    return table, dict(curve=curve, curve_norm="rho: RMS at every embedding", precision=low_precision(evaluate), data=data_name)
-
 
 def named_matrices(model):
     for i, block in enumerate(model.blocks):
@@ -385,8 +405,11 @@ def named_matrices(model):
     yield "head", "head", model.head_VD
 
 
-def validation_text(config, run, model, data_of_run):
+def validation_text(config, script, run, model, data_of_run):
     run.data = config.data or ("stand-in" if data_of_run.startswith("stand-in") else run.data)
+    if script is nanogpt_lipschitz:
+        _, validation, name = script.load_data(run)
+        return validation.read(0, min(len(validation), 200_000)), name
     _, validation_N, vocabulary, name = shakespeare.load_data(run)
     if vocabulary != model.vocabulary:
         raise Refusal(f"{name} has {len(vocabulary)} different characters, and the model was trained on {len(model.vocabulary)} "
@@ -403,19 +426,19 @@ def split_tokens(block, heads, T, R):
 
 
 @torch.no_grad()
-def logits_of_attention(model, block, R, x_STD):
+def logits_of_attention(script, model, block, R, x_STD):
     """(bound s sigma(q_h) sigma(k_h) R^2 D of the largest head, largest logit found on x and on aligned singular vectors)."""
     H, D = model.config.heads, model.config.width
     s = model.config.logit_scale / (D // H)
     q_HED, k_HED = block.q.view(H, D // H, D), block.k.view(H, D // H, D)
-    bound_H = s * shakespeare.sigma(q_HED) * shakespeare.sigma(k_HED) * R * R * D * (1 + 1e-9)
+    bound_H = s * script.sigma(q_HED) * script.sigma(k_HED) * R * R * D * (1 + 1e-9)
     U, _, Vh = torch.linalg.svd(q_HED.mT @ k_HED)
     crafted_HTD = R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
     found = 0.0
     for x in (into_ball(x_STD, R), crafted_HTD):
         q, k = (F.linear(x, W).view(*x.shape[:2], H, D // H).transpose(1, 2) for W in (block.q, block.k))
         if model.config.positions == "rope":
-            q, k = shakespeare.rotate(q), shakespeare.rotate(k)
+            q, k = script.rotate(q), script.rotate(k)
         found = max(found, (s * q @ k.mT).abs().max().item())
     return bound_H.max().item(), found
 
@@ -451,7 +474,7 @@ def pairs_of_windows(model, network, tokens_N, config, T):
         yield what, ratio[distance > 0].amax().item() if (distance > 0).any() else 0.0
 
 
-def attacked_tokens(table, model, tokens_N, config):
+def attacked_tokens(table, script, model, tokens_N, config):
     """Every prediction certified at rho must survive an attack on all embeddings at rho. Returns the curve."""
     D, T = model.config.width, model.config.seq_len
     head_VD = model.config.final_scale * model.head_VD
@@ -462,7 +485,7 @@ def attacked_tokens(table, model, tokens_N, config):
     clean_WTD = F.embedding(x_WT, model.embedding_VD).detach()
     stands_up_to_N = stands_up_to_N[:y_WT.numel()]
     for rho in shakespeare.RHOS:
-        certified_N = stands_up_to_N > rho * 10 ** min(300.0, shakespeare.certificate(model, rho, search=5)["body_log10"])
+        certified_N = stands_up_to_N > rho * 10 ** min(300.0, script.certificate(model, rho, **SEARCH[script.SCRIPT])["body_log10"])
         d, right_N = torch.zeros_like(clean_WTD), torch.ones(y_WT.numel(), dtype=torch.bool)
         for step in range(steps):
             d.requires_grad_()
@@ -568,7 +591,7 @@ def verify(config, path):
     if path.suffix == ".npz":
         run, model = shakespeare.load_published(path)
         run.constraint = "none"  # (the file does not say what its weights were held to)
-        return verify_transformer(config, run, model, claim, "")
+        return verify_transformer(config, shakespeare, run, model, claim, "")
     summary = path / "summary.json"
     if summary.is_file():
         try:
@@ -577,7 +600,7 @@ def verify(config, path):
         except (ValueError, KeyError, TypeError) as problem:
             raise Refusal(f"{summary}: cannot be read ({problem}); remove it, or train again") from problem
     problems = []
-    for script in (mlp_cifar, shakespeare):
+    for script in (mlp_cifar, shakespeare, nanogpt_lipschitz):
         try:
             state = script.load_checkpoint(path)
         except script.Refusal as problem:
@@ -585,8 +608,8 @@ def verify(config, path):
             continue
         if script is mlp_cifar:
             return verify_mlp(config, state, claim)
-        run, model = shakespeare.model_from_checkpoint(state)
-        return verify_transformer(config, run, model, claim, state["data"])
+        run, model = script.model_from_checkpoint(state)
+        return verify_transformer(config, script, run, model, claim, state["data"])
     raise Refusal(problems[0].split("; needed is")[0])
 
 
@@ -650,7 +673,7 @@ def main(runs, config):
         began = time.perf_counter()
         try:
             table, extras = verify(config, path)
-        except (Refusal, mlp_cifar.Refusal, shakespeare.Refusal) as refusal:
+        except (Refusal, mlp_cifar.Refusal, shakespeare.Refusal, nanogpt_lipschitz.Refusal) as refusal:
             print(f"verify_lipschitz.py: {path}: could not be checked: {refusal}", file=sys.stderr)
             unchecked += 1
             continue
@@ -675,7 +698,7 @@ def main(runs, config):
 if __name__ == "__main__":
     try:
         sys.exit(main(*ARGUMENTS))
-    except (Refusal, mlp_cifar.Refusal, shakespeare.Refusal) as refusal:
+    except (Refusal, mlp_cifar.Refusal, shakespeare.Refusal, nanogpt_lipschitz.Refusal) as refusal:
         print(f"verify_lipschitz.py: {refusal}", file=sys.stderr)
         sys.exit(2)
     except OSError as problem:
