@@ -176,6 +176,7 @@ def check(config):
     need(config.batch % config.micro_batch == 0, "micro_batch", f"a divisor of the batch, {config.batch}")
     need(not config.baseline or config.constraint == "none", "constraint", "none for the baseline, which is unconstrained")
     need(not config.baseline or config.positions == "rope", "positions", "rope for the baseline")
+    need(not config.baseline or config.loss_temperature == 1, "loss_temperature", "1 for the baseline, whose logits are softcapped")
     limits(config)
     config.evals = min(config.evals, config.steps)
 
@@ -330,6 +331,8 @@ def documents_of(source, skip):
             while lines := f.readlines(2**16):  # a long text in pieces, so that it need not fit into memory
                 yield "".join(lines)
         return
+    if path.is_absolute() or path.suffix in (".txt", ".parquet"):
+        path.stat()  # (complains if it is not there: no name of the Hub looks like this)
     if path.exists():
         files = [str(path)] if path.is_file() else sorted(map(str, path.rglob("*.parquet")))
         if not files:
@@ -442,7 +445,7 @@ def prepare(config):
 # ======================================================================================================================
 # MODEL
 # ======================================================================================================================
-GELU_SLOPE = 1.128904145  # the steepest slope of GeLU, rounded up
+GELU_SLOPE = 1.1289041452  # the steepest slope of GeLU, rounded up
 GELU_SCALE = 1.1289  # what the paper divides GeLU by; a little less than the slope, which the certificate has to know
 EPSILON = 1e-6  # of the baseline's RMSNorm
 SOFTCAP = 15.0  # of the baseline's logits
@@ -493,7 +496,8 @@ def block_mask(docs_BT, window):
                & (low_BQ[:, :, None] == high_BQ[:, None, :]) & (low_BQ[:, None, :] == high_BQ[:, :, None]))
 
     def listed(x_BQQ):  # how many key blocks, and which: those there first
-        return x_BQQ.sum(-1, dtype=torch.int32)[:, None], x_BQQ.to(torch.int32).argsort(-1, descending=True, stable=True)[:, None].to(torch.int32)
+        order_BQQ = torch.argsort(x_BQQ.int(), dim=-1, descending=True, stable=True)
+        return x_BQQ.sum(-1, dtype=torch.int32)[:, None], order_BQQ.int()[:, None]
 
     def sees(b, h, t, j):
         return (t >= j) & (t - j < window) & (docs_BT[b, t] == docs_BT[b, j])
@@ -611,6 +615,11 @@ class Transformer(torch.nn.Module):
         """One sublayer's step of the stream."""
         return x + f(rms_norm(x)) if self.config.baseline else torch.lerp(x, f(x), self.mix)
 
+    def through(self, block, x_BTD, mask):
+        """One block: what is compiled. (Not the whole: gradients of a block can travel while those before it are computed.)"""
+        x_BTD = self.add(x_BTD, lambda x: self.attention(block, x, mask))
+        return self.add(x_BTD, lambda x: self.mlp(block, x))
+
     def body(self, x_BTD, docs_BT=None, window=None, seen=None):
         """The stream after the last block, from embedded tokens. docs_BT: number of each token's document (None: all one);
         window: tokens seen in every fourth layer and the last, half of it in others (None: config.window); seen: list to be filled
@@ -621,8 +630,7 @@ class Transformer(torch.nn.Module):
         masks = make(docs_BT, window), make(docs_BT, (window + 1) // 2)
         for i, block in enumerate(self.blocks):
             mask = masks[0 if i % 4 == 0 or i == len(self.blocks) - 1 else 1]
-            x_BTD = self.add(x_BTD, lambda x: self.attention(block, x, mask))
-            x_BTD = self.add(x_BTD, lambda x: self.mlp(block, x))
+            x_BTD = self.through(block, x_BTD, mask)
             if seen is not None:
                 seen.append(x_BTD)
         return rms_norm(x_BTD) if self.config.baseline else x_BTD
@@ -976,19 +984,21 @@ class Trainer:
         self.exchange = Exchange(model, self.owner, team)
         self.optimizers = make_optimizers(config, model, self.owner, team, self.dtype)
         self.update_watch = Stopwatch(team.device)
-        self.body, self.token_loss = model.body, self.sum_of_losses
+        self.token_loss = self.sum_of_losses
         if config.compile == "on" or config.compile == "auto" and team.device.type == "cuda":
             model.flex = config.seq_len % BLOCK == 0 and team.device.type == "cuda"
-            self.body, self.token_loss = torch.compile(model.body, dynamic=False), torch.compile(self.sum_of_losses, dynamic=False)
+            model.through = torch.compile(model.through, dynamic=False)
+            self.token_loss = torch.compile(self.sum_of_losses, dynamic=False)
 
     def sum_of_losses(self, x_ND, head_XD, y_N):
-        return F.cross_entropy(self.config.loss_temperature * self.model.logits(x_ND, head_XD), y_N, reduction="sum")
+        hot = self.config.loss_temperature  # (on the head, which is smaller than the logits)
+        return F.cross_entropy(self.model.logits(x_ND, head_XD if hot == 1 else hot * head_XD), y_N, reduction="sum")
 
     def stream(self, x_BT, window):
         """The end of the stream, (B T, D), of tokens; `window` as a tensor, or each new one would compile anew."""
         embedded, docs_BT = self.model.embed(x_BT.to(self.team.device), self.dtype)
         window = torch.tensor(window, device=self.team.device) if self.model.flex else window
-        return self.body(embedded, docs_BT, window).flatten(0, 1)
+        return self.model.body(embedded, docs_BT, window).flatten(0, 1)
 
     def step(self, train, step):
         """One step on `batch` sequences; returns this process's part of the mean loss (a tensor)."""
@@ -1055,7 +1065,7 @@ class Trainer:
         return states
 
     @torch.no_grad()
-    def scatter(self, state):
+    def scatter(self, state, step):
         """Weights and moments of a checkpoint that rank 0 has read, to whoever needs them."""
         for name, p in self.model.named_parameters():
             tensors = [p.data, *(torch.empty_like(p) for _ in self.moments(p))]
@@ -1068,10 +1078,7 @@ class Trainer:
                 own = self.own_state(p)
                 own.update(zip(self.moments(p), tensors[1:]))
                 if "exp_avg" in own:
-                    own["step"] = torch.tensor(float(self.step_of(state)), device=p.device if p.device.type == "cuda" else "cpu")
-
-    def step_of(self, state):
-        return self.team.decide(lambda: state["step"])
+                    own["step"] = torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu")
 
 
 @torch.no_grad()
@@ -1137,7 +1144,7 @@ def train(trainer, data, out, progress):
                               val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=max_weight_norm(bound),
                               lipschitz_log10=bound["log10"], blocks_log10=[log10(r["attention"]) + log10(r["mlp"]) for r in bound["rows"]],
                               activations=activations, radii=[r["radius_mlp"] for r in bound["rows"]], logits=logits, ms_per_step=ms,
-                              tokens_per_second=tokens / ms * 1000, utilisation=flops_per_token(config) * tokens / ms * 1000 / peak,
+                              tokens_per_second=tokens / ms * 1000, utilisation=flops_per_token(config, schedule(config, step)[2]) * tokens / ms * 1000 / peak,
                               update_share=(update_seconds - watch_from) / seconds, memory_gib=memory_gib(team.device),
                               losses=all_losses)
                 with open(out / "log.jsonl", "a") as f:
@@ -1167,9 +1174,9 @@ def max_weight_norm(bound):
 
 
 # ---- accounting ------------------------------------------------------------------------------------------------------
-def flops_per_token(config):
+def flops_per_token(config, window=None):
     """Of forward and backward pass, products only: 6 a weight, and 12 D for each token that attention looks at."""
-    T, D, W = config.seq_len, config.width, config.window
+    T, D, W = config.seq_len, config.width, window or config.window
     matrices = config.blocks * ((4 if config.logit_scale > 0 else 2) * D * D + 2 * D * config.hidden) + config.vocab * D
 
     def looked_at(w):  # on average, in one document
@@ -1228,7 +1235,7 @@ def meta_model(config):
 def activation_bytes(config):
     """Bytes a token leaves behind in one block for the backward pass, in bfloat16: measured on one short sequence."""
     def kept(blocks):
-        small = dataclasses.replace(config, blocks=blocks, vocab=128, residual_scale=min(config.residual_scale, 2 * blocks), seq_len=128)
+        small = dataclasses.replace(config, blocks=blocks, vocab=128, residual_scale=min(config.residual_scale, 2 * blocks), seq_len=161)
         model, storages = Transformer(small).initialize(0), {}
 
         def keep(tensor):
@@ -1236,16 +1243,16 @@ def activation_bytes(config):
                 storages[tensor.untyped_storage().data_ptr()] = tensor  # (held, so that no address comes twice)
             return tensor
 
-        mask = dense_mask(torch.zeros(1, 128, dtype=torch.int64), 128)  # (not counted: flex_attention has none)
+        mask = dense_mask(torch.zeros(1, 161, dtype=torch.int64), 161)  # (not counted: flex_attention has none)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            x = torch.randn(1, 128, small.width).bfloat16().requires_grad_()
+            x = torch.randn(1, 161, small.width).bfloat16().requires_grad_()
             for block in model.blocks:
-                x = model.add(x, lambda x: model.attention(block, x, mask))
-                x = model.add(x, lambda x: model.mlp(block, x))
-        skip = {p.numel() for p in model.parameters()} | {mask.numel()}  # weights in bfloat16 are not an activation
-        return sum(t.untyped_storage().nbytes() for t in storages.values() if t.untyped_storage().nbytes() // t.element_size() not in skip)
+                x = model.through(block, x, mask)
+        weights = {p.numel() for p in model.parameters()}  # (in bfloat16: shared by all tokens, as is the mask, which
+        return sum(t.untyped_storage().nbytes() for t in storages.values()  # flex_attention does without)
+                   if (n := t.untyped_storage().nbytes() // t.element_size()) not in weights and n % 161**2)
 
-    return (kept(2) - kept(1)) / 128
+    return (kept(2) - kept(1)) / 161
 
 
 def plan(config):
@@ -1507,7 +1514,7 @@ def main(options):
         trainer = Trainer(config, model, team)
         if progress["step"]:
             team.decide(lambda: same_data(state, data, out))
-            trainer.scatter(state)
+            trainer.scatter(state, progress["step"])
         if team.rank == 0:
             print(f"device {team.device} x {team.world}, computing in {trainer.dtype} with {model.head_XD.dtype} weights, data: {data[2]} "
                   f"({len(data[0]):,} tokens to train, {len(data[1]):,} to validate), {sum(p.numel() for p in model.parameters()):,} "

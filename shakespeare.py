@@ -297,7 +297,7 @@ def batch_of(tokens_N, step, config):
 # ======================================================================================================================
 # MODEL: attention and MLP, each mixed into the stream by a convex combination, and no norm layer anywhere
 # ======================================================================================================================
-GELU_SLOPE = 1.128993069  # the steepest slope of the tanh form of GeLU, rounded up (exact form: 1.128904145)
+GELU_SLOPE = 1.128993069  # the steepest slope of the tanh form of GeLU, rounded up (exact form: 1.1289041452)
 GELU_SCALE = 1.1289  # what the paper divides GeLU by; a little less than the slope, which the certificate has to know
 
 
