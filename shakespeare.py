@@ -13,9 +13,10 @@ COMMANDS
     python shakespeare.py --data FILE                        # any text
     python shakespeare.py --resume runs/NAME                 # go on where a run was stopped
 
-RESULT (tinyshakespeare, whole validation text, seed 0; two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
-    laptop, the default: 56.1 % of the characters right, loss 1.471, at a true bound of 4.24e3 (950 steps; 800 took
-    300 s in all). lipschitz2: 56.3 %, at a true bound of 0.773 and a loss temperature of 800; 470 s.
+RESULT (tinyshakespeare, whole validation text, two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
+    laptop, the default: 55.8 % of the characters right, loss 1.475, at a true bound of 2290 (mean of three seeds; 350 to
+    370 s in all). plain100: 53.7 %, 1.547, at 73.8 (three seeds; 6 minutes). lipschitz2: 56.3 % at 0.773 and a loss
+    temperature of 800 (one seed; 6 to 13 minutes). README.md has the tables.
 
 ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX), the text karpathy/char-rnn's;
 nothing of their code is used. MaxMin is GroupSort (Anil et al. 2019).
