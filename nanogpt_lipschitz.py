@@ -823,7 +823,13 @@ class Team:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:  # (two hours: others wait while rank 0 downloads)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=2))
+            # torchrun keeps its store over a restart, dead workers' addresses with it (seen in torch 2.13), so each start has its own
+            # prefix; not on several nodes, whose counts may differ.
+            store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(hours=2)))
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
+                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world,
+                                    timeout=datetime.timedelta(hours=2))
 
     def check_share(self, config):
         if config.batch % self.world:
