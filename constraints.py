@@ -23,7 +23,9 @@ bfloat16 input is mapped in float32 and rounded at the end. Ancestry: spectral n
 (2017) and Miyato et al. (2018); hammer, soft cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
+import functools
 import math
+import runpy
 
 import torch
 
@@ -261,3 +263,25 @@ def soft_cap(W, w_max, step_norm=0.0):
 CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer,
                                        soft_cap, hard_cap)}
 DECAYS = ("weight_decay", "spectral_weight_decay")  # pass these the learning rate, also if a step's norm is unknown
+
+
+@functools.cache  # a file runs once
+def find_constraint(name: str):
+    """The function of that name in the table, or a function of yours: FILE.py:NAME runs FILE.py and takes NAME from it.
+
+    ValueError, in words for the user, if there is none, or if it does not turn a matrix into one of its shape.
+    """
+    path, _, function = name.rpartition(":")
+    if not path:
+        if name not in CONSTRAINTS:
+            raise ValueError(f"must be one of {', '.join(CONSTRAINTS)}, or FILE.py:NAME, a function of yours")
+        return CONSTRAINTS[name]
+    try:
+        mine = runpy.run_path(path)[function]
+        stack = torch.eye(2, 3).expand(4, 2, 3)  # (Muon gives it all matrices of one shape at once)
+        if mine(stack.clone(), 1.0, 0.1).shape != stack.shape:
+            raise TypeError("it returns another shape than it is given")
+    except Exception as problem:  # it is any code whatever
+        raise ValueError("must name a function f(W, w_max, step_norm) of a file, which returns W of the same shape, (fan_out, fan_in) or "
+                         f"(..., fan_out, fan_in); here: {type(problem).__name__}: {problem}") from problem
+    return mine

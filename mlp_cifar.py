@@ -21,13 +21,16 @@ The tight certificate is ECLipsE-Fast (Xu and Sivaranjani 2024), certified accur
 """
 
 import argparse
+import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import io
 import json
 import math
 import os
+import shutil
 import sys
 import threading
 import time
@@ -65,9 +68,9 @@ class Config:
     w_max: str = option("3.4", "limit on the RMS->RMS norm of each layer: one number, or one per layer as 3,4,5")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
-    constraint: str = option("soft_cap", "map applied to each weight matrix after each step; table in constraints.py",
-                             choices=("none", "weight_decay", "spectral_weight_decay", "specnorm", "stiefel", "hammer",
-                                      "soft_cap", "hard_cap"))
+    constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
+                             "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
+                             "constraints.py), or one of yours as FILE.py:NAME")
     steps: int = option(2000, "training steps")
     batch: int = option(512, "images a step")
     lr: float = option(0.0, "learning rate at the start, falling linearly to 0; for Muon it is the RMS->RMS norm of a step, "
@@ -85,6 +88,11 @@ class Config:
     evals: int = option(10, "evaluations (on the whole test set) and checkpoints during a run")
     out: str = option("", "run folder; default runs/mlp_cifar_PRESET_seedN")
     resume: str = option("", "run folder to go on with; its own settings are used")
+    # all pairs of optimizer and constraint
+    compare: bool = option(False, "train every optimizer with every constraint at several strengths; the same command "
+                           "again goes on where it was stopped. Settings: preset compare and other flags")
+    minutes: float = option(40.0, "time after which --compare begins no further run, and reports")
+    seeds: int = option(1, "seeds that --compare trains each point with")
 
 
 PRESETS = {
@@ -95,12 +103,17 @@ PRESETS = {
     "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.8", steps=4000),
     "certified": dict(activation="maxmin", augment=True, depth=4, width=512, w_max="1", loss_temperature=15.0,
                       margin=2.0, steps=5000),
+    "compare": dict(bias=False, center=False, lowpass=32, w_max="6", steps=1000, evals=1),  # the paper's network
 }
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels in [0, 1]
 
 
 class Refusal(Exception):
     """Something that the user can mend: one line, exit status 2."""
+
+
+class Diverged(Refusal):
+    """A loss that is not finite."""
 
 
 def parse_arguments(argv=None):
@@ -115,14 +128,16 @@ def parse_arguments(argv=None):
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, **kind,
                             help=f.metadata["help"].replace("%", "%%") + f" [{f.default}]")
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "default")
+    preset = given.get("preset", "compare" if given.get("compare") else "default")
     if preset not in PRESETS:
         parser.error(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     if given.get("resume") == "":
         parser.error("--resume: is empty; give a run folder")
-    if "resume" in given and given.keys() - {"resume", "data", "device"}:
-        others = ", ".join("--" + name for name in sorted(given.keys() - {"resume", "data", "device"}))
-        parser.error(f"{others} with --resume: a run goes on with its own settings (but --data and --device)")
+    for mode, others in (("resume", given.keys() - {"resume", "data", "device", "constraint"}),
+                         ("compare", given.keys() & {"optimizer", "constraint", "w_max", "lr", "seed", "resume"})):
+        if given.get(mode) and others:
+            parser.error(f"{', '.join('--' + name for name in sorted(others))} with --{mode}: a run goes on with its own "
+                         "settings" if mode == "resume" else f"--compare sets {', '.join(sorted(others))} itself")
     return Config(**{**PRESETS[preset], **given})
 
 
@@ -143,6 +158,8 @@ def check(config):
     need(0 <= config.momentum < 1, "momentum", "at least 0 and below 1")
     need(config.activation == "relu" or config.width % 2 == 0, "width", "even for maxmin, which works on pairs")
     need(0 <= config.seed < 2**31, "seed", "a whole number from 0 to 2^31 - 1")
+    need(0 <= config.minutes < math.inf, "minutes", "a finite number of at least 0")
+    need(1 <= config.seeds <= 1000, "seeds", "a whole number from 1 to 1000")
     limits(config)
     config.evals = min(config.evals, config.steps)
     config.lr = config.lr or (0.2 if config.optimizer == "muon" else 0.0013)
@@ -167,7 +184,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from constraints import CONSTRAINTS, DECAYS, exact_norm, norm_bound, sigma_per_norm  # noqa: E402
+from constraints import DECAYS, exact_norm, find_constraint, norm_bound, sigma_per_norm  # noqa: E402
 from muon import Muon, has_fast_bfloat16  # noqa: E402
 
 # Shapes: B images in a batch, N in a set, P = 3072 pixel values, K = 10 classes, F frequencies, X columns, H neurons.
@@ -484,7 +501,7 @@ def make_optimizers(config, model):
         dtype = compute_dtype(config, model.weights[0].device)
         # The layers share the learning rate: a step moves the product of their norms by about lr / w_max in all.
         optimizers = [(Muon([dict(params=[W], w_max=w) for W, w in zip(model.weights, w_max)], momentum=config.momentum,
-                            constraint=CONSTRAINTS[config.constraint], dtype=dtype), config.lr / config.depth)]
+                            constraint=find_constraint(config.constraint), dtype=dtype), config.lr / config.depth)]
     else:
         optimizers = [(torch.optim.AdamW(model.weights, betas=(config.momentum, 0.95), weight_decay=config.adamw_wd),
                        config.lr)]
@@ -498,7 +515,7 @@ def constrain_after_adamw(config, model, lr):
     """What Muon does for itself: constrain each matrix. How far AdamW moved it is not known, so it is measured."""
     for W, w_max in zip(model.weights, limits(config)):
         step_norm = lr if config.constraint in DECAYS else max(0.0, norm_bound(W, dtype=W.dtype).item() - w_max)
-        W.copy_(CONSTRAINTS[config.constraint](W, w_max, step_norm))
+        W.copy_(find_constraint(config.constraint)(W, w_max, step_norm))
 
 
 def train_step(config, model, optimizers, images_BP, labels_B, step, dtype):
@@ -561,8 +578,8 @@ def train(config, model, optimizers, train_set, test_set, data_name, out, progre
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at every step: on a GPU that would wait for it)
             if not (torch.stack(losses[-10:]).isfinite().all() and all(W.isfinite().all() for W in model.weights)):
-                raise Refusal(f"step {done}: training has diverged, as {first_not_finite(model)}; the last good checkpoint, "
-                              f"if any, is in {out}; try a smaller --lr than {config.lr:g}")
+                raise Diverged(f"step {done}: training has diverged, as {first_not_finite(model)}; the last good checkpoint, "
+                               f"if any, is in {out}; try a smaller --lr than {config.lr:g}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(done - bar.n)
         if done in eval_steps:
@@ -771,6 +788,8 @@ def resumed(config):
     if (out / "summary.json").exists():
         raise Refusal(f"--resume {out}: that run is finished, see its summary.json; start another with --out")
     own, _ = model_from_checkpoint(state)
+    if ":" in own.constraint and config.constraint != own.constraint:  # (a checkpoint must not have code run by itself)
+        raise Refusal(f"--resume {out}: was trained with code of yours; say that you trust it: --constraint {own.constraint}")
     own.device = config.device
     own.data = config.data if config.data != "auto" else own.data
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)  # (the last may have been cut off with the run)
@@ -779,14 +798,131 @@ def resumed(config):
     return out, state, own
 
 
-def main(config):
+# ---- --compare: every optimizer with every constraint -----------------------------------------------------------------
+# (optimizer, constraint): (learning rate, strengths). A strength is w_max, so for the decays the inverse of a weight decay.
+# Learning rates: the best of three on 5,000 held-out training images, at the strength in the middle, 1000 steps, one seed.
+PAIRS = {
+    ("muon", "none"): (0.2, (1,)), ("adamw", "none"): (0.001, (1,)),
+    ("muon", "weight_decay"): (0.2, (1.5, 2.5, 4, 6)), ("adamw", "weight_decay"): (0.001, (0.01, 0.03, 0.1, 0.3)),
+    ("muon", "spectral_weight_decay"): (0.2, (0.1, 0.3, 1, 3)), ("adamw", "spectral_weight_decay"): (0.001, (0.003, 0.01, 0.03, 0.1)),
+}
+PAIRS.update({(optimizer, constraint): (lr, (1.5, 2.5, 4, 6)) for optimizer, lr in (("muon", 0.2), ("adamw", 0.001))
+              for constraint in ("specnorm", "stiefel", "hammer", "soft_cap", "hard_cap")})
+BOUND, BOUND_NAME, BOUNDS = "lipschitz_product_log10", "RMS->RMS, product of norms", (1, 1.5, 2, 2.5)  # where the table compares
+CERTIFIED = ("certified_accuracy", "36/255", "l2 radius 36/255")
+COLUMNS = ("val_accuracy", "val_loss", "lipschitz_product_log10", "lipschitz_log10", "max_weight_norm", "ms_per_step")
+
+
+def compare(config):
+    """Train each point of PAIRS with each seed, in a folder of its own below --out, until all are there or the time is
+    over; then a table, compare.csv and compare.png of all that are there."""
+    base, began, trained, rows, missing = Path(config.out or f"runs/{SCRIPT}_compare"), time.perf_counter(), 0, [], 0
+    if base.exists() and not (base / "compare.json").exists() and (not base.is_dir() or any(base.iterdir())):
+        raise Refusal(f"--out {base}: exists and is no comparison; choose another")
+    data = load_data(config)
+    settings = dataclasses.asdict(dataclasses.replace(config, compare=False, minutes=0.0, seeds=1, out="", device="auto"))
+    settings = json.dumps(dict(settings, data=data[-1]), indent=1) + "\n"
+    if (base / "compare.json").exists() and (base / "compare.json").read_text() != settings:
+        raise Refusal(f"--out {base}: holds a comparison with other settings (see compare.json there); choose another")
+    base.mkdir(parents=True, exist_ok=True)
+    write_atomically(base / "compare.json", settings.encode())
+    points = [(seed, *pair, w, lr) for seed in range(config.seeds) for pair, (lr, strengths) in PAIRS.items() for w in strengths]
+    for seed, optimizer, constraint, w, lr in points:
+        out, spent = base / f"{optimizer}_{constraint}_{w:g}_seed{seed}", time.perf_counter() - began
+        fresh = not (out / "summary.json").exists()
+        if fresh and (missing or spent + spent / max(1, trained) > 60 * config.minutes):
+            missing += 1
+            continue
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)  # (what an interrupted run has left: less than a minute's work)
+            point = dataclasses.replace(config, compare=False, optimizer=optimizer, constraint=constraint, w_max=str(w), lr=lr,
+                                        seed=seed, out=str(out))
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    main(point, data)
+            except Diverged as problem:
+                write_atomically(out / "summary.json", (json.dumps(dict(diverged=str(problem))) + "\n").encode())
+            trained += 1
+        summary, row = json.loads((out / "summary.json").read_text()), dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
+        row.update({key: summary[key] for key in COLUMNS if key in summary})
+        if "diverged" not in summary:
+            row["certified"] = summary[CERTIFIED[0]][CERTIFIED[1]]
+        rows.append(row)
+        if fresh:
+            print(f"{len(rows):3d}/{len(points)}  {optimizer:5} {constraint:21} w_max {w:<5g} seed {seed}  " + (
+                "diverged" if "diverged" in summary else f"accuracy {100 * row['val_accuracy']:.2f} %  loss {row['val_loss']:.3f}  bound 10^"
+                f"{row[BOUND] or -math.inf:.2f}  certified at {CERTIFIED[2]} {100 * row['certified']:.2f} %")
+                + f"  {time.perf_counter() - began:.0f} s", flush=True)
+    report_comparison(rows, base, data[-1])
+    if missing:
+        print(f"{missing} of {len(points)} runs are still to come: give the same command again.")
+
+
+def accuracy_within(rows, bound_log10):
+    """Accuracy reached at no more than this bound by runs of one pair and seed: linear in the bound's logarithm between two."""
+    points = sorted((row[BOUND], row["val_accuracy"]) for row in rows if row.get(BOUND) is not None)
+    x, y = zip(*points) if points else ((math.inf,), (0.0,))
+    return float(np.interp(bound_log10, x, np.maximum.accumulate(y), left=math.nan))
+
+
+def report_comparison(rows, base, data_name):
+    """compare.csv, a line a run; compare.png; on the terminal each constraint's accuracy at equal bounds, Muon / AdamW."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def spread(values):
+        values = [100 * v for v in values if not math.isnan(v)]
+        return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "") if values else "-"
+
+    with io.StringIO() as text:
+        writer = csv.DictWriter(text, ["optimizer", "constraint", "w_max", "lr", "seed", *COLUMNS, "certified"])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(base / "compare.csv", text.getvalue().encode())
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    seeds, constraints = sorted({row["seed"] for row in rows}), list(dict.fromkeys(constraint for _, constraint in PAIRS))
+    print(f"\naccuracy (%) at a bound ({BOUND_NAME}) of at most, Muon / AdamW; {len(seeds)} seed(s), data: {data_name}\n" + " " * 23
+          + "".join(f"{f'10^{bound:g}':^27}" for bound in BOUNDS) + "best: accuracy at bound 10^, Muon / AdamW")
+    for constraint in constraints:
+        cells, best = [[] for _ in BOUNDS], []
+        for optimizer, style in (("muon", "o-"), ("adamw", "x--")):
+            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint) and row.get(BOUND) is not None]
+            for cell, bound in zip(cells, BOUNDS):
+                cell.append(spread([accuracy_within([row for row in mine if row["seed"] == seed], bound) for seed in seeds]))
+            means = [{key: np.mean([row[key] for row in mine if row["w_max"] == w]) for key in ("val_accuracy", BOUND, "certified")}
+                     for w in sorted({row["w_max"] for row in mine})]
+            top = max(means, key=lambda point: point["val_accuracy"], default=None)
+            best.append(f"{100 * top['val_accuracy']:.1f} at {top[BOUND]:.2f}" if top else "-")
+            accuracy, color = [100 * point["val_accuracy"] for point in means], f"C{constraints.index(constraint)}"
+            panels[0].plot([point[BOUND] for point in means], accuracy, style, color=color, label=f"{optimizer} {constraint}")
+            panels[1].plot(accuracy, [100 * point["certified"] for point in means], style, color=color)
+        print(f"  {constraint:21}" + "".join(f"{' / '.join(cell):^27}" for cell in cells) + " / ".join(best))
+    panels[0].set(title=f"{SCRIPT}, data: {data_name}", xlabel=f"log10 of the Lipschitz bound ({BOUND_NAME})", ylabel="accuracy (%)")
+    panels[1].set(title=f"certified at {CERTIFIED[2]}", xlabel="accuracy (%)", ylabel="certified accuracy (%)")
+    panels[0].legend(fontsize=6)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=110)
+        write_atomically(base / "compare.png", buffer.getvalue())
+    plt.close(figure)
+    print(f"Every run: {base / 'compare.csv'}; picture: {base / 'compare.png'}")
+
+
+def main(config, data=None):
+    """One training, or with --compare many; `data` as load_data gives it, where it is loaded already."""
     state = None
     if config.resume:
         out, state, config = resumed(config)
     check(config)
+    try:
+        find_constraint(config.constraint)
+    except ValueError as problem:
+        raise Refusal(f"--constraint {config.constraint}: {problem}") from problem
     keep_memory()
+    if config.compare:
+        return compare(config)
     device = choose_device(config)
-    train_set, test_set, data_name = load_data(config)
+    train_set, test_set, data_name = data or load_data(config)
     train_set, test_set = hold_out(config, train_set, test_set)
     data_name += f" (evaluated on {config.holdout} training images held out)" * (config.holdout > 0)
     if state and (state["data"].startswith("stand-in") != data_name.startswith("stand-in")

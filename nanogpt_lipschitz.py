@@ -70,9 +70,9 @@ class Config:
     w_max: str = option("1", "limit on the RMS->RMS norm of each matrix: one number, or 7 as q,k,v,o,in,out,head")
     baseline: bool = option(False, "the unconstrained peer: RMSNorm, QK norm, softcapped logits, x + block(norm(x))")
     # training
-    constraint: str = option("soft_cap", "map applied to each weight matrix after each step; table in constraints.py",
-                             choices=("none", "weight_decay", "spectral_weight_decay", "specnorm", "stiefel", "hammer",
-                                      "soft_cap", "hard_cap"))
+    constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
+                             "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
+                             "constraints.py), or one of yours as FILE.py:NAME")
     steps: int = option(6200, "training steps")
     batch: int = option(8, "sequences a step, over all processes")
     seq_len: int = option(49_152, "tokens of a sequence; it holds parts of many documents")
@@ -139,7 +139,7 @@ def parse_arguments(argv=None):
     for name in ("resume", "prepare"):
         if given.get(name) == "":
             parser.error(f"--{name}: is empty; give a path")
-    others = given.keys() - {"resume", "data", "device", "compile", "micro_batch"}
+    others = given.keys() - {"resume", "data", "device", "compile", "micro_batch", "constraint"}
     if "resume" in given and others:
         parser.error(f"{', '.join('--' + name for name in sorted(others))} with --resume: a run keeps its own settings")
     if "prepare" in given and "data" not in given:
@@ -202,7 +202,7 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention.flex_attention import BlockMask, flex_attention  # noqa: E402
 
-from constraints import CONSTRAINTS, exact_norm, hard_cap, sigma_per_norm  # noqa: E402
+from constraints import find_constraint, sigma_per_norm  # noqa: E402
 from muon import Muon, has_fast_bfloat16, msign  # noqa: E402
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H, V tokens in the
@@ -364,7 +364,7 @@ def write_shard(path, tokens):
 def prepare(config):
     """Write val_000000.bin (val_tokens of it), then train_000001.bin and on (shard_tokens each) into the folder --data.
 
-    Streams; after each shard prepare.json says where the next one begins, so a run that was stopped goes on there.
+    Streams; a shard ends with a document, and after each prepare.json says how many are done, so a run that was stopped goes on there.
     """
     from tqdm import tqdm
 
@@ -372,7 +372,7 @@ def prepare(config):
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "prepare.json"
     settings = dict(source=source, val_tokens=config.val_tokens, shard_tokens=config.shard_tokens)
-    state = dict(settings, shards=0, document=0, offset=0, finished=False)  # next: token `offset` of document `document`
+    state = dict(settings, shards=0, documents=0, finished=False)
     if note.exists():
         state = json.loads(note.read_text())
         if any(state[k] != v for k, v in settings.items()):
@@ -388,43 +388,31 @@ def prepare(config):
         raise Refusal(f"--prepare: the GPT-2 tokens cannot be had ({type(problem).__name__}); needed is the network once, or "
                       "TIKTOKEN_CACHE_DIR with a copy of tiktoken's cache") from problem
     bar = tqdm(unit="token", unit_scale=True, disable=not sys.stderr.isatty())
-    buffer, held, document, texts = [], 0, state["document"], []  # buffer: [(document, offset, tokens)] not yet written
+    pieces, held, documents = [], 0, state["documents"]  # of the shard to come
 
-    def flush(size):
-        nonlocal held
-        parts, take = [], size
-        while take:
-            number, offset, tokens = buffer.pop(0)
-            parts.append(tokens[:take])
-            if len(tokens) > take:
-                buffer.insert(0, (number, offset + take, tokens[take:]))
-            take -= len(parts[-1])
-        held -= size
-        name = "val_000000.bin" if state["shards"] == 0 else f"train_{state['shards']:06d}.bin"
-        write_shard(folder / name, np.concatenate(parts))
-        state["shards"] += 1
-        state["document"], state["offset"] = buffer[0][:2] if buffer else (document, 0)
+    def write(**more):
+        nonlocal pieces, held
+        if pieces:
+            path = folder / ("val_000000.bin" if state["shards"] == 0 else f"train_{state['shards']:06d}.bin")
+            write_shard(path, np.concatenate(pieces))
+            print(f"{path}: {held:,} tokens", flush=True)
+            state.update(shards=state["shards"] + 1, documents=documents)
+        state.update(more)
         write_atomically(note, (json.dumps(state, indent=1) + "\n").encode())
-        print(f"{folder / name}: {size:,} tokens", flush=True)
-
-    def target():
-        return config.val_tokens if state["shards"] == 0 else config.shard_tokens
+        pieces, held = [], 0
 
     def take(texts):
-        nonlocal held, document
+        nonlocal held, documents
         for ids in encode(texts):
-            tokens = np.array([begin, *ids], dtype=np.uint16)
-            skip = state["offset"] if document == state["document"] and not buffer else 0
-            if len(tokens) > skip:
-                buffer.append((document, skip, tokens[skip:]))
-                held += len(tokens) - skip
-                bar.update(len(tokens) - skip)
-            document += 1
-            while held >= target():
-                flush(target())
+            pieces.append(np.array([begin, *ids], dtype=np.uint16))
+            held, documents = held + 1 + len(ids), documents + 1
+            bar.update(1 + len(ids))
+            if held >= (config.val_tokens if state["shards"] == 0 else config.shard_tokens):
+                write()
 
     try:
-        for text in documents_of(source, state["document"]):
+        texts = []
+        for text in documents_of(source, documents):
             texts.append(text)
             if len(texts) == 256:
                 take(texts)
@@ -436,10 +424,7 @@ def prepare(config):
                       "name of a data set of the Hub; what is written stays, and the same command goes on") from problem
     if state["shards"] == 0:
         raise Refusal(f"--prepare {source}: has {held:,} tokens, fewer than --val_tokens {config.val_tokens:,}; give a smaller one")
-    if held:
-        flush(held)
-    state["finished"] = True
-    write_atomically(note, (json.dumps(state, indent=1) + "\n").encode())
+    write(finished=True)
     bar.close()
 
 
@@ -934,7 +919,7 @@ def make_optimizers(config, model, owner, team, dtype):
             real = (config.vocab / len(W)) ** 0.5 if role == "head" else 1.0
             groups.setdefault((role == "head", w_max[role] * real), []).append(W)
     low = None if dtype == torch.float64 else dtype if dtype == torch.bfloat16 else torch.float32
-    optimizers = [(Muon([dict(params=matrices, w_max=w)], lr=0.0, momentum=config.momentum, constraint=CONSTRAINTS[config.constraint],
+    optimizers = [(Muon([dict(params=matrices, w_max=w)], lr=0.0, momentum=config.momentum, constraint=find_constraint(config.constraint),
                         dtype=low), config.head_lr if head else config.lr) for (head, w), matrices in groups.items()]
     for p, lr in [(model.embedding_VD, config.embed_lr)] + [(b.bias_HW, config.bias_lr) for b in model.blocks if hasattr(b, "bias_HW")]:
         if any(p is q for q in mine):
@@ -1232,7 +1217,7 @@ def update_flops(config):
         for role, W in model.matrices():
             msign(W.bfloat16())
             if config.constraint in ("soft_cap", "specnorm", "hammer"):
-                CONSTRAINTS[config.constraint](W, limits(config)[role], config.lr)
+                find_constraint(config.constraint)(W, limits(config)[role], config.lr)
     return counter.get_total_flops()
 
 
@@ -1407,6 +1392,9 @@ def resumed(options, out):
     if (out / "summary.json").exists():
         raise Refusal(f"--resume {out}: that run is finished, see its summary.json; start another with --out")
     config, _ = model_from_checkpoint(state)
+    if ":" in config.constraint and options.constraint != config.constraint:  # (a checkpoint must not have code run by itself)
+        raise Refusal(f"--resume {out}: was trained with code of yours; say that you trust it: --constraint {config.constraint}")
+    known_constraint(config)
     for name in ("data", "device", "compile", "micro_batch") if options.resume else ():
         if getattr(options, name) != getattr(Config(**TINY), name):  # so it was given
             setattr(config, name, getattr(options, name))
@@ -1506,6 +1494,7 @@ def main(options):
         nonlocal state
         if not options.resume:
             team.check_share(options)
+            known_constraint(options)
             load_data(options)  # (downloads, and complains before a folder is made)
         out = Path(options.resume) if options.resume else run_folder(options)
         if options.resume or (out / "checkpoint.pt").exists():
@@ -1537,6 +1526,13 @@ def main(options):
             report(config, model, out, data[2], team)
     finally:
         team.close()
+
+
+def known_constraint(config):
+    try:
+        find_constraint(config.constraint)
+    except ValueError as problem:
+        raise Refusal(f"--constraint {config.constraint}: {problem}") from problem
 
 
 def same_data(state, data, out):

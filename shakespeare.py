@@ -23,7 +23,9 @@ nothing of their code is used. MaxMin is GroupSort (Anil et al. 2019).
 """
 
 import argparse
+import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import hashlib
@@ -33,6 +35,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import sys
 import sysconfig
 import time
@@ -74,9 +77,9 @@ class Config:
     w_max: str = option("6", "limit on the RMS->RMS norm of each matrix: one number, or 7 as q,k,v,o,in,out,head")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
-    constraint: str = option("soft_cap", "map applied to each weight matrix after each step; table in constraints.py",
-                             choices=("none", "weight_decay", "spectral_weight_decay", "specnorm", "stiefel", "hammer",
-                                      "soft_cap", "hard_cap"))
+    constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
+                             "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
+                             "constraints.py), or one of yours as FILE.py:NAME")
     steps: int = option(600, "training steps")
     batch: int = option(32, "windows a step")
     lr: float = option(0.0, "learning rate at the start, falling linearly to 0; for Muon it is the RMS->RMS norm of a "
@@ -94,6 +97,11 @@ class Config:
     evals: int = option(4, "evaluations (on the whole validation text) and checkpoints during a run")
     out: str = option("", "run folder; default runs/shakespeare_PRESET_seedN")
     resume: str = option("", "run folder to go on with; its own settings are used")
+    # all pairs of optimizer and constraint
+    compare: bool = option(False, "train every optimizer with every constraint at several strengths; the same command "
+                           "again goes on where it was stopped. Settings: preset compare and other flags")
+    minutes: float = option(55.0, "time after which --compare begins no further run, and reports")
+    seeds: int = option(1, "seeds that --compare trains each point with")
     # instead of training
     load: str = option("", "a checkpoint published by the authors (.npz): evaluate, certify and sample it")
     sample: str = option("", "run folder (or checkpoint) to sample from")
@@ -111,6 +119,7 @@ PRESETS = {
     "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0, steps=1400, lr=0.1,
                        embed_lr=0.02, momentum=0.95),
     "plain100": dict(SMALL, final_scale=120.0),
+    "compare": dict(batch=16, steps=150, evals=1),  # the paper's architecture
 }
 RHOS = (0.001, 0.01, 0.03, 0.1)  # radii around the embeddings, RMS at every token, for certified token accuracy
 SAMPLING = ("sample", "prompt", "length", "temperature")
@@ -118,6 +127,10 @@ SAMPLING = ("sample", "prompt", "length", "temperature")
 
 class Refusal(Exception):
     """Something that the user can mend: one line, exit status 2."""
+
+
+class Diverged(Refusal):
+    """A loss that is not finite."""
 
 
 def parse_arguments(argv=None):
@@ -132,16 +145,18 @@ def parse_arguments(argv=None):
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, **kind,
                             help=f.metadata["help"].replace("%", "%%") + f" [{str(f.default).encode('unicode_escape').decode()}]")
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "laptop")
+    preset = given.get("preset", "compare" if given.get("compare") else "laptop")
     if preset not in PRESETS:
         parser.error(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    for mode, allowed in (("resume", ("data",)), ("sample", ("seed", "dtype")), ("load", ("data", "seed", "out", "dtype"))):
+    for mode, allowed in (("resume", ("data", "constraint")), ("sample", ("seed", "dtype")), ("load", ("data", "seed", "out", "dtype"))):
         others = given.keys() - {mode, "device", *SAMPLING, *allowed}
         if given.get(mode) == "":
             parser.error(f"--{mode}: is empty; give a path")
         if mode in given and others:
             parser.error(f"{', '.join('--' + name for name in sorted(others))} with --{mode}: what was trained keeps its "
                          "own settings")
+    if given.get("compare") and (others := given.keys() & {"optimizer", "constraint", "w_max", "lr", "seed"}):
+        parser.error(f"{', '.join('--' + name for name in sorted(others))} with --compare, which sets that itself")
     settings = {**PRESETS[preset], **given}
     if "lr" not in given and settings.get("optimizer", "muon") != PRESETS[preset].get("optimizer", "muon"):
         settings.pop("lr", None)  # a preset's learning rate is for its own optimizer
@@ -172,6 +187,8 @@ def check(config):
     need(config.temperature >= 1e-9, "temperature", "at least 1e-9")
     need(config.prompt != "", "prompt", "at least one character")
     need(0 <= config.seed < 2**31, "seed", "a whole number from 0 to 2^31 - 1")
+    need(0 <= config.minutes < math.inf, "minutes", "a finite number of at least 0")
+    need(1 <= config.seeds <= 1000, "seeds", "a whole number from 1 to 1000")
     limits(config)
     config.evals = min(config.evals, config.steps)
     config.lr = config.lr or (0.1 if config.optimizer == "muon" else 0.003)
@@ -199,7 +216,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from constraints import CONSTRAINTS, DECAYS, exact_norm, norm_bound, sigma_per_norm  # noqa: E402
+from constraints import DECAYS, exact_norm, find_constraint, norm_bound, sigma_per_norm  # noqa: E402
 from muon import Muon, has_fast_bfloat16  # noqa: E402
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector, H heads, E = D / H,
@@ -638,7 +655,7 @@ def make_optimizers(config, model):
     if config.optimizer == "muon":
         groups = [dict(params=[W for role, W in model.matrices() if w_max[role] == w], w_max=w)
                   for w in dict.fromkeys(w_max.values()) if any(w_max[role] == w for role, _ in model.matrices())]
-        matrices = Muon(groups, momentum=config.momentum, constraint=CONSTRAINTS[config.constraint],
+        matrices = Muon(groups, momentum=config.momentum, constraint=find_constraint(config.constraint),
                         dtype=compute_dtype(config, model.head_VD.device))
     else:
         matrices = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
@@ -653,7 +670,7 @@ def constrain_after_adamw(config, model, lr):
     for role, W in model.matrices():
         w_max = limits(config)[role]
         step_norm = lr if config.constraint in DECAYS else max(0.0, norm_bound(W, dtype=W.dtype).item() - w_max)
-        W.copy_(CONSTRAINTS[config.constraint](W, w_max, step_norm))
+        W.copy_(find_constraint(config.constraint)(W, w_max, step_norm))
 
 
 def train_step(config, model, optimizers, x_BT, y_BT, step, dtype):
@@ -727,7 +744,7 @@ def train(config, model, optimizers, train_N, validation_N, data_name, out, prog
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at every step: on a GPU that would wait for it)
             if not (torch.stack(losses[-10:]).isfinite().all() and all(W.isfinite().all() for W in model.parameters())):
-                raise Refusal(f"step {done}: training has diverged, as {first_not_finite(model)}; the last good checkpoint, "
+                raise Diverged(f"step {done}: training has diverged, as {first_not_finite(model)}; the last good checkpoint, "
                               f"if any, is in {out}; try a smaller --lr than {config.lr:g}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update(done - bar.n)
@@ -772,7 +789,7 @@ def power(exponent):
 
 def as_json(record, **kwargs):
     """JSON has no infinity: the logarithm of a constant of 0, or of one that overflows, becomes null."""
-    return json.dumps({k: None if v in (-math.inf, math.inf) else v for k, v in record.items()}, **kwargs)
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}, **kwargs)
 
 
 def keep_memory():
@@ -924,13 +941,14 @@ def new_run_folder(config):
     return out
 
 
-def report(config, model, out, data_name, validation_N, options):
-    """The tables, the picture, a sample and summary.json at the end of a run (or of --load)."""
+def report(config, model, out, data_name, validation_N, options, brief=False):
+    """The tables, the picture, a sample and summary.json at the end of a run (or of --load). brief: no sample, and no paper's
+    protocol, which reads each character 256 times."""
     device = model.head_VD.device
     dtype = compute_dtype(config, device)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
     val_loss, hot_loss, val_accuracy = evaluate(model, windows(validation_N, config.seq_len))
-    _, protocol_loss, protocol_accuracy = paper_protocol(model, validation_N, dtype)
+    _, protocol_loss, protocol_accuracy = (math.nan,) * 3 if brief else paper_protocol(model, validation_N, dtype)
     bound = certificate(model, search=20)
     certified = certified_token_accuracy(model, validation_N)
     seconds = log[-1]["ms_per_step"] * config.steps / 1000 if log else 0.0
@@ -970,6 +988,8 @@ def report(config, model, out, data_name, validation_N, options):
         print("  data: stand-in. These figures are not about Shakespeare.")
     draw(config, model, out, log, bound, certified, title)
     write_atomically(out / "summary.json", (as_json(summary, indent=1) + "\n").encode())
+    if brief:
+        return
     print(f"\nA sample at temperature {options.temperature:g}:\n{'-' * 80}")
     sample(config, model, options)
     print(f"{'-' * 80}\nPicture, log and checkpoint are in {out}. Go on: python {SCRIPT}.py --sample {out} --prompt \"ROMEO:\"")
@@ -1029,6 +1049,8 @@ def resumed(config):
     own, _ = model_from_checkpoint(state)
     if own.load:
         raise Refusal(f"--resume {out}: holds a published checkpoint, which is not trained on; --load it again")
+    if ":" in own.constraint and config.constraint != own.constraint:  # (a checkpoint must not have code run by itself)
+        raise Refusal(f"--resume {out}: was trained with code of yours; say that you trust it: --constraint {own.constraint}")
     own.device = config.device
     own.data = config.data if config.data != "auto" else own.data
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)  # (the last may have been cut off with the run)
@@ -1037,9 +1059,121 @@ def resumed(config):
     return out, state, own
 
 
-def main(options):
+# ---- --compare: every optimizer with every constraint (a twin of mlp_cifar.py's) ---------------------------------------
+# (optimizer, constraint): (learning rate, strengths). A strength is w_max, so for the decays the inverse of a weight decay.
+PAIRS = {
+    ("muon", "none"): (0.1, (1,)), ("adamw", "none"): (0.003, (1,)),
+    ("muon", "weight_decay"): (0.1, (1, 2, 4)), ("adamw", "weight_decay"): (0.003, (0.03, 0.1, 0.3)),
+    ("muon", "spectral_weight_decay"): (0.1, (0.1, 0.3, 1)), ("adamw", "spectral_weight_decay"): (0.003, (0.01, 0.03, 0.1)),
+}
+PAIRS.update({(optimizer, constraint): (lr, (1, 2, 4)) for optimizer, lr in (("muon", 0.1), ("adamw", 0.003))
+              for constraint in ("specnorm", "stiefel", "hammer", "soft_cap", "hard_cap")})
+BOUND, BOUND_NAME, BOUNDS = "lipschitz_log10", "max-token RMS, heads counted", (3, 6, 9, 12)  # where the table compares
+CERTIFIED = ("certified_token_accuracy", "0.001", "rho 0.001")
+COLUMNS = ("val_accuracy", "val_loss", "lipschitz_log10", "lipschitz_product_log10", "max_weight_norm", "ms_per_step")
+
+
+def compare(config):
+    """Train each point of PAIRS with each seed, in a folder of its own below --out, until all are there or the time is
+    over; then a table, compare.csv and compare.png of all that are there."""
+    base, began, trained, rows, missing = Path(config.out or f"runs/{SCRIPT}_compare"), time.perf_counter(), 0, [], 0
+    if base.exists() and not (base / "compare.json").exists() and (not base.is_dir() or any(base.iterdir())):
+        raise Refusal(f"--out {base}: exists and is no comparison; choose another")
+    data = load_data(config)
+    settings = dataclasses.asdict(dataclasses.replace(config, compare=False, minutes=0.0, seeds=1, out="", device="auto"))
+    settings = json.dumps(dict(settings, data=data[-1]), indent=1) + "\n"
+    if (base / "compare.json").exists() and (base / "compare.json").read_text() != settings:
+        raise Refusal(f"--out {base}: holds a comparison with other settings (see compare.json there); choose another")
+    base.mkdir(parents=True, exist_ok=True)
+    write_atomically(base / "compare.json", settings.encode())
+    points = [(seed, *pair, w, lr) for seed in range(config.seeds) for pair, (lr, strengths) in PAIRS.items() for w in strengths]
+    for seed, optimizer, constraint, w, lr in points:
+        out, spent = base / f"{optimizer}_{constraint}_{w:g}_seed{seed}", time.perf_counter() - began
+        fresh = not (out / "summary.json").exists()
+        if fresh and (missing or spent + spent / max(1, trained) > 60 * config.minutes):
+            missing += 1
+            continue
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)  # (what an interrupted run has left: less than a minute's work)
+            point = dataclasses.replace(config, compare=False, optimizer=optimizer, constraint=constraint, w_max=str(w), lr=lr,
+                                        seed=seed, out=str(out))
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    main(point, data)
+            except Diverged as problem:
+                write_atomically(out / "summary.json", (json.dumps(dict(diverged=str(problem))) + "\n").encode())
+            trained += 1
+        summary, row = json.loads((out / "summary.json").read_text()), dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
+        row.update({key: summary[key] for key in COLUMNS if key in summary})
+        if "diverged" not in summary:
+            row["certified"] = summary[CERTIFIED[0]][CERTIFIED[1]]
+        rows.append(row)
+        if fresh:
+            print(f"{len(rows):3d}/{len(points)}  {optimizer:5} {constraint:21} w_max {w:<5g} seed {seed}  " + (
+                "diverged" if "diverged" in summary else f"accuracy {100 * row['val_accuracy']:.2f} %  loss {row['val_loss']:.3f}  bound 10^"
+                f"{row[BOUND] or -math.inf:.2f}  certified at {CERTIFIED[2]} {100 * row['certified']:.2f} %")
+                + f"  {time.perf_counter() - began:.0f} s", flush=True)
+    report_comparison(rows, base, data[-1])
+    if missing:
+        print(f"{missing} of {len(points)} runs are still to come: give the same command again.")
+
+
+def accuracy_within(rows, bound_log10):
+    """Accuracy reached at no more than this bound by runs of one pair and seed: linear in the bound's logarithm between two."""
+    points = sorted((row[BOUND], row["val_accuracy"]) for row in rows if row.get(BOUND) is not None)
+    x, y = zip(*points) if points else ((math.inf,), (0.0,))
+    return float(np.interp(bound_log10, x, np.maximum.accumulate(y), left=math.nan))
+
+
+def report_comparison(rows, base, data_name):
+    """compare.csv, a line a run; compare.png; on the terminal each constraint's accuracy at equal bounds, Muon / AdamW."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def spread(values):
+        values = [100 * v for v in values if not math.isnan(v)]
+        return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "") if values else "-"
+
+    with io.StringIO() as text:
+        writer = csv.DictWriter(text, ["optimizer", "constraint", "w_max", "lr", "seed", *COLUMNS, "certified"])
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(base / "compare.csv", text.getvalue().encode())
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    seeds, constraints = sorted({row["seed"] for row in rows}), list(dict.fromkeys(constraint for _, constraint in PAIRS))
+    print(f"\naccuracy (%) at a bound ({BOUND_NAME}) of at most, Muon / AdamW; {len(seeds)} seed(s), data: {data_name}\n" + " " * 23
+          + "".join(f"{f'10^{bound:g}':^27}" for bound in BOUNDS) + "best: accuracy at bound 10^, Muon / AdamW")
+    for constraint in constraints:
+        cells, best = [[] for _ in BOUNDS], []
+        for optimizer, style in (("muon", "o-"), ("adamw", "x--")):
+            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint) and row.get(BOUND) is not None]
+            for cell, bound in zip(cells, BOUNDS):
+                cell.append(spread([accuracy_within([row for row in mine if row["seed"] == seed], bound) for seed in seeds]))
+            means = [{key: np.mean([row[key] for row in mine if row["w_max"] == w]) for key in ("val_accuracy", BOUND, "certified")}
+                     for w in sorted({row["w_max"] for row in mine})]
+            top = max(means, key=lambda point: point["val_accuracy"], default=None)
+            best.append(f"{100 * top['val_accuracy']:.1f} at {top[BOUND]:.2f}" if top else "-")
+            accuracy, color = [100 * point["val_accuracy"] for point in means], f"C{constraints.index(constraint)}"
+            panels[0].plot([point[BOUND] for point in means], accuracy, style, color=color, label=f"{optimizer} {constraint}")
+            panels[1].plot(accuracy, [100 * point["certified"] for point in means], style, color=color)
+        print(f"  {constraint:21}" + "".join(f"{' / '.join(cell):^27}" for cell in cells) + " / ".join(best))
+    panels[0].set(title=f"{SCRIPT}, data: {data_name}", xlabel=f"log10 of the Lipschitz bound ({BOUND_NAME})", ylabel="accuracy (%)")
+    panels[1].set(title=f"certified at {CERTIFIED[2]}", xlabel="accuracy (%)", ylabel="certified accuracy (%)")
+    panels[0].legend(fontsize=6)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=110)
+        write_atomically(base / "compare.png", buffer.getvalue())
+    plt.close(figure)
+    print(f"Every run: {base / 'compare.csv'}; picture: {base / 'compare.png'}")
+
+
+def main(options, data=None):
+    """One training (or sample, or evaluation), or with --compare many; `data` as of load_data, where it is loaded already."""
     check(options)
     keep_memory()
+    if options.compare:
+        return compare(options)
     device = choose_device(options)
     if options.sample:
         config, model = model_from_checkpoint(load_checkpoint(options.sample))
@@ -1052,7 +1186,11 @@ def main(options):
             setattr(config, name, getattr(options, name))
     elif options.resume:
         out, state, config = resumed(options)
-    train_N, validation_N, vocabulary, data_name = load_data(config)
+    try:
+        find_constraint(config.constraint)
+    except ValueError as problem:
+        raise Refusal(f"--constraint {config.constraint}: {problem}") from problem
+    train_N, validation_N, vocabulary, data_name = data or load_data(config)
     if options.load and vocabulary != model.vocabulary:
         raise Refusal(f"--load {options.load}: knows the {len(VOCABULARY)} characters of tinyshakespeare, and {data_name} has "
                       f"{len(vocabulary)}; give its text with --data FILE")
@@ -1078,7 +1216,7 @@ def main(options):
                 optimizer.load_state_dict(saved)
         progress = dict(step=state["step"], seconds=state["training_seconds"]) if state else dict(step=0, seconds=0.0)
         train(config, model, optimizers, train_N, validation_N, data_name, out, progress)
-    report(config, model, out, data_name, validation_N, options)
+    report(config, model, out, data_name, validation_N, options, brief=data is not None)
 
 
 if __name__ == "__main__":

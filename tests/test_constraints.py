@@ -8,7 +8,7 @@ import pytest
 import torch
 from matrices import SHAPES, sigma_limit, singular_values, spectra, with_spectrum
 
-from constraints import (CONSTRAINTS, exact_norm, hammer, hard_cap, norm_bound, sigma_per_norm, soft_cap, soft_cap_alpha,
+from constraints import (CONSTRAINTS, exact_norm, find_constraint, hammer, hard_cap, norm_bound, sigma_per_norm, soft_cap, soft_cap_alpha,
                          soft_cap_map, specnorm, spectral_weight_decay, stiefel, weight_decay)
 
 REFERENCE = {k: torch.from_numpy(v) for k, v in np.load(Path(__file__).parent / "reference.npz").items()}
@@ -212,3 +212,14 @@ def test_parity_of_the_soft_cap_coupling():
             assert soft_cap_alpha(w_max, k) == pytest.approx(alpha, rel=2e-3, abs=1e-9)
             seen += 1
     assert seen >= 20
+
+
+# ---- one's own -------------------------------------------------------------------------------------------------------
+def test_a_constraint_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text("def halve(W, w_max, step_norm=0.0):\n    return W / 2\n\ndef flat(W, w_max, step_norm):\n    return W.sum()\n")
+    assert find_constraint("soft_cap") is soft_cap
+    assert torch.equal(find_constraint(f"{tmp_path}/mine.py:halve")(torch.ones(2, 2), 1.0), torch.full((2, 2), 0.5))
+    for wrong, says in (("clip", "one of none, weight_decay"), (f"{tmp_path}/mine.py:flat", "another shape"),
+                        (f"{tmp_path}/mine.py:nobody", "nobody"), (f"{tmp_path}/none.py:halve", "No such file")):
+        with pytest.raises(ValueError, match=says):
+            find_constraint(wrong)

@@ -1,5 +1,6 @@
 """mlp_cifar.py: its certificate against Jacobians and attacks, its data, and its behaviour through the command line."""
 
+import csv
 import dataclasses
 import io
 import json
@@ -481,3 +482,64 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, constraint):
     assert "layer" in str(refusal.value) or "logits" in str(refusal.value)
     last_good = tmp_path / "run" / "checkpoint.pt"
     assert not last_good.exists() or all(W.isfinite().all() for W in state_of(tmp_path / "run")["model"].values())
+
+
+# ---- a constraint of one's own, and all pairs ------------------------------------------------------------------------
+def test_a_constraint_of_ones_own_by_command_and_in_python(tmp_path):
+    (tmp_path / "mine.py").write_text("import constraints\n\ndef tighter(W, w_max, step_norm=0.0):\n"
+                                      "    return constraints.hard_cap(W, 0.5 * w_max)\n")
+    name = f"{tmp_path}/mine.py:tighter"
+    flags = ["--data", "stand-in", "--width", 16, "--lowpass", 6, "--w_max", 1, "--constraint", name]
+    done = command(*flags, "--steps", 4, "--evals", 4, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["max_weight_norm"] <= 0.5 * (1 + 1e-4)
+    (tmp_path / "run" / "summary.json").unlink()  # as if it had been stopped
+    refused = command("--resume", tmp_path / "run")
+    assert refused.returncode == 2 and f"--constraint {name}" in refused.stderr  # its code is not run unasked
+    assert command("--resume", tmp_path / "run", "--constraint", name).returncode == 0
+    CONSTRAINTS["mine"] = lambda W, w_max, step_norm=0.0: W / W.norm(dim=(-2, -1), keepdim=True).clamp(min=1)
+    try:
+        run(tmp_path / "python", constraint="mine")
+    finally:
+        del CONSTRAINTS["mine"]
+
+
+def test_compare_all_pairs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mlp_cifar, "PAIRS", {("muon", "none"): (0.2, (1,)), ("muon", "soft_cap"): (0.2, (1.5, 4)),
+                                             ("adamw", "soft_cap"): (0.001, (1.5,)), ("adamw", "none"): (1e30, (1,))})
+    out, settings = tmp_path / "all", dict(TINY, compare=True, seeds=2, evals=1)
+    mlp_cifar.main(Config(**settings, out=str(out), minutes=0.0))
+    assert "10 of 10 runs are still to come" in capsys.readouterr().out and not list(out.glob("*_seed*"))
+    (out / "muon_none_1_seed0").mkdir()  # what an interrupted run leaves
+    (out / "muon_none_1_seed0" / "config.json").write_text("{")
+    mlp_cifar.main(Config(**settings, out=str(out)))
+    text = capsys.readouterr().out
+    with open(out / "compare.csv") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 10 and sum(row["val_accuracy"] == "" for row in rows) == 2 and text.count("diverged") == 2
+    summary = json.loads((out / "muon_soft_cap_4_seed1" / "summary.json").read_text())
+    row = next(row for row in rows if (row["constraint"], row["w_max"], row["seed"]) == ("soft_cap", "4", "1"))
+    assert float(row["val_accuracy"]) == summary["val_accuracy"] and float(row["certified"]) == summary["certified_accuracy"]["36/255"]
+    table = text[text.index("accuracy (%) at"):]
+    assert "2 seed(s)" in table and "±" in table and (out / "compare.png").stat().st_size > 5000
+    times = {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")}
+    mlp_cifar.main(Config(**settings, out=str(out)))  # nothing is done twice
+    assert times == {p: p.stat().st_mtime_ns for p in out.glob("*/summary.json")} and table in capsys.readouterr().out
+    with pytest.raises(Refusal, match="other settings"):
+        mlp_cifar.main(Config(**{**settings, "steps": 7}, out=str(out)))
+    with pytest.raises(Refusal, match="no comparison"):
+        mlp_cifar.main(Config(**settings, out=str(out / "muon_none_1_seed0")))
+
+
+def test_accuracy_at_equal_bounds():
+    rows = [dict(lipschitz_product_log10=b, val_accuracy=a) for b, a in ((1.0, 0.3), (2.0, 0.5), (3.0, 0.4), (None, 0.9))] + [{}]
+    within = [mlp_cifar.accuracy_within(rows, b) for b in (0.9, 1.0, 1.5, 2.0, 2.5, 9.0)]
+    np.testing.assert_allclose(within, [math.nan, 0.3, 0.4, 0.5, 0.5, 0.5])
+    assert math.isnan(mlp_cifar.accuracy_within([], 1.0))
+
+
+@pytest.mark.parametrize("arguments", [["--compare", "--w_max", "3"], ["--compare", "--seed", "1"], ["--compare", "--resume", "runs/x"],
+                                       ["--compare", "--seeds", "0"], ["--constraint", "nobody.py:f"]])
+def test_compare_refuses(arguments, tmp_path):
+    refused = command("--data", "stand-in", "--out", tmp_path / "run", *arguments)
+    assert refused.returncode == 2 and arguments[-2] in refused.stderr and not (tmp_path / "run").exists()

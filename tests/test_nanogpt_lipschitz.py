@@ -374,7 +374,7 @@ def test_prepare_and_go_on_after_a_kill(tmp_path, bytes_for_tokens, monkeypatch,
     settings = dict(prepare=str(source), val_tokens=1000, shard_tokens=9000)
     nano.main(Config(data=str(tmp_path / "whole"), **settings))
     assert all_tokens(tmp_path / "whole") == expected
-    assert len(nano.read_shard(tmp_path / "whole" / "val_000000.bin")) == 1000
+    assert 1000 <= len(nano.read_shard(tmp_path / "whole" / "val_000000.bin")) < 1000 + max(map(len, texts)) + 1
 
     writes = []
 

@@ -1,7 +1,9 @@
 """shakespeare.py: its certificate against attacks step by step, its data, and its behaviour through the command line."""
 
+import csv
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -20,6 +22,7 @@ import torch
 from matrices import sigma_limit, singular_values, with_spectrum
 from test_mlp_cifar import same, state_of
 
+import mlp_cifar
 import shakespeare
 from constraints import CONSTRAINTS
 from shakespeare import Config, Refusal, Transformer, attention_terms, certificate, mlp_terms, sigma
@@ -600,3 +603,26 @@ def test_runs_are_never_overwritten_and_a_full_disk_leaves_the_last_checkpoint(t
 def test_divergence_stops_and_names_the_matrix(tmp_path):
     with pytest.raises(Refusal, match="diverged.*not finite"):
         run(tmp_path, optimizer="adamw", constraint="none", lr=1e30, steps=10, evals=1)
+
+
+# ---- all pairs -------------------------------------------------------------------------------------------------------
+def test_compare_is_the_twin_of_mlp_cifar(tmp_path, monkeypatch, capsys):
+    for name in ("compare", "accuracy_within", "report_comparison"):
+        assert inspect.getsource(getattr(shakespeare, name)) == inspect.getsource(getattr(mlp_cifar, name))
+    assert shakespeare.PAIRS.keys() == mlp_cifar.PAIRS.keys()
+    monkeypatch.setattr(shakespeare, "PAIRS", {("muon", "soft_cap"): (0.1, (1, 2)), ("adamw", "hard_cap"): (0.003, (1,))})
+    shakespeare.main(Config(**dict(TINY, compare=True, evals=1), out=str(tmp_path / "all")))
+    text = capsys.readouterr().out
+    assert "3/3" in text and "soft_cap" in text and "still to come" not in text
+    with open(tmp_path / "all" / "compare.csv") as f:
+        rows = list(csv.DictReader(f))
+    summary = json.loads((tmp_path / "all" / "muon_soft_cap_2_seed0" / "summary.json").read_text())
+    assert float(rows[1]["lipschitz_log10"]) == summary["lipschitz_log10"] and summary["paper_protocol_accuracy"] is None
+    assert float(rows[1]["certified"]) == summary["certified_token_accuracy"]["0.001"]
+
+
+def test_compare_by_command(tmp_path):
+    done = command("--data", "stand-in", "--compare", "--minutes", 0, "--out", tmp_path / "all", "--width", 32)
+    assert done.returncode == 0 and "runs are still to come" in done.stdout, done.stderr
+    refused = command("--compare", "--optimizer", "muon")
+    assert refused.returncode == 2 and "--optimizer" in refused.stderr
