@@ -1046,16 +1046,18 @@ class Trainer:
         return next(o.state[p] for o, _ in self.optimizers for group in o.param_groups if any(p is q for q in group["params"]))
 
     def gather(self):
-        """{parameter's name: {moment: tensor}} on rank 0, from all owners; part of it elsewhere."""
+        """{parameter's name: {moment: tensor}} on rank 0, from all owners; elsewhere nothing."""
         states = {}
         for name, p in self.model.named_parameters():
-            for moment in self.moments(p):
-                tensor = self.own_state(p)[moment] if self.owner[p] == self.team.rank else torch.empty_like(p)
-                if self.owner[p] != 0 and self.team.rank == 0:
-                    dist.recv(tensor, self.owner[p])
-                elif self.owner[p] != 0 and self.owner[p] == self.team.rank:
+            owner = self.owner[p]
+            for moment in self.moments(p) if self.team.rank in (0, owner) else ():
+                tensor = self.own_state(p)[moment] if owner == self.team.rank else torch.empty_like(p)
+                if owner != 0 and self.team.rank == owner:
                     dist.send(tensor, 0)
-                states.setdefault(name, {})[moment] = tensor.cpu()
+                elif owner != 0:
+                    dist.recv(tensor, owner)
+                if self.team.rank == 0:
+                    states.setdefault(name, {})[moment] = tensor.cpu()
         return states
 
     @torch.no_grad()

@@ -486,8 +486,8 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, constraint):
 
 # ---- a constraint of one's own, and all pairs ------------------------------------------------------------------------
 def test_a_constraint_of_ones_own_by_command_and_in_python(tmp_path):
-    (tmp_path / "mine.py").write_text("import constraints\n\ndef tighter(W, w_max, step_norm=0.0):\n"
-                                      "    return constraints.hard_cap(W, 0.5 * w_max)\n")
+    example = (ROOT / "README.md").read_text().split("In a file `mine.py`:")[1].split("```")[1].removeprefix("python\n")
+    (tmp_path / "mine.py").write_text(example + "\ndef tighter(W, w_max, step_norm=0.0):\n    return half_cap(W, 0.5 * w_max)\n")
     name = f"{tmp_path}/mine.py:tighter"
     flags = ["--data", "stand-in", "--width", 16, "--lowpass", 6, "--w_max", 1, "--constraint", name]
     done = command(*flags, "--steps", 4, "--evals", 4, "--out", tmp_path / "run")
