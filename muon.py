@@ -61,35 +61,55 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
     largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
-    # 2. Largest singular value to at most 1: s_1^4 <= ||A^2||_F. Nearer than the usual ||G||_F, which costs steps.
-    A = X @ X.mT
-    A2 = A @ A
-    bound = torch.linalg.matrix_norm(A2.float() if A2.dtype == torch.bfloat16 else A2, keepdim=True).sqrt().to(X.dtype)
-    inverse = torch.where(bound == 0, torch.ones_like(bound), bound).reciprocal()
-    A, A2 = A * inverse, A2 * inverse.square()
-
-    if X.dtype != torch.bfloat16 and n >= 1.5 * m:
-        # 3a. Gram form, for matrices much longer than wide: all steps on the small A, the long X touched only twice.
-        #     A loses half the digits: an eigenvalue that rounding makes too small would be amplified too much. So it is
-        #     lifted by an allowance: at eigenvalue t >= s^2 the result is s p(sqrt(t)) / sqrt(t) <= p(sqrt(t)) <= 1.
-        allowance = 2e-6 if X.dtype == torch.float32 else 1e-13
-        Q = None  # so far X -> Q X
-        for step, (a, b, c) in enumerate(QUINTICS):
-            A.diagonal(dim1=-2, dim2=-1).add_(allowance)
-            P = polynomial(a, b, c, A, A2 if step == 0 else A @ A)  # (first A2: an allowance old, one part in 1e6)
-            Q = P if Q is None else P @ Q
-            if step < len(QUINTICS) - 1:
-                A = P @ (A @ P)
-        X = (Q * inverse.sqrt()) @ X
-    else:
-        # 3b. Direct form, for near-square ones (three products a step instead of four) and for bfloat16.
-        X = X * inverse.sqrt()
+    if n < (8 if X.dtype == torch.bfloat16 else 1.5) * m:
+        # 2a. Direct form, for matrices near square: largest singular value to at most 1, then the five steps. Nearer than
+        #     the usual ||G||_F, which costs steps, is s_1^4 <= ||A^2||_F.
+        A = X @ X.mT
+        A2 = A @ A
+        inverse = inverse_norm(A2)
+        A, A2, X = A * inverse, A2 * inverse.square(), X * inverse.sqrt()
         for step, (a, b, c) in enumerate(QUINTICS):
             if step > 0:
                 A = X @ X.mT
                 A2 = A @ A
             X = polynomial(a, b, c, A, A2) @ X
+    else:
+        # 2b. Cholesky form, for matrices much longer than wide: A = L L^T, so L^-1 X has orthonormal rows, and with
+        #     X = L (L^-1 X) it is msign(X) = msign(L) L^-1 X: all steps on the small square L, the long X touched twice.
+        #     A loses half the digits: an eigenvalue that rounding makes too small would be amplified too much. So it is
+        #     lifted by an allowance: at eigenvalue t >= s^2 the result is s p(sqrt(t)) / sqrt(t) <= p(sqrt(t)) <= 1.
+        #     A and the quotient by L need many digits, the steps on L no more than G has.
+        wide = X if X.dtype == torch.float64 else X.float()
+        A = symmetric_square(wide)
+        inverse = inverse_norm(A @ A)
+        A = A * inverse
+        A.diagonal(dim1=-2, dim2=-1).add_(2e-6 if wide.dtype == torch.float32 else 1e-13)
+        L = torch.linalg.cholesky_ex(A).L  # (does not raise: NaN stays NaN)
+        S = L.to(X.dtype)
+        for a, b, c in QUINTICS:
+            A = S @ S.mT
+            S = polynomial(a, b, c, A, A @ A) @ S
+        R = torch.linalg.solve_triangular(L, S.to(wide.dtype), upper=False, left=False) * inverse.sqrt()
+        if X.dtype == torch.bfloat16:  # R in two parts of 8 bits each
+            R, X = torch.cat([R.bfloat16(), (R - R.bfloat16()).bfloat16()], -1), torch.cat([X, X], -2)
+        X = R @ X
     return X if G.shape[-2] <= G.shape[-1] else X.mT
+
+
+def inverse_norm(A2):
+    """1 / sqrt(||A^2||_F), at most 1 / the largest eigenvalue of A: shape (..., 1, 1); 1 for zero."""
+    bound = torch.linalg.matrix_norm(A2.float() if A2.dtype == torch.bfloat16 else A2, keepdim=True).sqrt().to(A2.dtype)
+    return torch.where(bound == 0, torch.ones_like(bound), bound).reciprocal()
+
+
+def symmetric_square(X):
+    """X X^T, with the upper right quarter copied from the lower left."""
+    h = X.shape[-2] // 2
+    A = X.new_empty(*X.shape[:-1], X.shape[-2])
+    A[..., :h, :h] = X[..., :h, :] @ X[..., :h, :].mT
+    A[..., h:, :] = X[..., h:, :] @ X.mT
+    A[..., :h, h:] = A[..., h:, :h].mT
+    return A
 
 
 def has_fast_bfloat16(device) -> bool:
