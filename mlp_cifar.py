@@ -138,7 +138,7 @@ def parse_arguments(argv=None):
         if given.get(mode) and others:
             parser.error(f"{', '.join('--' + name for name in sorted(others))} with --{mode}: a run goes on with its own "
                          "settings" if mode == "resume" else f"--compare sets {', '.join(sorted(others))} itself")
-    return Config(**{**PRESETS[preset], **given})
+    return Config(**{**PRESETS[preset], **given, "preset": preset})
 
 
 def check(config):

@@ -157,7 +157,7 @@ def parse_arguments(argv=None):
                          "own settings")
     if given.get("compare") and (others := given.keys() & {"optimizer", "constraint", "w_max", "lr", "seed"}):
         parser.error(f"{', '.join('--' + name for name in sorted(others))} with --compare, which sets that itself")
-    settings = {**PRESETS[preset], **given}
+    settings = {**PRESETS[preset], **given, "preset": preset}
     if "lr" not in given and settings.get("optimizer", "muon") != PRESETS[preset].get("optimizer", "muon"):
         settings.pop("lr", None)  # a preset's learning rate is for its own optimizer
     return Config(**settings)

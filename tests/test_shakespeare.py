@@ -313,6 +313,24 @@ def test_certified_tokens_survive_attack():
     assert not (flipped & stands).any() and flipped.any()
 
 
+def test_no_margin_exceeds_the_radius(monkeypatch):
+    """So where rho L_body is the radius or more, certified token accuracy is 0 without looking at a single margin."""
+    tokens = torch.randint(8, (601,), generator=torch.Generator().manual_seed(1))
+    for seed, kind in enumerate(("random", "orthogonal") * 3):
+        model = random_model(kind, seed=seed)
+        with torch.no_grad():  # rows of the head along what they are applied to, to come near
+            x_BT, _ = next(shakespeare.windows(tokens, model.config.seq_len, batch=100))
+            model.head_VD[0] = model.body(torch.nn.functional.embedding(x_BT, model.embedding_VD))[0, 0]
+            model.head_VD[1] = -model.head_VD[0]
+        radius, largest = certificate(model)["radius"], shakespeare.token_margins(model, tokens).max().item()
+        assert 0 < largest <= radius
+        rho = radius / 10 ** certificate(model, 0.0)["body_log10"]
+        exact = shakespeare.certified_token_accuracy(model, tokens, (rho, 1e-6 * rho))[rho]  # (the second has margins looked at)
+        with monkeypatch.context() as patch:
+            patch.setattr(shakespeare, "token_margins", None)
+            assert shakespeare.certified_token_accuracy(model, tokens, (2 * rho,))[2 * rho] == 0.0 == exact
+
+
 # ---- model and data --------------------------------------------------------------------------------------------------
 def published(path, **replaced):
     """A checkpoint in the authors' format: object arrays of pickled dictionaries, lists of matrices by index."""
