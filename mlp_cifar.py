@@ -890,9 +890,12 @@ def report_comparison(rows, base, data_name):
     for constraint in constraints:
         cells, best = [[] for _ in BOUNDS], []
         for optimizer, style in (("muon", "o-"), ("adamw", "x--")):
-            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint) and row.get(BOUND) is not None]
+            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
+            by_seed = [[row for row in mine if row["seed"] == seed] for seed in seeds]
+            by_seed = [curve for curve in by_seed if len(curve) == len(PAIRS.get((optimizer, constraint), (0, ()))[1])]  # (whole ones)
             for cell, bound in zip(cells, BOUNDS):
-                cell.append(spread([accuracy_within([row for row in mine if row["seed"] == seed], bound) for seed in seeds]))
+                cell.append(spread([accuracy_within(curve, bound) for curve in by_seed]))
+            mine = [row for row in mine if row.get(BOUND) is not None]
             means = [{key: np.mean([row[key] for row in mine if row["w_max"] == w]) for key in ("val_accuracy", BOUND, "certified")}
                      for w in sorted({row["w_max"] for row in mine})]
             top = max(means, key=lambda point: point["val_accuracy"], default=None)
