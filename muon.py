@@ -48,8 +48,8 @@ def msign(G: torch.Tensor) -> torch.Tensor:
 
     G: (..., fan_out, fan_in), tall or wide, float64, float32 or bfloat16, any scale. Returns the same shape and dtype,
     with every singular value at most MSIGN_MAX[dtype]. Relative to the largest one, s = 0.1, 0.01, 0.001 become 0.999,
-    0.987, 0.51, or less for matrices of high rank: s is measured against the bound of step 2 below, up to rank^(1/8)
-    too large. Zero gives zero, NaN or infinity gives NaN.
+    0.987, 0.51, or less for matrices of high rank: s is measured against a bound on the largest (inverse_norm), up to
+    rank^(1/8) too large. Zero gives zero, NaN or infinity gives NaN.
     """
     if G.ndim < 2 or G.dtype not in MSIGN_MAX:
         raise ValueError(f"msign needs a matrix (..., fan_out, fan_in) in float64, float32 or bfloat16, got {G.dtype} "

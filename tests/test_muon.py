@@ -42,7 +42,7 @@ def test_composition_never_exceeds_one_and_reaches_the_stated_range():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("shape", SHAPES + [(3, 500), (256, 300)])
+@pytest.mark.parametrize("shape", SHAPES + [(3, 500), (64, 600), (256, 300)])
 def test_msign_never_overshoots(shape, dtype):
     a, b, c = QUINTICS[0]
     turning = np.sort(np.sqrt(np.roots([5 * c, 3 * b, a]).real))  # where the first quintic is 1, and where it is smallest
@@ -50,6 +50,8 @@ def test_msign_never_overshoots(shape, dtype):
     cases = list(spectra(r).values())
     for t in turning:
         cases.append(torch.cat([torch.ones(1), torch.linspace(t - 0.02, t + 0.02, r - 1)]).double())
+    for rank in (1, r // 2):  # what long matrices are divided by is then large where they are small
+        cases += [torch.where(torch.arange(r) < rank, 1.0, small).double() for small in (0.0, 1e-4, 3e-3)]
     for s in cases:
         for scale in (1.0, 1e-30, 1e30):
             X = msign(with_spectrum(*shape, s * scale, dtype=dtype))
