@@ -8,13 +8,13 @@ and sends them to the others; documents and sliding windows in attention; and bo
 COMMANDS
     python nanogpt_lipschitz.py                                                      # minutes on a laptop, no network
     torchrun --standalone --nproc_per_node 8 nanogpt_lipschitz.py --preset cap1      # the paper's run, FineWeb downloaded
-    torchrun --standalone --nproc_per_node 2 nanogpt_lipschitz.py                    # the same run on two processes
+    torchrun --standalone --nproc_per_node 2 nanogpt_lipschitz.py --micro_batch 8    # the small run on two processes
     python nanogpt_lipschitz.py --prepare FILE_OR_FOLDER_OR_HUB_NAME --data DIR      # tokens of a text of yours
     python nanogpt_lipschitz.py --preset cap1 --plan                                 # parameters, FLOPs, memory; no training
     python nanogpt_lipschitz.py --resume runs/NAME                                   # on any number of processes
 
 RESULT (two cores of a CPU, torch 2.13, one seed; README.md has more). tiny, the default: 58.4 % of the bytes of Python's
-    library right, loss 1.597, at a bound of 10^12.1; tiny_tight: 58.6 %, 1.636, at 30.0; 90 to 100 s each. The CUDA path is
+    library right, loss 1.597, at a bound of 10^12.1; tiny_tight: 58.6 %, 1.636, at 30.0; a minute and a half each. The CUDA path is
     written, tested as far as a CPU allows (tests/test_nanogpt_lipschitz.py), and unmeasured.
 
 ANCESTRY. The shape of the experiment is the authors', which is modded-nanogpt's (Jordan et al.); data by Karpathy's

@@ -15,7 +15,7 @@ COMMANDS
 
 RESULT (tinyshakespeare, whole validation text, two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
     laptop, the default: 55.8 % of the characters right, loss 1.475, at a true bound of 2290 (mean of three seeds; 350 to
-    370 s in all). plain100: 53.7 %, 1.547, at 73.8 (three seeds; 6 minutes). lipschitz2: 56.3 % at 0.773 and a loss
+    370 s in all). plain100: 53.7 %, 1.547, at 73.8 (three seeds; 6 minutes). lipschitz2: 56.3 % at 0.772 and a loss
     temperature of 800 (one seed; 6 to 13 minutes). README.md has the tables.
 
 ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX), the text karpathy/char-rnn's;

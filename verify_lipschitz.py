@@ -12,7 +12,7 @@ COMMANDS
     python verify_lipschitz.py runs/NAME --budget 20         # search twenty times as long
 
 RESULT. See the tables in README.md: each preset of mlp_cifar.py, laptop and plain100 of shakespeare.py, tiny and tiny_tight of
-    nanogpt_lipschitz.py held, in 10 s to a minute each on two cores.
+    nanogpt_lipschitz.py held, in 10 s to two minutes each on two cores.
 
 ANCESTRY. Projected gradient attacks: Madry et al. (2018), with the margin loss of Carlini and Wagner (2017).
 """

@@ -44,12 +44,14 @@ def in_turns(functions, turns=9, seconds=0.25):
 
 
 def products():
-    """Functions that multiply 1024 x 1024 matrices: the machine's ceiling."""
+    """Functions that multiply 1024 x 1024 matrices, and one that copies 64 MB: the machine's ceilings."""
     def product(dtype):
         A = torch.randn(1024, 1024).to(dtype)
         return lambda: A @ A
 
-    return {"ceiling float32": product(torch.float32), "ceiling bfloat16": product(torch.bfloat16)}
+    here, there = torch.zeros(2**24), torch.zeros(2**24)
+    return {"ceiling float32": product(torch.float32), "ceiling bfloat16": product(torch.bfloat16),
+            "ceiling memory": lambda: there.copy_(here)}
 
 
 def gflops(ms):
@@ -63,15 +65,22 @@ def counted(f):
     return counter.get_total_flops()
 
 
-def show(title, ms, flops, base):
-    """A table of ms a call, the ratio to `base`, and the share of the bfloat16 ceiling."""
-    f32, bf16 = gflops(ms["ceiling float32"]), gflops(ms["ceiling bfloat16"])
-    print(f"\n{title}; ceilings {f32:.0f} GFLOP/s in float32, {bf16:.0f} in bfloat16")
-    print(f"  {'':52} {'ms':>9} {'ratio':>7} {'GFLOP':>8} {'of the ceiling':>15}")
+def megabytes_moved(parameters, inputs):
+    """What any step has to read and write at least: each weight, gradient and momentum once in and once out, and the input."""
+    return sum(24 * p.numel() for p in parameters) / 1e6 + inputs / 1e6
+
+
+def show(title, ms, flops, base, megabytes=None):
+    """A table of ms a call, the ratio to `base`, and the share of what the machine can do: the larger of the time that the
+    FLOPs take at the ceiling of bfloat16 and, where counted, that of the bytes at the speed of a copy."""
+    f32, bf16, gigabytes = gflops(ms["ceiling float32"]), gflops(ms["ceiling bfloat16"]), 2 * 4 * 2**24 / ms["ceiling memory"] / 1e6
+    print(f"\n{title}; ceilings {f32:.0f} GFLOP/s in float32, {bf16:.0f} in bfloat16, {gigabytes:.1f} GB/s")
+    print(f"  {'':52} {'ms':>9} {'ratio':>7} {'GFLOP':>8} {'MB':>7} {'of the ceiling':>15}")
     for name in ms:
         if not name.startswith("ceiling"):
-            count = flops.get(name)
-            work = f"{count / 1e9:8.2f} {100 * count / 1e6 / ms[name] / max(f32, bf16):13.0f} %" if count else ""
+            count, moved = flops.get(name), (megabytes or {}).get(name, 0)
+            least = max(count / 1e6 / max(f32, bf16), moved / gigabytes) if count else 0
+            work = f"{count / 1e9:8.2f} {moved or '':7.4} {100 * least / ms[name]:13.0f} %" if count else ""
             print(f"  {name:52} {ms[name]:9.2f} {ms[name] / ms[base]:7.2f} {work}")
     print(flush=True)
 
@@ -148,7 +157,8 @@ def benchmark_mlp():
     functions.update(parts_of(c, model, list(model.weights), lambda: F.cross_entropy(model(x_BP.bfloat16()).float(), y_B), 6.0))
     functions["  part: data, 512 images"] = lambda: batch(c, 7)[0].to(torch.bfloat16).div_(255)
     flops = {name: counted(f) for name, f in functions.items() if "parametrizations" not in name and "data" not in name}
-    show("MLP 3072-256-256-10, batch 512", in_turns(functions), flops, adamw)
+    megabytes = dict.fromkeys(configs.keys() - {"default preset"}, megabytes_moved(model.parameters(), 512 * 3072))
+    show("MLP 3072-256-256-10, batch 512", in_turns(functions), flops, adamw, megabytes)
 
 
 def plain_mlp():
@@ -200,12 +210,18 @@ def benchmark_shakespeare():
     functions = {**products(), **steps_of(shakespeare, make, configs, batch)}
     c = configs[constrained]
     model, (x_BT, y_BT) = make(c), batch(c, 0)
+    peer = make(configs["  without constraint"])
+    optimizers = [(torch.optim.Muon([W for _, W in peer.matrices()], momentum=0.95), 0.02), (torch.optim.Adam([peer.embedding_VD]), 0.01)]
+    functions["torch.optim.Muon, unconstrained, the same network"] = lambda: shakespeare.train_step(
+        configs["  without constraint"], peer, optimizers, x_BT, y_BT, 0, dtype)
     dtype = shakespeare.compute_dtype(c, torch.device("cpu"))
     functions.update(parts_of(c, model, [W for _, W in model.matrices()],
                               lambda: F.cross_entropy(model(x_BT, dtype).flatten(0, 1), y_BT.flatten()), 6.0))
-    flops = {name: counted(f) for name, f in functions.items()}
+    functions["  part: data, 32 windows"] = lambda: batch(c, 0)
+    flops = {name: counted(f) for name, f in functions.items() if "data" not in name}
     ms = in_turns(functions, turns=5)
-    show("Transformer 3 x 256, 8,192 characters a step", ms, flops, adamw)
+    megabytes = dict.fromkeys(configs.keys() - {"preset laptop", "preset plain100"}, megabytes_moved(model.parameters(), 32 * 257 * 8))
+    show("Transformer 3 x 256, 8,192 characters a step", ms, flops, adamw, megabytes)
     print(f"  {8192 / ms[constrained] * 1000:,.0f} characters/s constrained, {8192 / ms[adamw] * 1000:,.0f} with AdamW")
 
 

@@ -68,6 +68,22 @@ def test_command(script, flags, tmp_path, monkeypatch, capsys):
     assert (tmp_path / f"runs/{script}_{preset}_seed0/summary.json").exists() and preset in capsys.readouterr().out
 
 
+def test_the_example_in_python(capsys):
+    """As it stands, and then through steps that push all one way."""
+    import torch
+
+    code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Muon(" in code)
+    scope = {}
+    exec(code, scope)
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    for _ in range(60):
+        (-scope["model"](x).square().mean()).backward()  # (grows without end if it is let)
+        scope["optimizer"].step()
+        scope["model"].zero_grad()
+    norms = [scope["exact_norm"](W).item() for W in scope["matrices"]]
+    assert len(norms) == 2 and 1.5 < max(norms) <= 2 * (1 + 4e-4) and capsys.readouterr().out.startswith("[")
+
+
 def test_there_are_tools():
     assert TOOLS == ["assets/attention.py", "assets/frontier.py", "assets/method.py", "tests/benchmark.py", "tests/enforcement.py"]
 
