@@ -904,7 +904,7 @@ def report_comparison(rows, base, data_name):
             panels[0].plot([point[BOUND] for point in means], accuracy, style, color=color, label=f"{optimizer} {constraint}")
             panels[1].plot(accuracy, [100 * point["certified"] for point in means], style, color=color)
         print(f"  {constraint:21}" + "".join(f"{' / '.join(cell):^27}" for cell in cells) + " / ".join(best))
-    panels[0].set(title=f"{SCRIPT}, data: {data_name}", xlabel=f"log10 of the Lipschitz bound ({BOUND_NAME})", ylabel="accuracy (%)")
+    panels[0].set(title=f"{SCRIPT}, data: {'/'.join(Path(data_name).parts[-2:])}", xlabel=f"log10 of the Lipschitz bound ({BOUND_NAME})", ylabel="accuracy (%)")
     panels[1].set(title=f"certified at {CERTIFIED[2]}", xlabel="accuracy (%)", ylabel="certified accuracy (%)")
     panels[0].legend(fontsize=6)
     with io.BytesIO() as buffer:
