@@ -23,7 +23,7 @@ PAIRS = [("adamw", "none")] + [pair for pair in mlp_cifar.PAIRS if pair[0] == "m
 base = mlp_cifar.parse_arguments(["--compare", *sys.argv[1:]])
 mlp_cifar.keep_memory()
 (images_NP, labels_N), _, data_name = mlp_cifar.load_data(base)
-figure, panels = plt.subplots(1, len(PAIRS), figsize=(15, 2.6), sharey=True, layout="constrained")
+figure, panels = plt.subplots(1, len(PAIRS), figsize=(15, 2.9), sharey=True, layout="constrained")
 for panel, (optimizer, constraint) in zip(panels, PAIRS):
     lr, strengths = mlp_cifar.PAIRS[optimizer, constraint]
     w = strengths[len(strengths) // 2]
@@ -43,7 +43,8 @@ for panel, (optimizer, constraint) in zip(panels, PAIRS):
     panel.plot(steps, [v[0] for v in values], color="C3", lw=1.2)
     if constraint not in ("none", "spectral_weight_decay"):  # (those two have no limit)
         panel.axhline(w, color="k", ls=":", lw=0.8)
-    panel.set_title(f"{'AdamW' if optimizer == 'adamw' else 'Muon'}{'' if constraint == 'none' else ' + ' + constraint.replace('_', ' ')}", fontsize=9)
+    name = "AdamW" if optimizer == "adamw" else "Muon"
+    panel.set_title(name if constraint == "none" else f"{name} +\n{constraint.replace('_', ' ')}", fontsize=9)
     panel.tick_params(labelsize=7)
     print(f"{optimizer} {constraint}: largest {values[-1][0]:.3f}, median {values[-1][len(values[-1]) // 2]:.3f}", flush=True)
 panels[0].set_ylabel("singular values", fontsize=8)
