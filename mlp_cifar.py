@@ -71,6 +71,8 @@ class Config:
     constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
                              "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
                              "constraints.py), or one of yours as FILE.py:NAME")
+    constrain_every: int = option(4, "let specnorm, soft_cap, hard_cap wait about so many steps, where it is certain that "
+                                  "the limit holds meanwhile (Muon only; 1: after each step)")
     steps: int = option(2000, "training steps")
     batch: int = option(512, "images a step")
     lr: float = option(0.0, "learning rate at the start, falling linearly to 0; for Muon it is the RMS->RMS norm of a step, "
@@ -103,7 +105,8 @@ PRESETS = {
     "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.8", steps=4000),
     "certified": dict(activation="maxmin", augment=True, depth=4, width=512, w_max="1", loss_temperature=15.0,
                       margin=2.0, steps=5000),
-    "compare": dict(bias=False, center=False, lowpass=32, w_max="6", steps=1000, evals=1),  # the paper's network
+    # the paper's network, and the constraint after each step as there
+    "compare": dict(bias=False, center=False, lowpass=32, w_max="6", constrain_every=1, steps=1000, evals=1),
 }
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels in [0, 1]
 
@@ -147,7 +150,7 @@ def check(config):
         if not ok:
             raise Refusal(f"--{name} {getattr(config, name)}: must be {requirement}")
 
-    for name in ("depth", "width", "steps", "batch", "evals"):
+    for name in ("depth", "width", "constrain_every", "steps", "batch", "evals"):
         need(getattr(config, name) >= 1, name, "a whole number of at least 1")
     need(0 < config.loss_temperature < math.inf, "loss_temperature", "a finite number above 0")
     need(config.holdout >= 0, "holdout", "a whole number of at least 0")
@@ -501,7 +504,7 @@ def make_optimizers(config, model):
         dtype = compute_dtype(config, model.weights[0].device)
         # The layers share the learning rate: a step moves the product of their norms by about lr / w_max in all.
         optimizers = [(Muon([dict(params=[W], w_max=w) for W, w in zip(model.weights, w_max)], momentum=config.momentum,
-                            constraint=find_constraint(config.constraint), dtype=dtype), config.lr / config.depth)]
+                            constraint=find_constraint(config.constraint), every=config.constrain_every, dtype=dtype), config.lr / config.depth)]
     else:
         optimizers = [(torch.optim.AdamW(model.weights, betas=(config.momentum, 0.95), weight_decay=config.adamw_wd),
                        config.lr)]

@@ -73,6 +73,8 @@ class Config:
     constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
                              "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
                              "constraints.py), or one of yours as FILE.py:NAME")
+    constrain_every: int = option(4, "let specnorm, soft_cap, hard_cap wait about so many steps, where it is certain that "
+                                  "the limit holds meanwhile (Muon only; 1: after each step)")
     steps: int = option(6200, "training steps")
     batch: int = option(8, "sequences a step, over all processes")
     seq_len: int = option(49_152, "tokens of a sequence; it holds parts of many documents")
@@ -158,7 +160,7 @@ def check(config):
 
     for name, largest in (("width", 2**14), ("blocks", 1000), ("heads", 2**10), ("hidden", 2**17), ("seq_len", 2**20),
                           ("window", 2**20), ("steps", 2**40), ("batch", 2**20), ("micro_batch", 2**20), ("evals", 2**20),
-                          ("val_tokens", 2**40), ("shard_tokens", 2**31)):
+                          ("val_tokens", 2**40), ("shard_tokens", 2**31), ("constrain_every", 2**40)):
         need(1 <= getattr(config, name) <= largest, name, f"a whole number from 1 to {largest}")
     for name in ("lr", "head_lr", "embed_lr", "bias_lr", "logit_scale", "attention_scale", "residual_scale", "final_scale",
                  "momentum_warmup", "final_lr", "shards"):
@@ -920,7 +922,7 @@ def make_optimizers(config, model, owner, team, dtype):
             groups.setdefault((role == "head", w_max[role] * real), []).append(W)
     low = None if dtype == torch.float64 else dtype if dtype == torch.bfloat16 else torch.float32
     optimizers = [(Muon([dict(params=matrices, w_max=w)], lr=0.0, momentum=config.momentum, constraint=find_constraint(config.constraint),
-                        dtype=low), config.head_lr if head else config.lr) for (head, w), matrices in groups.items()]
+                        every=config.constrain_every, dtype=low), config.head_lr if head else config.lr) for (head, w), matrices in groups.items()]
     for p, lr in [(model.embedding_VD, config.embed_lr)] + [(b.bias_HW, config.bias_lr) for b in model.blocks if hasattr(b, "bias_HW")]:
         if any(p is q for q in mine):
             optimizers.append((torch.optim.Adam([p], betas=(0.8, 0.95), fused=p.device.type == "cuda"), lr))

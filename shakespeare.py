@@ -80,6 +80,8 @@ class Config:
     constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
                              "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
                              "constraints.py), or one of yours as FILE.py:NAME")
+    constrain_every: int = option(4, "let specnorm, soft_cap, hard_cap wait about so many steps, where it is certain that "
+                                  "the limit holds meanwhile (Muon only; 1: after each step)")
     steps: int = option(600, "training steps")
     batch: int = option(32, "windows a step")
     lr: float = option(0.0, "learning rate at the start, falling linearly to 0; for Muon it is the RMS->RMS norm of a "
@@ -119,7 +121,8 @@ PRESETS = {
     "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0, steps=1400, lr=0.1,
                        embed_lr=0.02, momentum=0.95),
     "plain100": dict(SMALL, final_scale=120.0),
-    "compare": dict(width=128, hidden=512, seq_len=128, steps=200, evals=1),  # the paper's architecture at half its width
+    # the paper's architecture at half its width, and the constraint after each step as there
+    "compare": dict(width=128, hidden=512, seq_len=128, constrain_every=1, steps=200, evals=1),
 }
 RHOS = (0.001, 0.01, 0.03, 0.1)  # radii around the embeddings, RMS at every token, for certified token accuracy
 SAMPLING = ("sample", "prompt", "length", "temperature")
@@ -170,7 +173,7 @@ def check(config):
             raise Refusal(f"--{name} {getattr(config, name)}: must be {requirement}")
 
     for name, largest in (("width", 2**14), ("blocks", 1000), ("heads", 2**14), ("hidden", 2**16), ("seq_len", 2**14),
-                          ("steps", 2**40), ("batch", 2**20), ("evals", 2**40), ("length", 2**40)):
+                          ("steps", 2**40), ("batch", 2**20), ("evals", 2**40), ("length", 2**40), ("constrain_every", 2**40)):
         need(1 <= getattr(config, name) <= largest, name, f"a whole number from 1 to {largest}")
     for name in ("loss_temperature", "temperature"):
         need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")
@@ -398,10 +401,9 @@ class Transformer(torch.nn.Module):
         B, T, D = x_BTD.shape
         H, dtype = self.config.heads, x_BTD.dtype
         s = self.config.logit_scale / (D // H)
-        matrices = [block.q, block.k, block.v] if self.config.logit_scale > 0 else [block.v]
+        matrices = [s * block.q, block.k, block.v] if self.config.logit_scale > 0 else [block.v]
         parts_BTX = F.linear(x_BTD, torch.cat([W.to(dtype) for W in matrices]))
         parts_BXTE = parts_BTX.view(B, T, -1, D // H).transpose(1, 2)  # X: heads of q, of k and of v, or of v alone
-        v_BHTE = parts_BXTE[:, -H:]
         t = torch.arange(T, device=x_BTD.device)
         distance_TT = t[:, None] - t
         bias_HTT = torch.zeros(1, T, T, device=x_BTD.device)
@@ -409,12 +411,12 @@ class Transformer(torch.nn.Module):
             bias_HTT = block.bias_HT[:, distance_TT.clamp(min=0)]
         bias_HTT = bias_HTT.masked_fill(distance_TT < 0, -math.inf)
         if self.config.logit_scale > 0:
-            qk_BXTE = parts_BXTE[:, :2 * H]
+            qk_BXTE, v_BHTE = parts_BXTE.split([2 * H, H], 1)
             q_BHTE, k_BHTE = (rotate(qk_BXTE) if self.config.positions == "rope" else qk_BXTE).split(H, 1)
             # (at this length plain products are faster on a CPU than scaled_dot_product_attention: 306 and 420 ms a step)
-            y_BHTE = ((s * q_BHTE) @ k_BHTE.mT + bias_HTT.to(dtype)).softmax(-1) @ v_BHTE
+            y_BHTE = (q_BHTE @ k_BHTE.mT).add_(bias_HTT.to(dtype)).softmax(-1) @ v_BHTE
         else:  # the same pattern for all windows: one large product
-            y_HTX = bias_HTT.softmax(-1).to(dtype) @ v_BHTE.permute(1, 2, 0, 3).reshape(H, T, -1)
+            y_HTX = bias_HTT.softmax(-1).to(dtype) @ parts_BXTE.permute(1, 2, 0, 3).reshape(H, T, -1)
             y_BHTE = y_HTX.view(H, T, B, D // H).permute(2, 0, 1, 3)
         return F.linear(y_BHTE.transpose(1, 2).reshape(B, T, D), (self.attention_scale * block.o).to(dtype))
 
@@ -664,7 +666,7 @@ def make_optimizers(config, model):
         groups = [dict(params=[W for role, W in model.matrices() if w_max[role] == w], w_max=w)
                   for w in dict.fromkeys(w_max.values()) if any(w_max[role] == w for role, _ in model.matrices())]
         matrices = Muon(groups, momentum=config.momentum, constraint=find_constraint(config.constraint),
-                        dtype=compute_dtype(config, model.head_VD.device))
+                        every=config.constrain_every, dtype=compute_dtype(config, model.head_VD.device))
     else:
         matrices = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                      weight_decay=config.adamw_wd)

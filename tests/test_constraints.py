@@ -125,15 +125,29 @@ def test_soft_cap_alpha_outside_its_range():
 def test_soft_cap_holds_after_a_step_of_known_norm(shape, step):
     for name, W in cases(shape, W_MAX + step):
         capped = soft_cap(W, W_MAX, step)
-        assert singular_values(capped).max() <= sigma_limit(W, W_MAX) * (1 + 4e-4), name
+        assert singular_values(capped).max() <= sigma_limit(W, W_MAX) * (1 + 1e-4), name
         if W_MAX + step <= 2.26 * W_MAX:
             alpha = soft_cap_alpha(W_MAX, W_MAX + step) / sigma_per_norm(W) ** 2
             expected = mapped(W, lambda s: cubics(s, alpha))
-            assert (capped - expected).norm() < 1e-3 * expected.norm(), name
+            assert (capped - expected).norm() < (0.12 * step / W_MAX + 1e-5) * expected.norm(), name
             assert (soft_cap_map(W, alpha) - expected).abs().max() < 1e-5, name
-            rounded = soft_cap_map(W, alpha, torch.bfloat16)  # in bfloat16 also where there are no native products
-            if alpha * ((W_MAX + step) * sigma_per_norm(W)) ** 2 <= 0.1:
-                assert singular_values(rounded).max() <= sigma_limit(W, W_MAX) * (1 + 4e-4), name
+
+
+@pytest.mark.parametrize("basis", ["identity", "cosines", "random"])
+@pytest.mark.parametrize("ratio", [1.005, 1.05, 1.15, 1.3])
+def test_soft_cap_in_bfloat16_holds_where_all_roundings_agree(basis, ratio):
+    """In bfloat16 also where no machine has it. A multiple of the identity rounds alike everywhere, the worst seen."""
+    i = torch.arange(64, dtype=torch.float64)
+    U = {"identity": torch.eye(64).double(), "cosines": torch.linalg.qr(torch.cos(torch.pi / 64 * i[:, None] * (i + 0.5)))[0],
+         "random": with_spectrum(64, 64, torch.ones(64)).double()}[basis]
+    used = []
+    for limit in np.linspace(1, 2, 40):
+        allowance = limit * (ratio - 1) / 16
+        alpha = soft_cap_alpha(limit - allowance, ratio * limit)
+        for s in (torch.ones(64), torch.linspace(0.9, 1, 64), torch.cat([torch.ones(4), torch.rand(60)])):
+            W = (U * s * ratio * limit).float()
+            used.append((singular_values(soft_cap_map(W, alpha, torch.bfloat16)).max().item() - limit + allowance) / allowance)
+    assert max(used) <= 13 / 16
 
 
 # ---- decays and hammer -----------------------------------------------------------------------------------------------

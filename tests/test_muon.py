@@ -9,7 +9,7 @@ import torch
 from matrices import SHAPES, singular_values, spectra, with_spectrum
 
 import muon
-from constraints import hard_cap, weight_decay
+from constraints import CONSTRAINTS, exact_norm, hard_cap, weight_decay
 from muon import MSIGN_MAX, QUINTICS, Muon, msign
 
 
@@ -147,10 +147,50 @@ def test_constraint_is_told_the_true_step(dtype):
     assert told == [(2.0, 0.25 * MSIGN_MAX[dtype or torch.float32])]
 
 
-def test_state_dict_is_safe_to_load_and_continues():
+@pytest.mark.parametrize("name", sorted(name for name, f in CONSTRAINTS.items() if hasattr(f, "can_wait")))
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+@pytest.mark.parametrize("lr, every", [(0.06, 1), (0.02, 3), (0.004, 4), (0.0, 0)])  # 0.95 w_max is the lowest target
+def test_limit_holds_after_each_step_though_the_constraint_waits(lr, every, decay, name):
+    """The worst case, steps that all push the same way, for two matrices of which one starts at the limit."""
+    calls = []
+
+    def constraint(W, w_max, step_norm):
+        calls.append((len(W) if W.ndim == 3 else 1, w_max))
+        return CONSTRAINTS[name](W, w_max, step_norm)
+
+    constraint.can_wait = True
+    push = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    a, b = (torch.nn.Parameter(-norm * (6 / 4) ** 0.5 * torch.linalg.qr(push)[0]) for norm in (1.0, 0.5))
+    optimizer = Muon([a, b], lr=lr, momentum=0.0, weight_decay=decay, constraint=constraint, w_max=1.0, every=4)
+    for _ in range(60):
+        for W in (a, b):
+            W.grad = -W.detach()
+        optimizer.step()
+        for W in (a, b):
+            assert exact_norm(W) <= min(1, optimizer.state[W]["reach"]) * (1 + 1e-4)
+    if every:
+        assert 60 / every * (1 - decay) <= sum(count for count, _ in calls) <= 2 * 60 / every
+    assert all(w_max == pytest.approx(1 - (every - 1) * lr * MSIGN_MAX[torch.float32]) for _, w_max in calls)
+
+
+def test_waiting_begins_at_the_limit_where_a_checkpoint_says_nothing():
+    W = torch.nn.Parameter(torch.eye(4))
+    optimizer = Muon([W], lr=0.01, constraint=hard_cap, w_max=1.0, every=4)
+    W.grad = -torch.eye(4)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert state["state"][0].pop("reach") == pytest.approx(1 - 3 * 0.01 * MSIGN_MAX[torch.float32])
+    W.data = torch.eye(4)
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert exact_norm(W) <= 1 - 0.029
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_state_dict_is_safe_to_load_and_continues(every):
     def make():
         W = torch.nn.Parameter(0.1 * torch.ones(3, 5))
-        return W, Muon([W], lr=0.1, constraint=hard_cap, w_max=1.0, dtype=torch.bfloat16)
+        return W, Muon([W], lr=0.1, constraint=hard_cap, w_max=1.0, dtype=torch.bfloat16, every=every)
 
     def step(W, optimizer, seed):
         W.grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))
@@ -165,8 +205,9 @@ def test_state_dict_is_safe_to_load_and_continues():
     V, other = make()
     V.data.copy_(saved["W"])
     other.load_state_dict(saved["optimizer"])
-    step(W, optimizer, 1)
-    step(V, other, 1)
+    for seed in range(1, 12):
+        step(W, optimizer, seed)
+        step(V, other, seed)
     assert torch.equal(W, V) and other.param_groups[0]["constraint"] is hard_cap
 
 
@@ -192,6 +233,6 @@ def test_muon_refuses():
     W = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(ValueError, match="matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
-    for wrong in (dict(lr=-1.0), dict(lr=math.nan), dict(momentum=1.0), dict(weight_decay=-0.1), dict(constraint=hard_cap)):
+    for wrong in (dict(lr=-1.0), dict(lr=math.nan), dict(momentum=1.0), dict(weight_decay=-0.1), dict(every=0), dict(constraint=hard_cap)):
         with pytest.raises(ValueError, match="Muon"):
             Muon([W], **wrong)
