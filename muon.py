@@ -56,7 +56,8 @@ def msign(G: torch.Tensor) -> torch.Tensor:
                          f"{tuple(G.shape)}")
     if G.numel() == 0:
         return G.clone()
-    X = G if G.shape[-2] <= G.shape[-1] else G.mT  # (..., m, n) with m <= n
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G  # (..., m, n) with m <= n
     m, n = X.shape[-2:]
     # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
     largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
@@ -92,9 +93,10 @@ def msign(G: torch.Tensor) -> torch.Tensor:
             S = polynomial(a, b, c, A, A @ A) @ S
         R = torch.linalg.solve_triangular(L, S.to(wide.dtype), upper=False, left=False) * inverse.sqrt()
         if X.dtype == torch.bfloat16:  # R in two parts of 8 bits each
-            R, X = torch.cat([R.bfloat16(), (R - R.bfloat16()).bfloat16()], -1), torch.cat([X, X], -2)
-        X = R @ X
-    return X if G.shape[-2] <= G.shape[-1] else X.mT
+            R = torch.cat([R.bfloat16(), (R - R.bfloat16()).bfloat16()], -1)
+            X = torch.cat([X.mT, X.mT], -1).mT if tall else torch.cat([X, X], -2)
+        X = (X.mT @ R.mT).mT if tall else R @ X  # (R X, laid out in memory as G is)
+    return X.mT if tall else X
 
 
 def inverse_norm(A2):
@@ -219,9 +221,8 @@ class Muon(torch.optim.Optimizer):
                     state["reach"] = self._norm_at_start(p, group["w_max"])
                 state["momentum"] = torch.zeros_like(p)
             M = state["momentum"].lerp_(p.grad, 1 - momentum)
-            updates.append(torch.lerp(p.grad, M, momentum) if group["nesterov"] else M)
-        update = updates[0] if len(batch) == 1 else torch.stack(updates)
-        update = msign(update.to(group["dtype"] or update.dtype))
+            updates.append((torch.lerp(p.grad, M, momentum) if group["nesterov"] else M).to(group["dtype"] or M.dtype))
+        update = msign(updates[0] if len(batch) == 1 else torch.stack(updates))
         fan_out, fan_in = batch[0].shape[-2:]
         size = lr * (fan_out / fan_in) ** 0.5
         for p, U in zip(batch, [update] if len(batch) == 1 else update):

@@ -102,6 +102,9 @@ def steps_of(script, make, configs, batch):
         script.check(config)
         model = make(config)
         optimizers, counter = script.make_optimizers(config, model), iter(range(10**9))
+        for group in optimizers[0][0].param_groups if config.constraint != "none" else ():
+            for W in group["params"]:  # begin at the limit, where training spends most of its time
+                W.data = constraints.stiefel(W.data + torch.randn_like(W), group["w_max"] * (1 - 1e-4))
         dtype = script.compute_dtype(config, torch.device("cpu"))
 
         def step(config=config, model=model, optimizers=optimizers, counter=counter, dtype=dtype):
@@ -124,11 +127,13 @@ def parts_of(config, model, matrices, loss, limit):
     low = torch.bfloat16 if constraints.has_fast_bfloat16("cpu") else torch.float32
     settings = dict(lr=config.lr, momentum=config.momentum, dtype=low)
     free = Muon(copies, **settings)
-    held = Muon([torch.nn.Parameter(W.detach().clone()) for W in matrices], constraint=constraints.soft_cap, w_max=limit, **settings)
-    for W, V in zip(held.param_groups[0]["params"], copies):
-        W.grad = V.grad
+    held = [Muon([torch.nn.Parameter(constraints.stiefel(W.detach(), limit)) for W in matrices], constraint=constraints.soft_cap,
+                 w_max=limit * (1 + 1e-4), every=every, **settings) for every in (1, config.constrain_every)]
+    for optimizer in held:
+        for W, V in zip(optimizer.param_groups[0]["params"], copies):
+            W.grad = V.grad
     return {"  part: forward": loss, "  part: forward and backward": backward, "  part: Muon without constraint": free.step,
-            "  part: Muon with soft cap": held.step}
+            "  part: Muon with soft cap at each step": held[0].step, "  part: Muon with soft cap, waiting": held[1].step}
 
 
 def benchmark_mlp():
