@@ -1040,9 +1040,12 @@ class Trainer:
         sums = self.team.sum(sums).tolist()
         return tuple(x / sums[3] for x in sums[:3])
 
-    # ---- all there is to save: weights, and two moments or a momentum for each ------------------------------------------
-    def moments(self, p):
-        return ("momentum",) if any(p is W for _, W in self.model.matrices()) else ("exp_avg", "exp_avg_sq")
+    # ---- all there is to save: weights, and for each two moments, or a momentum and the norm it may have reached ---------
+    def blank_state(self, p):
+        if any(p is W for _, W in self.model.matrices()):
+            place = p.device if p.device.type == "cuda" else "cpu"  # (not every device has float64)
+            return dict(momentum=torch.empty_like(p), reach=torch.empty((), dtype=torch.float64, device=place))
+        return dict(exp_avg=torch.empty_like(p), exp_avg_sq=torch.empty_like(p))
 
     def own_state(self, p):
         return next(o.state[p] for o, _ in self.optimizers for group in o.param_groups if any(p is q for q in group["params"]))
@@ -1052,8 +1055,9 @@ class Trainer:
         states = {}
         for name, p in self.model.named_parameters():
             owner = self.owner[p]
-            for moment in self.moments(p) if self.team.rank in (0, owner) else ():
-                tensor = self.own_state(p)[moment] if owner == self.team.rank else torch.empty_like(p)
+            for moment, tensor in self.blank_state(p).items() if self.team.rank in (0, owner) else ():
+                if owner == self.team.rank:
+                    tensor.copy_(torch.as_tensor(self.own_state(p).get(moment, math.inf)))  # (no constraint: no reach)
                 if owner != 0 and self.team.rank == owner:
                     dist.send(tensor, 0)
                 elif owner != 0:
@@ -1066,15 +1070,18 @@ class Trainer:
     def scatter(self, state, step):
         """Weights and moments of a checkpoint that rank 0 has read, to whoever needs them."""
         for name, p in self.model.named_parameters():
-            tensors = [p.data, *(torch.empty_like(p) for _ in self.moments(p))]
+            moments = self.blank_state(p)
             if self.team.rank == 0:
-                for tensor, saved in zip(tensors, [state["model"][name], *state["optimizer"][name].values()], strict=True):
-                    tensor.copy_(saved)
-            for tensor in tensors if self.team.world > 1 else ():
+                p.data.copy_(state["model"][name])
+                for moment, tensor in moments.items():  # (reach is not in checkpoints from before there was one: unknown)
+                    tensor.copy_(torch.as_tensor(state["optimizer"][name].get(moment, math.inf)))
+            for tensor in (p.data, *moments.values()) if self.team.world > 1 else ():
                 dist.broadcast(tensor, 0)
             if self.owner[p] == self.team.rank:
                 own = self.own_state(p)
-                own.update(zip(self.moments(p), tensors[1:]))
+                own.update(moments)
+                if "reach" in own:
+                    own["reach"] = own["reach"].item()
                 if "exp_avg" in own:
                     own["step"] = torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu")
 
