@@ -29,7 +29,7 @@ import runpy
 
 import torch
 
-from muon import has_fast_bfloat16, msign, polynomial
+from muon import has_fast_bfloat16, msign
 
 # ======================================================================================================================
 # Norms
@@ -84,6 +84,14 @@ def gram(W):
 def multiply(R, W):
     """R W for a wide W, W R for a tall one: where R is a function r of gram(W), singular values go s -> r(s^2) s."""
     return R @ W if W.shape[-2] <= W.shape[-1] else W @ R
+
+
+def polynomial(a, b, c, A, A2):
+    """a I + b A + c A2, for square A and A2 (..., m, m)."""
+    P = b * A
+    P.add_(A2, alpha=c)
+    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    return P
 
 
 def working(W):

@@ -56,6 +56,8 @@ def msign(G: torch.Tensor) -> torch.Tensor:
                          f"{tuple(G.shape)}")
     if G.numel() == 0:
         return G.clone()
+    if G.ndim > 3:
+        return msign(G.flatten(0, -3)).view_as(G)
     tall = G.shape[-2] > G.shape[-1]
     X = G.mT if tall else G  # (..., m, n) with m <= n
     m, n = X.shape[-2:]
@@ -69,12 +71,7 @@ def msign(G: torch.Tensor) -> torch.Tensor:
         A = X @ X.mT
         A2 = A @ A
         inverse = inverse_norm(A2)
-        A, A2, X = A * inverse, A2 * inverse.square(), X * inverse.sqrt()
-        for step, (a, b, c) in enumerate(QUINTICS):
-            if step > 0:
-                A = X @ X.mT
-                A2 = A @ A
-            X = polynomial(a, b, c, A, A2) @ X
+        X = quintics(X * inverse.sqrt(), A * inverse, A2 * inverse.square())
     else:
         # 2b. Cholesky form, for matrices much longer than wide: A = L L^T, so L^-1 X has orthonormal rows, and with
         #     X = L (L^-1 X) it is msign(X) = msign(L) L^-1 X: all steps on the small square L, the long X touched twice.
@@ -83,20 +80,31 @@ def msign(G: torch.Tensor) -> torch.Tensor:
         #     A and the quotient by L need many digits, the steps on L no more than G has.
         wide = X if X.dtype == torch.float64 else X.float()
         A = symmetric_square(wide)
-        inverse = inverse_norm(A @ A)
+        A2 = A @ A
+        inverse = inverse_norm(A2)
         A = A * inverse
-        A.diagonal(dim1=-2, dim2=-1).add_(2e-6 if wide.dtype == torch.float32 else 1e-13)
+        A.diagonal(dim1=-2, dim2=-1).add_(2e-6 if wide.dtype == torch.float32 else 1e-13)  # (A2 without: 4e-6 off at most)
         L = torch.linalg.cholesky_ex(A).L  # (does not raise: NaN stays NaN)
-        S = L.to(X.dtype)
-        for a, b, c in QUINTICS:
-            A = S @ S.mT
-            S = polynomial(a, b, c, A, A @ A) @ S
+        S = quintics(L.to(X.dtype), A.to(X.dtype), (A2 * inverse.square()).to(X.dtype))
         R = torch.linalg.solve_triangular(L, S.to(wide.dtype), upper=False, left=False) * inverse.sqrt()
         if X.dtype == torch.bfloat16:  # R in two parts of 8 bits each
             R = torch.cat([R.bfloat16(), (R - R.bfloat16()).bfloat16()], -1)
             X = torch.cat([X.mT, X.mT], -1).mT if tall else torch.cat([X, X], -2)
         X = (X.mT @ R.mT).mT if tall else R @ X  # (R X, laid out in memory as G is)
     return X.mT if tall else X
+
+
+def quintics(X, A, A2):
+    """The five steps on X (..., m, n): X <- a X + (b A + c A^2) X. The first A = X X^T and its square are known."""
+    def product(C, beta, A, B, alpha=1.0):  # beta C + alpha A B
+        return (torch.addmm if X.ndim == 2 else torch.baddbmm)(C, A, B, beta=beta, alpha=alpha)
+
+    a, b, c = QUINTICS[0]
+    X = product(X, a, torch.add(b * A, A2, alpha=c), X)
+    for a, b, c in QUINTICS[1:]:
+        A = X @ X.mT
+        X = product(X, a, product(A, b, A, A, c), X)
+    return X
 
 
 def inverse_norm(A2):
@@ -120,14 +128,6 @@ def has_fast_bfloat16(device) -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device(device).type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-def polynomial(a, b, c, A, A2):
-    """a I + b A + c A2, for square A and A2 (..., m, m)."""
-    P = b * A
-    P.add_(A2, alpha=c)
-    P.diagonal(dim1=-2, dim2=-1).add_(a)
-    return P
 
 
 # ======================================================================================================================

@@ -81,6 +81,7 @@ def test_msign_of_zero_extremes_and_views():
     torch.testing.assert_close(msign(G.mT), msign(G).mT)  # tall, and not contiguous
     torch.testing.assert_close(msign(G[::2, :, ::3]), msign(G[::2, :, ::3].contiguous()))
     torch.testing.assert_close(torch.stack([msign(g) for g in G]), msign(G), rtol=0, atol=1e-5)
+    torch.testing.assert_close(msign(G[None, :4].reshape(2, 2, 12, 30)), msign(G[:4]).reshape(2, 2, 12, 30), rtol=0, atol=1e-6)
     assert msign(torch.zeros(0, 3)).shape == (0, 3)
     with pytest.raises(ValueError, match="matrix"):
         msign(torch.ones(3))
