@@ -240,7 +240,7 @@ class Muon(torch.optim.Optimizer):
              (1 - lr * weight_decay) r + step.
           2. While r <= w_max the limit holds, and there is nothing to do.
           3. When r > w_max, and so r <= w_max + step, the constraint takes W to a target so far below w_max that the next
-             every - 1 steps cannot pass it, target = w_max - (every - 1) step, but not below 0.95 w_max. Then r = target.
+             every - 1 steps cannot pass it, target = w_max - (every - 1) step, but not below 15/16 w_max. Then r = target.
         """
         w_max, due, target = group["w_max"], batch, group["w_max"]
         if group["every"] > 1 and getattr(group["constraint"], "can_wait", False):
@@ -250,7 +250,7 @@ class Muon(torch.optim.Optimizer):
             due = [p for p in batch if self.state[p]["reach"] > w_max]
             if not due:
                 return
-            target = w_max - min(group["every"] - 1, int(0.05 * w_max / step)) * step
+            target = w_max - min(group["every"] - 1, int(w_max / 16 / step)) * step
         W = due[0] if len(due) == 1 else torch.stack(due)
         W = group["constraint"](W, target, step + (w_max - target))
         for p, new in zip(due, [W] if len(due) == 1 else W):
