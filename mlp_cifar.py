@@ -68,7 +68,7 @@ class Config:
     w_max: str = option("3.4", "limit on the RMS->RMS norm of each layer: one number, or one per layer as 3,4,5")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
-    constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
+    constraint: str = option("soft_cap", "map that holds each weight matrix within w_max: none, weight_decay, "
                              "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
                              "constraints.py), or one of yours as FILE.py:NAME")
     constrain_every: int = option(4, "let specnorm, soft_cap, hard_cap wait about so many steps, where it is certain that "
@@ -150,12 +150,13 @@ def check(config):
         if not ok:
             raise Refusal(f"--{name} {getattr(config, name)}: must be {requirement}")
 
-    for name in ("depth", "width", "constrain_every", "steps", "batch", "evals"):
+    for name in ("depth", "width", "steps", "batch", "evals"):
         need(getattr(config, name) >= 1, name, "a whole number of at least 1")
     need(0 < config.loss_temperature < math.inf, "loss_temperature", "a finite number above 0")
     need(config.holdout >= 0, "holdout", "a whole number of at least 0")
     for name in ("lr", "bias_lr", "adamw_wd", "margin"):
         need(0 <= getattr(config, name) < math.inf, name, "a finite number of at least 0")
+    need(1 <= config.constrain_every <= 64, "constrain_every", "a whole number from 1 to 64")
     need(config.width <= 2**16 and config.depth <= 1000, "width", "at most 65536 (and --depth at most 1000)")
     need(1 <= config.lowpass <= 32, "lowpass", "a whole number from 1 to 32")
     need(0 <= config.momentum < 1, "momentum", "at least 0 and below 1")

@@ -64,8 +64,11 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     # 1. Entries into [-1, 1], so that no product below over- or underflows. (Dividing, as 1/1e-45 would be infinite.)
     largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
-    # (Where form 2b is faster, as measured. On a GPU Cholesky is slow next to products.)
-    if n < (1.5 if X.dtype != torch.bfloat16 else 4 if X.device.type == "cpu" else 8) * m:
+    if X.dtype != torch.bfloat16:
+        long = 1.5  # n / m from where form 2b is faster, as measured on a CPU
+    else:
+        long = 4 if X.device.type == "cpu" else 8  # (a guess for GPUs, whose Cholesky is slow next to their products)
+    if n < long * m:
         # 2a. Direct form, for matrices near square: largest singular value to at most 1, then the five steps. Nearer than
         #     the usual ||G||_F, which costs steps, is s_1^4 <= ||A^2||_F.
         A = X @ X.mT
@@ -145,9 +148,11 @@ class Muon(torch.optim.Optimizer):
                   to start within it, and to be float32 or float64: in bfloat16, rounding lets them drift past it
     dtype         precision of msign, None for that of the parameters. bfloat16 takes a half of float32's time or less
                   where it is native, and a step is then of norm at most 1.01 lr, which is what the constraint is told
-    every         steps a constraint may wait: 1, it is applied after each step; n, after about each nth, and the limit holds
-                  after every step all the same (see _constrain). Only for a constraint that takes anything of norm up to
-                  w_max + step_norm to at most w_max, and says so by an attribute, constraint.can_wait = True
+    every         how many steps a constraint may wait, at most 64. 1: it is applied after each step. More: only when it has
+                  to be for the limit to hold after every step (see _constrain). This takes a constraint that brings
+                  anything of norm up to w_max + step_norm to at most w_max and says so: constraint.can_wait = True;
+                  others are applied after each step. Who writes to weights through .data, where nobody can see it,
+                  has to say so by optimizer.state[W].pop("reach", None)
 
     All can be set per parameter group. Parameters are matrices (fan_out, fan_in); stacks (..., fan_out, fan_in) are
     taken as independent matrices. Those of one shape in a group are handled as one batch.
@@ -157,6 +162,13 @@ class Muon(torch.optim.Optimizer):
                  dtype=None, every=1):
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                                       constraint=constraint, w_max=w_max, dtype=dtype, every=every))
+        self.versions = {}  # of each parameter after its last step: whether anyone has written to it since
+
+    def __setstate__(self, state):  # (after loading or copying)
+        super().__setstate__(state)
+        self.versions = {}
+        for group in self.param_groups:
+            group.setdefault("every", 1)  # (a checkpoint from before there was such a thing)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -166,14 +178,17 @@ class Muon(torch.optim.Optimizer):
                 raise ValueError(f"Muon orthogonalises matrices (fan_out, fan_in) and got a parameter of shape "
                                  f"{tuple(p.shape)}; give biases and gains to another optimizer, e.g. torch.optim.Adam")
         for name, ok in (("lr", group["lr"] >= 0), ("momentum", 0 <= group["momentum"] < 1),
-                         ("weight_decay", group["weight_decay"] >= 0), ("every", group["every"] >= 1)):
+                         ("weight_decay", group["weight_decay"] >= 0)):
             if not ok:
-                raise ValueError(f"Muon: {name} is {group[name]}, must be >= {int(name == 'every')}" + " and < 1" * (name == "momentum"))
+                raise ValueError(f"Muon: {name} is {group[name]}, must be >= 0" + " and < 1" * (name == "momentum"))
+        if not 1 <= group["every"] <= 64:
+            raise ValueError(f"Muon: every is {group['every']}, must be from 1 to 64")
         if group["constraint"] is not None and not (group["w_max"] is not None and group["w_max"] > 0):
             raise ValueError(f"Muon: a constraint needs w_max > 0, got {group['w_max']}")
 
     def state_dict(self):
         """As of any optimizer, without the constraints: a checkpoint holds tensors and numbers, never code."""
+        self._forget_what_was_written_to()
         state = super().state_dict()
         for group in state["param_groups"]:
             del group["constraint"]
@@ -192,6 +207,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._forget_what_was_written_to()
         for group in self.param_groups:
             batches = {}
             for p in group["params"]:
@@ -199,16 +215,29 @@ class Muon(torch.optim.Optimizer):
                     batches.setdefault((p.shape, p.dtype, p.device), []).append(p)
             for batch in batches.values():
                 self._update(batch, group)
+        self.versions = {p: p._version for group in self.param_groups for p in group["params"]}
         return loss
 
+    def _forget_what_was_written_to(self):
+        """Of weights that someone else has changed since our last step, the norm is not known."""
+        for p, version in self.versions.items():
+            if version != p._version and p in self.state:
+                self.state[p].pop("reach", None)
+
     @staticmethod
-    def _norm_at_start(p, w_max):
-        """The largest norm of p. Constraints are told how far a step leads from the limit, so the first begins within."""
-        norm = torch.linalg.matrix_norm(p.float(), 2).max().item() * (p.shape[-1] / p.shape[-2]) ** 0.5
-        if norm > w_max * (1 + 1e-3):
-            raise ValueError(f"Muon: a {tuple(p.shape)} parameter starts at RMS->RMS norm {norm:.4g}, above its w_max of "
-                             f"{w_max:g}; bring it there first: p.data = constraints.hard_cap(p.data, {w_max:g})")
-        return min(norm * (1 + 1e-5), w_max)  # (float32's error)
+    def _norm(p):
+        """RMS->RMS norm of p (the largest, of a stack) by SVD in float32, where nothing is known of it yet."""
+        return torch.linalg.matrix_norm(p.float(), 2).max().item() * (p.shape[-1] / p.shape[-2]) ** 0.5
+
+    def _start(self, p, group):
+        """Constraints are told how far a step can lead from the limit, so the first one has to begin within it."""
+        if group["constraint"] is not None:
+            norm, w_max = self._norm(p), group["w_max"]
+            if norm > w_max * (1 + 1e-3):
+                raise ValueError(f"Muon: a {tuple(p.shape)} parameter starts at RMS->RMS norm {norm:.4g}, above its w_max of "
+                                 f"{w_max:g}; bring it there first: p.data = constraints.hard_cap(p.data, {w_max:g})")
+            self.state[p]["reach"] = max(min(norm * (1 + 1e-5), w_max), norm * (1 - 1e-5))  # (w_max if it may be that)
+        self.state[p]["momentum"] = torch.zeros_like(p)
 
     def _update(self, batch, group):
         """One step for matrices of one shape: momentum, orthogonal factor, update, constraint."""
@@ -217,9 +246,7 @@ class Muon(torch.optim.Optimizer):
         for p in batch:
             state = self.state[p]
             if not state:
-                if group["constraint"] is not None:
-                    state["reach"] = self._norm_at_start(p, group["w_max"])
-                state["momentum"] = torch.zeros_like(p)
+                self._start(p, group)
             M = state["momentum"].lerp_(p.grad, 1 - momentum)
             updates.append((torch.lerp(p.grad, M, momentum) if group["nesterov"] else M).to(group["dtype"] or M.dtype))
         update = msign(updates[0] if len(batch) == 1 else torch.stack(updates))
@@ -231,28 +258,38 @@ class Muon(torch.optim.Optimizer):
             p.add_(U, alpha=-size)
         if group["constraint"] is not None:
             self._constrain(batch, group, lr * MSIGN_MAX[update.dtype])
+        for p in batch:
+            if not self._waits(group):
+                self.state[p].pop("reach", None)
+
+    @staticmethod
+    def _waits(group):
+        return group["every"] > 1 and getattr(group["constraint"], "can_wait", False)
 
     def _constrain(self, batch, group, step):
         """Keep matrices of one shape within w_max after an update of norm at most `step`.
 
         A constraint costs a few products, and most of the time it need not be applied for the limit to hold:
-          1. Let r ("reach") be a number that the norm of W cannot exceed. It is known at the start, and an update takes it to
-             (1 - lr * weight_decay) r + step.
+          1. Let r ("reach") be a number that the norm of W does not exceed. An update takes it to |1 - lr weight_decay| r
+             + step. Where it is not known (another constraint before, weights written from outside) it is measured.
           2. While r <= w_max the limit holds, and there is nothing to do.
-          3. When r > w_max, and so r <= w_max + step, the constraint takes W to a target so far below w_max that the next
-             every - 1 steps cannot pass it, target = w_max - (every - 1) step, but not below 15/16 w_max. Then r = target.
+          3. When r > w_max, the constraint takes W to a target so far below w_max that the next every - 1 steps cannot pass
+             it, target = w_max - (every - 1) step, but not below 15/16 w_max. Then r = target.
+        r was at most w_max before the update, so it is w_max + step - target that the constraint has to take back, or
+        more after a change from outside. (The same for matrices that are due together, so it matters not which are.)
         """
-        w_max, due, target = group["w_max"], batch, group["w_max"]
-        if group["every"] > 1 and getattr(group["constraint"], "can_wait", False):
+        w_max, target, due, most = group["w_max"], group["w_max"], batch, group["w_max"] + step
+        if self._waits(group):
             for p in batch:
-                reach = self.state[p].get("reach", w_max)  # (a checkpoint from before there was one)
-                self.state[p]["reach"] = (1 - group["lr"] * group["weight_decay"]) * reach + step
-            due = [p for p in batch if self.state[p]["reach"] > w_max]
+                state = self.state[p]
+                state["reach"] = (abs(1 - group["lr"] * group["weight_decay"]) * state["reach"] + step if "reach" in state
+                                  else self._norm(p) * (1 + 1e-5))
+            due = [p for p in batch if not self.state[p]["reach"] <= w_max]
             if not due:
                 return
-            target = w_max - min(group["every"] - 1, int(w_max / 16 / step)) * step
-        W = due[0] if len(due) == 1 else torch.stack(due)
-        W = group["constraint"](W, target, step + (w_max - target))
+            most = max(most, *(self.state[p]["reach"] for p in due))
+            target = w_max - min(group["every"] - 1, w_max // (16 * step) if step else 0) * step
+        W = group["constraint"](due[0] if len(due) == 1 else torch.stack(due), target, most - target)
         for p, new in zip(due, [W] if len(due) == 1 else W):
             p.copy_(new)
             self.state[p]["reach"] = target

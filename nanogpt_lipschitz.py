@@ -70,7 +70,7 @@ class Config:
     w_max: str = option("1", "limit on the RMS->RMS norm of each matrix: one number, or 7 as q,k,v,o,in,out,head")
     baseline: bool = option(False, "the unconstrained peer: RMSNorm, QK norm, softcapped logits, x + block(norm(x))")
     # training
-    constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
+    constraint: str = option("soft_cap", "map that holds each weight matrix within w_max: none, weight_decay, "
                              "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
                              "constraints.py), or one of yours as FILE.py:NAME")
     constrain_every: int = option(4, "let specnorm, soft_cap, hard_cap wait about so many steps, where it is certain that "
@@ -160,7 +160,7 @@ def check(config):
 
     for name, largest in (("width", 2**14), ("blocks", 1000), ("heads", 2**10), ("hidden", 2**17), ("seq_len", 2**20),
                           ("window", 2**20), ("steps", 2**40), ("batch", 2**20), ("micro_batch", 2**20), ("evals", 2**20),
-                          ("val_tokens", 2**40), ("shard_tokens", 2**31), ("constrain_every", 2**40)):
+                          ("val_tokens", 2**40), ("shard_tokens", 2**31), ("constrain_every", 64)):
         need(1 <= getattr(config, name) <= largest, name, f"a whole number from 1 to {largest}")
     for name in ("lr", "head_lr", "embed_lr", "bias_lr", "logit_scale", "attention_scale", "residual_scale", "final_scale",
                  "momentum_warmup", "final_lr", "shards"):
@@ -1057,7 +1057,8 @@ class Trainer:
             owner = self.owner[p]
             for moment, tensor in self.blank_state(p).items() if self.team.rank in (0, owner) else ():
                 if owner == self.team.rank:
-                    tensor.copy_(torch.as_tensor(self.own_state(p).get(moment, math.inf)))  # (no constraint: no reach)
+                    own = self.own_state(p)
+                    tensor.copy_(torch.tensor(own.get("reach", math.nan)) if moment == "reach" else own[moment])
                 if owner != 0 and self.team.rank == owner:
                     dist.send(tensor, 0)
                 elif owner != 0:
@@ -1073,15 +1074,14 @@ class Trainer:
             moments = self.blank_state(p)
             if self.team.rank == 0:
                 p.data.copy_(state["model"][name])
-                for moment, tensor in moments.items():  # (reach is not in checkpoints from before there was one: unknown)
-                    tensor.copy_(torch.as_tensor(state["optimizer"][name].get(moment, math.inf)))
+                saved = state["optimizer"][name]
+                for moment, tensor in moments.items():
+                    tensor.copy_(saved.get("reach", torch.tensor(math.nan)) if moment == "reach" else saved[moment])
             for tensor in (p.data, *moments.values()) if self.team.world > 1 else ():
                 dist.broadcast(tensor, 0)
             if self.owner[p] == self.team.rank:
-                own = self.own_state(p)
-                own.update(moments)
-                if "reach" in own:
-                    own["reach"] = own["reach"].item()
+                own, reach = self.own_state(p), moments.pop("reach", torch.tensor(math.nan)).item()
+                own.update(moments, **({"reach": reach} if math.isfinite(reach) else {}))  # (NaN: it is not known)
                 if "exp_avg" in own:
                     own["step"] = torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu")
 
@@ -1224,7 +1224,7 @@ def update_flops(config):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = meta_model(config)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # (the constraint as if it did not wait)
         for role, W in model.matrices():
             msign(W.bfloat16())
             if config.constraint in ("soft_cap", "specnorm", "hammer"):

@@ -77,7 +77,7 @@ class Config:
     w_max: str = option("6", "limit on the RMS->RMS norm of each matrix: one number, or 7 as q,k,v,o,in,out,head")
     # training
     optimizer: str = option("muon", "optimizer of the weight matrices", choices=("muon", "adamw"))
-    constraint: str = option("soft_cap", "map applied to each weight matrix after each step: none, weight_decay, "
+    constraint: str = option("soft_cap", "map that holds each weight matrix within w_max: none, weight_decay, "
                              "spectral_weight_decay, specnorm, stiefel, hammer, soft_cap, hard_cap (table in "
                              "constraints.py), or one of yours as FILE.py:NAME")
     constrain_every: int = option(4, "let specnorm, soft_cap, hard_cap wait about so many steps, where it is certain that "
@@ -173,7 +173,7 @@ def check(config):
             raise Refusal(f"--{name} {getattr(config, name)}: must be {requirement}")
 
     for name, largest in (("width", 2**14), ("blocks", 1000), ("heads", 2**14), ("hidden", 2**16), ("seq_len", 2**14),
-                          ("steps", 2**40), ("batch", 2**20), ("evals", 2**40), ("length", 2**40), ("constrain_every", 2**40)):
+                          ("steps", 2**40), ("batch", 2**20), ("evals", 2**40), ("length", 2**40), ("constrain_every", 64)):
         need(1 <= getattr(config, name) <= largest, name, f"a whole number from 1 to {largest}")
     for name in ("loss_temperature", "temperature"):
         need(0 < getattr(config, name) < math.inf, name, "a finite number above 0")

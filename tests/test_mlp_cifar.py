@@ -205,9 +205,10 @@ def test_every_optimizer_with_every_constraint(optimizer, constraint, tmp_path):
 
 
 @pytest.mark.parametrize("constraint", ["soft_cap", "hard_cap", "specnorm", "stiefel"])
-def test_limits_hold_at_every_step(constraint, small_stand_in):
+@pytest.mark.parametrize("lr", [0.9, 0.1])  # at 0.1 the constraint waits, for some layers and steps
+def test_limits_hold_at_every_step(lr, constraint, small_stand_in):
     """In float64, after each of 40 steps large enough to reach the limit."""
-    config = Config(**{**TINY, "steps": 40, "constraint": constraint, "lr": 0.9, "w_max": "1,1.5,0.7"})
+    config = Config(**{**TINY, "steps": 40, "constraint": constraint, "lr": lr, "w_max": "1,1.5,0.7"})
     model = MLP(config)
     optimizers = mlp_cifar.make_optimizers(config, model)
     (images, labels), _ = small_stand_in
@@ -217,7 +218,7 @@ def test_limits_hold_at_every_step(constraint, small_stand_in):
         mlp_cifar.train_step(config, model, optimizers, images[i], labels[i], step, torch.float32)
         for W, w_max in zip(model.weights, mlp_cifar.limits(config)):
             share = singular_values(W.data).max().item() / sigma_limit(W, w_max)
-            assert share <= 1 + 1e-3
+            assert share <= 1 + 1e-4
             reached += share > 0.9
     assert reached > 20
 
@@ -345,7 +346,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
 @pytest.mark.parametrize("flags, says", [
     (["--w_max", "-1"], "--w_max"), (["--w_max", "0"], "--w_max"), (["--w_max", "nan"], "--w_max"), (["--w_max", "inf"], "--w_max"),
     (["--w_max", "1,2"], "3 of them"), (["--w_max", "six"], "--w_max"), (["--steps", "0"], "--steps"), (["--steps", "1.5"], "--steps"),
-    (["--lr", "nan"], "--lr"), (["--lr", "-0.1"], "--lr"), (["--batch", "0"], "--batch"), (["--constraint", "clip"], "soft_cap"),
+    (["--constrain_every", "0"], "from 1 to 64"), (["--lr", "nan"], "--lr"), (["--lr", "-0.1"], "--lr"), (["--batch", "0"], "--batch"), (["--constraint", "clip"], "soft_cap"),
     (["--optimizer", "sgd"], "muon"), (["--dtype", "float8"], "bfloat16"), (["--preset", "best"], "paper_adamw"),
     (["--device", "tpu"], "--device"), (["--device", "cuda:77"], "--device"), (["--momentum", "1"], "--momentum"),
     (["--lowpass", "33"], "--lowpass"), (["--loss_temperature", "0"], "--loss_temperature"), (["--seed", "-1"], "--seed"), (["--seed", "100000000000000"], "--seed"),
