@@ -102,7 +102,7 @@ PRESETS = {
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none", adamw_wd=0.08),
     "accurate": dict(width=512, lowpass=9, w_max="3.15"),
-    "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.8", steps=4000),
+    "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.825", steps=4000),
     "certified": dict(activation="maxmin", augment=True, depth=4, width=512, w_max="1", loss_temperature=15.0,
                       margin=2.0, steps=5000),
     # the paper's network, and the constraint after each step as there
