@@ -122,7 +122,7 @@ class Diverged(Refusal):
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
     presets = "\n".join(f"  {k:13} " + " ".join(f"{a}={b}" for a, b in v.items()) for k, v in PRESETS.items())
-    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets,
+    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -248,8 +248,8 @@ def load_images(source):
         splits = datasets.load_dataset(source)
     except Exception as problem:  # the library raises dozens of kinds; all mean that the data cannot be had
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        needed = "a folder with a parquet file for train and one for test" if local else "a network or a cached copy"
-        raise Refusal(f"--data {source}: is no data set ({type(problem).__name__}: {first[:160]}); needed "
+        needed = "a folder with a parquet file for train and one for test" if local else "a network, a cached copy, or --data DIR"
+        raise Refusal(f"--data {source}: cannot be had ({type(problem).__name__}: {first[:160]}); needed "
                       f"is {needed}") from problem
     sets = []
     for split in ("train", "test"):
@@ -750,7 +750,7 @@ def report(config, model, out, data_name, test_set):
     print("  certified accuracy at l2 radius   " + "   ".join(f"{k}: {100 * v:.2f} %" for k, v in certified.items()))
     if data_name.startswith("stand-in"):
         print("  data: stand-in. These figures are not about CIFAR-10.")
-    print(f"\nPicture, log and checkpoint are in {out}. Compare: python {SCRIPT}.py --preset paper_adamw (no constraint)")
+    print(f"\nPicture, log and checkpoint are in {out}. Compare: python {SCRIPT}.py --optimizer adamw --constraint none")
 
 
 def draw(config, model, out, log, bound, radius_N, data_name):
@@ -967,5 +967,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}; mend that and start again, or --resume from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; --resume goes on from the last checkpoint, if there was one", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there was one", file=sys.stderr)
         sys.exit(130)

@@ -126,7 +126,7 @@ class Refusal(Exception):
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
     presets = "\n".join(f"  {k:11} " + " ".join(f"{a}={b}" for a, b in v.items()) for k, v in PRESETS.items())
-    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets,
+    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -1475,7 +1475,7 @@ def draw(model, out, log, losses, bound, title):
         b.plot(steps, [r["norms"][role] for r in log], "o-", label=role)
     b.set(title="weight norms, largest of each role", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     b.legend()
-    for role, W in model.matrices()[-7:]:
+    for role, W in [*model.blocks[-1].matrices(), ("head", model.head_XD)]:
         s = torch.linalg.svdvals(W.detach().double()).cpu() / sigma_per_norm(W)
         c.plot(np.linspace(0, 1, len(s)), s, label=role)
     c.set(title="singular values, last block and head", xlabel="rank, as a share", ylabel="RMS->RMS", ylim=(0, None))
@@ -1563,5 +1563,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}; mend that and start again, or --resume from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; --resume goes on from the last checkpoint, if there was one", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there was one", file=sys.stderr)
         sys.exit(130)

@@ -139,7 +139,7 @@ class Diverged(Refusal):
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
     presets = "\n".join(f"  {k:13} " + " ".join(f"{a}={b}" for a, b in v.items()) for k, v in PRESETS.items())
-    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets,
+    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], epilog="presets:\n" + presets, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -959,6 +959,8 @@ def report(config, model, out, data_name, validation_N, options, brief=False):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] if (out / "log.jsonl").exists() else []
     val_loss, hot_loss, val_accuracy = ([log[-1][key] for key in ("val_loss", "val_loss_at_temperature", "val_accuracy")] if log
                                         else evaluate(model, windows(validation_N, config.seq_len)))
+    if not brief:
+        print("Now the paper's protocol, the best bound and what it certifies: a minute or two ...", flush=True)
     _, protocol_loss, protocol_accuracy = (math.nan,) * 3 if brief else paper_protocol(model, validation_N, dtype)
     bound = certificate(model, search=20)
     certified = certified_token_accuracy(model, validation_N, (float(CERTIFIED[1]),) if brief else RHOS)
@@ -1036,7 +1038,7 @@ def draw(config, model, out, log, bound, certified, title):
             b.axhline(w, color="grey", linestyle=":")
     b.set(title="weight norms, largest of each role (dotted: limits)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     b.legend()
-    for role, W in model.matrices()[-7:]:
+    for role, W in [*model.blocks[-1].matrices(), ("head", model.head_VD)]:
         s = torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
         c.plot(np.linspace(0, 1, len(s)), s, label=role)
     c.set(title="singular values, last block and head", xlabel="rank, as a share", ylabel="RMS->RMS", ylim=(0, None))
@@ -1247,5 +1249,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}; mend that and start again, or --resume from the last checkpoint", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; --resume goes on from the last checkpoint, if there was one", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; --resume RUN_FOLDER goes on from its last checkpoint, if there was one", file=sys.stderr)
         sys.exit(130)

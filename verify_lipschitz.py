@@ -49,7 +49,7 @@ class Refusal(Exception):
 
 def parse_arguments(argv=None):
     """(run folders and files, Config) of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="run folders, folders of run folders, published .npz [runs]")
     for f in dataclasses.fields(Config):
         parser.add_argument("--" + f.name, type=f.type, default=f.default, help=f.metadata["help"] + f" [{f.default}]")
@@ -179,7 +179,7 @@ class Table:
         """Predictions that survived an attack, and those certified: the share of the second is at most that of the first,
         and no prediction that fell may be among the certified."""
         attacked, certified = attacked_N.double().mean().item(), certified_N.double().mean().item()
-        self.rows.append(dict(where=where, what=what, norm=norm, certified_log10=log10(attacked), found_log10=log10(certified),
+        self.rows.append(dict(where=where, what=what, norm=norm, certified_log10=log10(certified), found_log10=log10(attacked), share=True,
                               tightness=certified / max(attacked, 1e-300), broken=(certified_N & ~attacked_N).any().item()))
 
     def broken(self):
@@ -252,7 +252,7 @@ def verify_mlp(config, state, claim):
     for eps in (0.0, *mlp_cifar.RADII.values()):
         stands_N, certified_N = withstands(model, x_NP, labels_N, eps, config), radius_N > eps
         curve.append(dict(radius=eps, certified=certified_N.double().mean().item(), attacked=stands_N.double().mean().item()))
-        table.add_shares("test images", f"right when attacked, and certified, at {eps:.3g}", stands_N, certified_N, "l2")
+        table.add_shares("test images", f"share of predictions right within {eps:.3g}", stands_N, certified_N, "l2")
 
     def evaluate():
         logits_NK = model(x_NP)
@@ -500,7 +500,7 @@ def attacked_tokens(table, script, model, tokens_N, config):
             d = d.detach() - 0.5 * rho * gradient / rms(gradient)[..., None].clamp(min=1e-300)
             d = d * (rho / rms(d).clamp(min=rho))[..., None]
         curve.append(dict(radius=rho, certified=certified_N.double().mean().item(), attacked=right_N.double().mean().item()))
-        table.add_shares("validation text", f"right when attacked, and certified, at {rho:g}", right_N, certified_N, "RMS, tokens")
+        table.add_shares("validation text", f"share of predictions right within {rho:g}", right_N, certified_N, "RMS, tokens")
     return curve
 
 
@@ -621,10 +621,13 @@ def number(log):
 
 def print_report(path, table, extras, seconds):
     print(f"\n{path}" + (f", data: {extras['data']}" if extras else ""))
-    print(f"  {'where':17} {'what':46} {'certified':>11} {'found':>11} {'tightness':>9}  norm")
-    for row in table.rows:
-        print(f"  {row['where']:17} {row['what']:46} {number(row['certified_log10']):>11} {number(row['found_log10']):>11} "
-              f"{row['tightness']:9.4f}  {row['norm']}" + "   <-- BROKEN" * row["broken"])
+    for share, third, fourth in ((False, "found", "tightness"), (True, "attacked", "quotient")):
+        rows = [row for row in table.rows if row.get("share", False) == share]
+        if rows:
+            print(f"  {'where':17} {'what':46} {'certified':>11} {third:>11} {fourth:>9}  norm")
+        for row in rows:
+            print(f"  {row['where']:17} {row['what']:46} {number(row['certified_log10']):>11} {number(row['found_log10']):>11} "
+                  f"{row['tightness']:9.4f}  {row['norm']}" + "   <-- BROKEN" * row["broken"])
     for row in extras.get("precision", []):
         print(f"  rounded to {row['format']:12} loss {row['loss']:.4f}   accuracy {100 * row['accuracy']:.2f} %   largest "
               f"activation {row['largest_activation']:.4g}")
@@ -641,7 +644,7 @@ def draw(path, table, extras, curves):
 
     figure, (a, b, c) = plt.subplots(1, 3, figsize=(15, 6), layout="constrained", width_ratios=(2, 1, 1))
     figure.suptitle(f"verify_lipschitz, {path.name}")
-    rows = [r for r in table.rows if math.isfinite(r["certified_log10"]) and math.isfinite(r["found_log10"])]
+    rows = [r for r in table.rows if math.isfinite(r["certified_log10"]) and math.isfinite(r["found_log10"]) and "share" not in r]
     place = range(len(rows))
     a.plot([r["certified_log10"] for r in rows], place, "|", ms=12, label="certified")
     a.plot([r["found_log10"] for r in rows], place, ".", label="found")
@@ -658,6 +661,7 @@ def draw(path, table, extras, curves):
     precision = extras.get("precision", [])
     c.bar([p["format"] for p in precision], [100 * p["accuracy"] for p in precision])
     c.set(title="accuracy when rounded", ylabel="%")
+    c.tick_params(axis="x", labelsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -203,7 +203,7 @@ def test_false_certificates_of_predictions_are_caught(runs, monkeypatch, capsys)
     monkeypatch.setattr(shakespeare, "token_margins", lambda *a: 1e6 * honest_tokens(*a))
     assert verify_lipschitz.main([str(runs / "mlp"), str(runs / "position")], QUICK) == 1
     printed = capsys.readouterr().out
-    assert "BROKEN: test images (right when attacked" in printed and "BROKEN: validation text (right when attacked" in printed
+    assert "BROKEN: test images (share of predictions right" in printed and "BROKEN: validation text (share of predictions right" in printed
 
 
 # ---- what cannot be checked ------------------------------------------------------------------------------------------
