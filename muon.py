@@ -226,8 +226,16 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _norm(p):
-        """RMS->RMS norm of p (the largest, of a stack) by SVD in float32, where nothing is known of it yet."""
-        return torch.linalg.matrix_norm(p.float(), 2).max().item() * (p.shape[-1] / p.shape[-2]) ** 0.5
+        """RMS->RMS norm of p (the largest, of a stack), where nothing is known of it yet; NaN if it is not finite.
+
+        By the eigenvalues of the Gram matrix in float64: an SVD in float32 may fail where all singular values agree, as
+        those of an orthogonal start do (seen in torch 2.13).
+        """
+        X = p.detach().cpu().double()
+        A = X @ X.mT if X.shape[-2] <= X.shape[-1] else X.mT @ X
+        if not A.isfinite().all():
+            return float("nan")
+        return (torch.linalg.eigvalsh(A).max().clamp(min=0) * p.shape[-1] / p.shape[-2]).sqrt().item()
 
     def _start(self, p, group):
         """Constraints are told how far a step can lead from the limit, so the first one has to begin within it."""
@@ -236,7 +244,7 @@ class Muon(torch.optim.Optimizer):
             if norm > w_max * (1 + 1e-3):
                 raise ValueError(f"Muon: a {tuple(p.shape)} parameter starts at RMS->RMS norm {norm:.4g}, above its w_max of "
                                  f"{w_max:g}; bring it there first: p.data = constraints.hard_cap(p.data, {w_max:g})")
-            self.state[p]["reach"] = max(min(norm * (1 + 1e-5), w_max), norm * (1 - 1e-5))  # (w_max if it may be that)
+            self.state[p]["reach"] = max(min(norm * (1 + 1e-5), w_max), norm * (1 - 1e-5))  # (w_max if it is near that)
         self.state[p]["momentum"] = torch.zeros_like(p)
 
     def _update(self, batch, group):
