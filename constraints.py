@@ -275,8 +275,8 @@ def soft_cap(W, w_max, step_norm=0.0):
 
 CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer,
                                        soft_cap, hard_cap)}
-for f in (specnorm, soft_cap, hard_cap):
-    f.can_wait = True  # they take anything up to w_max + step_norm to at most w_max, so Muon need not call them at each step
+# These take anything up to w_max + step_norm to at most w_max, so Muon need not call them at each step.
+specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True
 DECAYS = ("weight_decay", "spectral_weight_decay")  # pass these the learning rate, also if a step's norm is unknown
 
 

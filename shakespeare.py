@@ -14,8 +14,8 @@ COMMANDS
     python shakespeare.py --resume runs/NAME                 # go on where a run was stopped
 
 RESULT (tinyshakespeare, whole validation text, two cores of an AMD EPYC with bfloat16 instructions; torch 2.13).
-    laptop, the default: 55.8 % of the characters right, loss 1.475, at a true bound of 2290 (mean of three seeds; 350 to
-    370 s in all). plain100: 53.7 %, 1.547, at 73.8 (three seeds; 6 minutes). lipschitz2: 56.3 % at 0.772 and a loss
+    laptop, the default: 55.9 % of the characters right, loss 1.478, at a true bound of 1960 (mean of three seeds; about
+    six minutes). plain100: 53.4 %, 1.556, at 63.9 (three seeds; 6 minutes). lipschitz2: 56.3 % at 0.772 and a loss
     temperature of 800 (one seed; 6 to 13 minutes). README.md has the tables.
 
 ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX), the text karpathy/char-rnn's;

@@ -346,7 +346,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, optimizer):
 @pytest.mark.parametrize("flags, says", [
     (["--w_max", "-1"], "--w_max"), (["--w_max", "0"], "--w_max"), (["--w_max", "nan"], "--w_max"), (["--w_max", "inf"], "--w_max"),
     (["--w_max", "1,2"], "3 of them"), (["--w_max", "six"], "--w_max"), (["--steps", "0"], "--steps"), (["--steps", "1.5"], "--steps"),
-    (["--constrain_every", "0"], "from 1 to 64"), (["--lr", "nan"], "--lr"), (["--lr", "-0.1"], "--lr"), (["--batch", "0"], "--batch"), (["--constraint", "clip"], "soft_cap"),
+    (["--constrain_every", "0"], "from 1 to 64"), (["--lr", "nan"], "--lr"), (["--lr", "-0.1"], "--lr"), (["--batch", "0"], "--batch"),
+    (["--constraint", "clip"], "soft_cap"), (["--step", "10"], "--step"),
     (["--optimizer", "sgd"], "muon"), (["--dtype", "float8"], "bfloat16"), (["--preset", "best"], "paper_adamw"),
     (["--device", "tpu"], "--device"), (["--device", "cuda:77"], "--device"), (["--momentum", "1"], "--momentum"),
     (["--lowpass", "33"], "--lowpass"), (["--loss_temperature", "0"], "--loss_temperature"), (["--seed", "-1"], "--seed"), (["--seed", "100000000000000"], "--seed"),
