@@ -1,26 +1,29 @@
-"""Constraints: maps that keep the norm of a weight matrix where you want it, and the norms they speak of.
+"""Constraints: maps that keep the norm of a weight matrix where you want it, and the norms themselves.
 
-Read this file second, after muon.py. Everything here has one signature,
+Read this file second, after muon.py. Every constraint has one signature,
 
-    constraint(W, w_max, step_norm=0.0) -> W          W (..., fan_out, fan_in), any float dtype, wide or tall
+    constraint(W, w_max, step_norm=0.0) -> W      W (..., fan_out, fan_in), any float dtype, wide or tall
 
-and acts on singular values alone. `w_max` is the limit on the RMS->RMS norm of W, `step_norm` says how far above it, in
-the same norm, the updates since can have led (under Muon: lr, if after each step). A constraint of your own is a function
-of this form. With w the limit on singular values, w = w_max * sqrt(fan_out / fan_in):
+and acts on singular values alone. `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far
+above it, in the same norm, the updates since can have led; infinity: W may be anything. With
+w = w_max * sqrt(fan_out / fan_in), the limit on singular values:
 
-    name                    singular values                                what it guarantees
-    none                    s -> s                                         nothing
-    weight_decay            s -> (1 - step_norm / w_max) s                 s <= w under Muon if so at the start
-    spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1             nothing alone
-    specnorm                s -> s * w / max(w, s_1)                       s <= w always
-    stiefel                 s -> w                                         s = w always
-    hammer                  s_1 -> w                                       nothing beyond s_1; for low-rank updates
-    soft_cap                s -> an odd polynomial in s, of slope 1 at 0   s <= w after a step of known norm from there
-    hard_cap                s -> min(s, w)                                 s <= w always
+    name                    singular values                     what it guarantees
+    none                    s -> s                              nothing
+    weight_decay            s -> (1 - step_norm / w_max) s      s <= w under Muon if so at the start
+    spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1  nothing alone
+    specnorm                s -> s * w / max(w, s_1)            s <= w always
+    stiefel                 s -> w                              s = w always
+    hammer                  s_1 -> w                            only s_1; made for low-rank updates
+    soft_cap                an odd polynomial in s              s <= w after a step of known norm
+    hard_cap                s -> min(s, w)                      s <= w always
 
-Guarantees are for float32 (float64) weights, to a relative 1e-4; soft_cap's in bfloat16 arithmetic is one by experience,
-see there. bfloat16 input is mapped in float32 and rounded at the end. Ancestry: spectral normalization is Yoshida and Miyato
-(2017) and Miyato et al. (2018); hammer, soft cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
+Guarantees are for float32 and float64, to a relative 1e-4 (soft_cap in bfloat16 arithmetic: see there).
+bfloat16 input is mapped in float32 and rounded at the end. What is wrong with one matrix of a stack, NaN or
+infinity, makes that one NaN and no other. The file ends with ellipsoids, for certificates.
+
+Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. (2018); hammer, soft cap and
+the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
 import functools
@@ -28,39 +31,46 @@ import math
 import runpy
 
 import torch
+import torch.nn.functional as F
 
-from muon import has_fast_bfloat16, msign
+from muon import fast_dtype, msign
 
-# ======================================================================================================================
-# Norms
-# ======================================================================================================================
-# rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The norm of W as a map from
-# RMS to RMS is max_x rms(W x) / rms(x) = sigma_max(W) * sqrt(fan_in / fan_out); a square orthogonal W has norm 1.
+# ==== Norms =======================================================================================
+# rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The RMS->RMS norm
+# of W is max_x rms(W x) / rms(x) = sigma_max(W) * sqrt(fan_in / fan_out); a square orthogonal W has norm 1.
 
 
 def sigma_per_norm(W):
-    """sqrt(fan_out / fan_in): multiply an RMS->RMS norm by this to get a singular value, divide for the way back."""
+    """sqrt(fan_out / fan_in): singular value = this times RMS->RMS norm."""
     return (W.shape[-2] / W.shape[-1]) ** 0.5
 
 
-def exact_norm(W: torch.Tensor) -> torch.Tensor:
-    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), float64, rounded up by 1e-9: fit for a certificate.
+def singular_values(W: torch.Tensor) -> torch.Tensor:
+    """Singular values of W (..., fan_out, fan_in) in RMS->RMS units, largest first, float64, on the CPU."""
+    return torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
 
-    From an SVD in float64, whose error is below 1e-12: milliseconds to seconds, by size. Not for each step.
+
+def exact_norm(W: torch.Tensor) -> torch.Tensor:
+    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), rounded up by 1e-9: fit for a certificate.
+
+    From the eigenvalues of the Gram matrix in float64, with a relative error below 1e-12. Not for each step.
     """
-    return torch.linalg.matrix_norm(W.detach().double(), ord=2) / sigma_per_norm(W) * (1 + 1e-9)
+    W = W.detach().cpu().double()
+    scale = W.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300)
+    largest = torch.linalg.eigvalsh(gram(W / scale)).amax(-1).clamp(min=0).sqrt()
+    return largest * scale[..., 0, 0] / sigma_per_norm(W) * (1 + 1e-9)
 
 
 def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> torch.Tensor:
-    """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...), by matrix products alone.
+    """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...), by products alone.
 
-    In float64 (the default) it is fit for a certificate; in float32 it allows for rounding as measured (1e-5), not as
-    proved. Power iteration, in contrast, bounds from below. Above the true norm by at most rank^(1 / 2^(squarings+2)):
-    0.2 % for rank 768 with 10 squarings, and less for spectra that are not flat. Source: Delattre et al. (2023).
+    In float64 fit for a certificate; in float32 the allowance for rounding, 1e-5, is measured, not proved.
+    Too large by at most rank^(1 / 2^(squarings+2)): 0.2 % for rank 768 and 10 squarings, less for spectra
+    that are not flat. (Power iteration bounds from below.) Source: Delattre et al. (2023).
     """
-    # 1. A = W W^T has largest eigenvalue s_1^2, and the Frobenius norm of a matrix is at least its spectral norm.
-    # 2. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)) for every k.
-    # 3. Rescale before each squaring, or it overflows, and carry the factor as a logarithm: log s_1^2 <= log_square.
+    # 1. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
+    # 2. A^(2^k) has s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)) for every k.
+    # 3. Rescale before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
     W = W.detach().to(dtype)
     largest = torch.linalg.vector_norm(W, math.inf, dim=(-2, -1), keepdim=True)
     A = gram(W / torch.where(largest == 0, torch.ones_like(largest), largest))
@@ -70,19 +80,18 @@ def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> tor
         size = torch.linalg.matrix_norm(A, keepdim=True)
         log_square = log_square + size.double().log() / 2**k
         A = A / torch.where(size == 0, torch.ones_like(size), size)
-    return (log_square / 2).exp()[..., 0, 0] / sigma_per_norm(W) * (1 + (1e-9 if dtype == torch.float64 else 1e-5))
+    up = 1 + (1e-9 if dtype == torch.float64 else 1e-5)
+    return (log_square / 2).exp()[..., 0, 0] / sigma_per_norm(W) * up
 
 
-# ======================================================================================================================
-# Tools: every map below is a polynomial or function of the small Gram matrix, applied to W once
-# ======================================================================================================================
+# ==== Tools: the maps are functions of the small Gram matrix, applied to W once ===================
 def gram(W):
-    """A = W W^T of a wide W, W^T W of a tall one: the smaller of the two, with eigenvalues s^2."""
+    """W W^T of a wide W, W^T W of a tall one: the smaller of the two, with eigenvalues s^2."""
     return W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
 
 
 def multiply(R, W):
-    """R W for a wide W, W R for a tall one: where R is a function r of gram(W), singular values go s -> r(s^2) s."""
+    """R W for a wide W, W R for a tall one: if R is a function r of gram(W), s -> r(s^2) s."""
     return R @ W if W.shape[-2] <= W.shape[-1] else W @ R
 
 
@@ -99,48 +108,56 @@ def working(W):
     return W if W.dtype == torch.float64 else W.float()
 
 
-def top_singular_pair(W, squarings=12):
-    """(u, s v), shapes (..., fan_out, 1) and (..., 1, fan_in), of the largest singular value s of W; zeros for zero.
+def by_svd(new, X, where, f):
+    """`new`, but with s -> f(s) by an SVD of X for the matrices chosen by `where` (...).
 
-    A^(2^12) is the projector on the leading singular vector but for (s_2 / s_1)^8192; its largest column is
-    that vector.
-    Where several singular values agree to 1e-4 it is one vector of their span.
+    In float64: a float32 SVD may fail where all singular values agree, as after an orthogonal start.
+    """
+    if where.any():
+        U, s, Vh = torch.linalg.svd(X[where].double(), full_matrices=False)
+        new[where] = ((U * f(s)[..., None, :]) @ Vh).to(new.dtype)
+    return new
+
+
+def top_singular_pair(W, squarings=12):
+    """(u, s v), shapes (..., fan_out, 1) and (..., 1, fan_in), of the largest singular value s.
+
+    A^(2^12) projects on the leading singular vector but for (s_2 / s_1)^8192: its largest column is that
+    vector, or one of the span where several s agree to 1e-4. Zeros for zero.
     """
     A = gram(W / W.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny))
     for _ in range(squarings):
         A = A / torch.linalg.matrix_norm(A, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
         A = A @ A
     index = torch.linalg.vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
-    x = torch.nn.functional.normalize(A.gather(-1, index.expand(*A.shape[:-1], 1)), dim=-2)  # (..., small side, 1)
+    x = F.normalize(A.gather(-1, index.expand(*A.shape[:-1], 1)), dim=-2)  # (..., small side, 1)
     if W.shape[-2] <= W.shape[-1]:
         return x, x.mT @ W
     sy = W @ x
-    return torch.nn.functional.normalize(sy, dim=-2), torch.linalg.vector_norm(sy, dim=-2, keepdim=True) * x.mT
+    return F.normalize(sy, dim=-2), torch.linalg.vector_norm(sy, dim=-2, keepdim=True) * x.mT
 
 
 def check(W, w_max, step_norm):
-    """The sigma limit w for this W, after a look at the arguments."""
+    """The limit w on the singular values of W, after a look at the arguments."""
     if W.ndim < 2 or not W.is_floating_point():
-        raise ValueError(f"a constraint needs a floating-point matrix (..., fan_out, fan_in), got {W.dtype} "
-                         f"{tuple(W.shape)}")
-    if not (0 < w_max < math.inf and 0 <= step_norm < math.inf):
-        raise ValueError(f"a constraint needs w_max > 0 and step_norm >= 0, both finite, got {w_max} and {step_norm}")
+        raise ValueError("a constraint needs a floating-point matrix (..., fan_out, fan_in), "
+                         f"got {W.dtype} {tuple(W.shape)}")
+    if not (0 < w_max < math.inf and step_norm >= 0):
+        raise ValueError("a constraint needs a finite w_max > 0 and step_norm >= 0, "
+                         f"got {w_max} and {step_norm}")
     return w_max * sigma_per_norm(W)
 
 
-# ======================================================================================================================
-# The decays: no limit of their own, only a pull. step_norm / w_max plays the part of lr * weight_decay.
-# ======================================================================================================================
+# ==== The decays: no limit, only a pull. step_norm / w_max is lr * weight_decay. ==================
 def none(W, w_max=1.0, step_norm=0.0):
-    """W as it is."""
+    """All s as they are."""
     return W
 
 
 def weight_decay(W, w_max, step_norm=0.0):
-    """All s -> (1 - step_norm / w_max) s. Under Muon: (w_max + lr) (1 - lr / w_max) = w_max - lr^2 / w_max <= w_max.
+    """All s -> (1 - step_norm / w_max) s. Muon: (w_max + lr) (1 - lr / w_max) = w_max - lr^2 / w_max.
 
-    In other words decoupled weight decay of strength 1 / w_max, whose equilibrium norm under steps of norm lr is w_max.
-    AdamW's steps have no known norm, so there it guarantees nothing.
+    Decoupled weight decay of strength 1 / w_max. After AdamW's steps of unknown norm it guarantees nothing.
     """
     check(W, w_max, step_norm)
     return W * max(0.0, 1 - step_norm / w_max)
@@ -153,13 +170,11 @@ def spectral_weight_decay(W, w_max, step_norm=0.0):
     return (working(W) - min(1.0, step_norm / w_max) * u @ sv).to(W.dtype)
 
 
-# ======================================================================================================================
-# The limits
-# ======================================================================================================================
+# ==== The limits ==================================================================================
 def specnorm(W, w_max, step_norm=0.0):
-    """All s -> s * w / max(w, s_1): spectral normalization, on the weights themselves, and only from above.
+    """All s -> s * w / max(w, s_1): spectral normalization of the weights themselves, and only downwards.
 
-    s_1 is a bound from above (norm_bound, within 0.2 %), so that the limit holds; power iteration would leave s_1 > w.
+    For s_1 stands norm_bound, within 0.2 %, so the limit holds; power iteration would leave s_1 > w.
     """
     check(W, w_max, step_norm)
     bound = norm_bound(W, dtype=working(W).dtype)[..., None, None]
@@ -167,65 +182,66 @@ def specnorm(W, w_max, step_norm=0.0):
 
 
 def stiefel(W, w_max, step_norm=0.0):
-    """All s -> w: the nearest matrix of the (scaled) Stiefel manifold, one with orthonormal rows or columns.
+    """All s -> w: the nearest matrix of the (scaled) Stiefel manifold, with orthonormal rows or columns.
 
-    msign and one Newton-Schulz step, which turns a deviation e from 1 into about 2.5 e^3; then a check, and an SVD where
-    that was not enough, for singular values below 0.003 of the largest (to zero no one is nearest, and it gets one).
+    msign and one Newton-Schulz step, which turns a deviation e from 1 into about 2.5 e^3. Then a check, and
+    an SVD where that was not enough. (The zero matrix has no nearest one: the SVD picks.)
     """
     w = check(W, w_max, step_norm)
     X = msign(working(W))
     A = gram(X)
     X = multiply(polynomial(15 / 8, -10 / 8, 3 / 8, A, A @ A), X)
     eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    if (torch.linalg.matrix_norm(gram(X) - eye) > 1e-3).any():  # at least the largest |s^2 - 1|
-        U, _, Vh = torch.linalg.svd(working(W), full_matrices=False)
-        X = U @ Vh
-    return (w * X).to(W.dtype)
+    off = torch.linalg.matrix_norm(gram(X) - eye)  # at least the largest |s^2 - 1|
+    return (w * by_svd(X, working(W), off > 1e-4, torch.ones_like)).to(W.dtype)
 
 
 def hammer(W, w_max, step_norm=0.0):
-    """Only the largest s_1 -> w, up or down. Nothing holds the others, but AdamW's updates are of low rank."""
+    """Only s_1 -> w, up or down. Nothing holds the others, but AdamW's updates are of low rank."""
     w = check(W, w_max, step_norm)
     u, sv = top_singular_pair(working(W))
-    return (working(W) + u @ (w * torch.nn.functional.normalize(sv, dim=-1) - sv)).to(W.dtype)
+    return (working(W) + u @ (w * F.normalize(sv, dim=-1) - sv)).to(W.dtype)
 
 
 def hard_cap(W, w_max, step_norm=0.0):
-    """All s -> min(s, w), exactly: the nearest matrix within the limit. NaN or infinity gives NaN.
+    """All s -> min(s, w), exactly: the nearest matrix within the limit. One that is within stays as it is.
 
-    Through the eigenvectors of the small Gram matrix, A = V diag(s^2) V^T: multiply W by V diag(min(1, w / s)) V^T. That
-    takes a few matrix products' time on a CPU, an SVD of W dozens. But A resolves s^2 only to 1e-7 of s_1^2, so far above
-    the limit, where Muon never is, it is an SVD after all.
+    With the small Gram matrix A = V diag(s^2) V^T, take V diag(max(0, 1 - w / s)) V^T W from W: a few
+    products' time on a CPU, where an SVD takes dozens. But A resolves s^2 only to 1e-7 of s_1^2, so far
+    above the limit, where Muon's steps do not lead, it is an SVD after all.
     """
     w = check(W, w_max, step_norm)
     X = working(W)
-    A = gram(X)
-    if not A.isfinite().all():
-        return torch.full_like(W, math.nan)
-    eigenvalue, V = torch.linalg.eigh(A)
-    if eigenvalue.numel() and eigenvalue.amax() > (4 * w) ** 2:
-        U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-        return (U * s.clamp(max=w)[..., None, :] @ Vh).to(W.dtype)
-    shrink = w / eigenvalue.clamp(min=w * w).sqrt()  # min(1, w / s)
-    return multiply((V * shrink[..., None, :]) @ V.mT, X).to(W.dtype)
+    A = gram(X / w)
+    finite = A.isfinite().all(-1).all(-1)
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    eigenvalue, V = torch.linalg.eigh(torch.where(finite[..., None, None], A, eye))
+    excess = 1 - eigenvalue.clamp(min=1).rsqrt()
+    new = X - multiply((V * excess[..., None, :]) @ V.mT, X)
+    known = X.isfinite().all(-1).all(-1)
+    new = torch.where(known[..., None, None], new, math.nan)
+    far = known & (~finite | (eigenvalue.amax(-1) > 16))
+    return by_svd(new, X, far, lambda s: s.clamp(max=w)).to(W.dtype)
 
 
-# ---- soft cap ------------------------------------------------------------------------------------------------------
-# The hard cap as a polynomial for the case at hand: s is at most k = w + step, just above the limit.
-#   1. Take y = x - alpha x^3, then z = y + alpha y^3: small x stay (z = x - 3 alpha^2 x^5 + ...), large x come down.
-#   2. Ask that z(k) = w. With u = alpha k^2: z(k) / k = (1 - u)(1 + u (1 - u)^2) = 1 - 3u^2 + 3u^3 - u^4, hence
-#          u^4 - 3 u^3 + 3 u^2 = 1 - w / k,   whose left side rises from 0 to 1 on [0, 1]: one root, found by bisection.
-#   3. z <= w on all of [0, k] if z rises there. z rises with y (slope 1 + 3 alpha y^2), and y with x until alpha x^2
-#      is 1/3, where z = (2/3)(1 + 4/27) x = (62/81) x. So 2 is sound while u <= 1/3: k <= 81/62 w = 1.306 w.
-#   4. Beyond, put that peak on w: (62/81) / sqrt(3 alpha) = w. Then 0 <= z <= w as long as alpha x^2 <= 1, i.e. up to
-#      k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
+# ---- soft cap: the hard cap as a polynomial, for s at most k = w + step, just above the limit -----
+#   1. Take y = x - alpha x^3, then z = y + alpha y^3: small x stay, as z = x - 3 alpha^2 x^5 + ...
+#   2. Ask that z(k) = w. With u = alpha k^2, z(k) / k = (1 - u)(1 + u (1 - u)^2) = 1 - 3u^2 + 3u^3 - u^4:
+#      u^4 - 3 u^3 + 3 u^2 = 1 - w / k. The left side rises from 0 to 1 on [0, 1]: one root, by bisection.
+#   3. z <= w on all of [0, k] if z rises there. z rises with y (slope 1 + 3 alpha y^2), and y with x until
+#      alpha x^2 = 1/3, where z = (2/3)(1 + 4/27) x = (62/81) x. So 2 is sound to k = 81/62 w = 1.306 w.
+#   4. Beyond, put that peak on w: (62/81) / sqrt(3 alpha) = w. Then 0 <= z <= w as long as alpha x^2 <= 1,
+#      up to k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
 #   5. Where k <= w nothing has to come down: alpha = 0.
+#   6. Where alpha x^2 > 1 the polynomial explodes, and a matrix written from outside would. So W is divided
+#      by sqrt(c), c = max(1, ||U^2||_F^(1/2)) >= sigma(U), U = alpha W W^T: then at most the peak comes out,
+#      1.3 w for steps of 5 %. In range c is 1, but for large steps and flat spectra: u rank^(1/4) > 1.
 def soft_cap_alpha(w: float, k: float) -> float:
-    """The alpha that takes every s in [0, k] into [0, w]; needs k <= 2.26 w. Unit: that of w and k, to the -2."""
+    """The alpha that takes every s in [0, k] into [0, w]; k <= 2.26 w. Its unit is that of w to the -2."""
     if k <= w:
         return 0.0
     if k > 81 / 62 * 3**0.5 * w:
-        raise ValueError(f"the soft cap holds for steps up to k = 2.26 w, got k = {k} at w = {w}; use hard_cap")
+        raise ValueError(f"the soft cap holds up to k = 2.26 w, got k = {k} at w = {w}; use hard_cap")
     if k > 81 / 62 * w:
         return (62 / 81) ** 2 / (3 * w * w)
     low, high = 0.0, 1 / 3  # the left side at 1/3 is 19/81 = 1 - 62/81
@@ -238,53 +254,67 @@ def soft_cap_alpha(w: float, k: float) -> float:
 def soft_cap_map(W, alpha, dtype=None):
     """s -> y + alpha y^3 with y = s - alpha s^3, at a given alpha (in singular values, not RMS->RMS).
 
-    By step 2 z = x - e(u) x with u = alpha x^2 and e(u) = 3u^2 - 3u^3 + u^4, so W goes to W - E W, E = e(alpha A).
+    By step 2 z = x - e(u) x with u = alpha x^2, e(u) = 3u^2 - 3u^3 + u^4: W goes to W - E W, E = e(alpha A).
     Where E is small it can be computed with few digits (dtype), and the result is still good to many.
     """
     X = working(W)
     low = X.to(dtype or X.dtype)
     U = alpha * gram(low)
-    E = U @ U
-    E = E @ polynomial(3, -3, 1, U, E)
-    return (X - multiply(E, low)).to(W.dtype)
+    U2 = U @ U
+    c = torch.linalg.matrix_norm(working(U2), keepdim=True).sqrt().clamp(min=1).to(U.dtype)  # step 6
+    E = (U2 / c**2) @ polynomial(3, -3, 1, U / c, U2 / c**2)
+    return ((X - multiply(E, low)) / working(c).sqrt()).to(W.dtype)
 
 
 def soft_cap(W, w_max, step_norm=0.0):
-    """All s <= w_max + step_norm (in RMS->RMS) to at most w_max, by the cubics above: products only, no decomposition.
+    """All s <= w_max + step_norm (in RMS->RMS) to at most w_max, by the cubics above, in products alone.
 
-    step_norm must be true: under Muon it is lr; where a step's norm is unknown (AdamW) pass norm_bound(W) - w_max.
-    Steps beyond 1.26 w_max are left to hard_cap. Small s hardly move; s near the limit are pulled a little below it.
-    Where bfloat16 is fast, the correction E W is computed in it for steps up to 0.3 w_max. For a matrix of one entry 13
-    roundings of 2^-8 count (W: twice in A, which enters E squared, and once more; A, alpha A: twice; U^2, the bracket,
-    E, E W), at worst 13/256 of it. So alpha is solved for a limit lower by step_norm / 16, which with that is enough.
-    For larger matrices this is experience, not proof: rounding entry by entry can move the norm by more. Spectra of all
-    kinds in random, cosine or coordinate directions stay below w_max; a matrix of entries all just beside the middle
-    of two bfloat16 numbers, made to break it, ends at 1.004 w_max (tests/test_constraints.py). Certificates do not
-    rest on this, they measure norms. In need of proof take hard_cap.
+    step_norm must be true: under Muon it is lr, after an unknown step see after_unknown_step. Beyond
+    1.26 w_max it is hard_cap. Small s hardly move; s near the limit are pulled a little below it.
+    Where bfloat16 is fast, E W is computed in it for steps up to 0.3 w_max. For a matrix of one entry 13
+    roundings of 2^-8 count (W: twice in A, which enters E squared, and once more; A, alpha A: twice; U^2,
+    the bracket, E, E W), at worst 13/256 of E W. So alpha is solved for a limit lower by step_norm / 16.
+    For larger matrices that is experience, not proof: one of entries just beside the middle of two bfloat16
+    numbers, made to break it, ends at 1.004 w_max (tests/test_constraints.py). For proof take hard_cap.
     """
-    check(W, w_max, step_norm)
-    k = w_max + step_norm
+    w, k = check(W, w_max, step_norm), w_max + step_norm
     if k > 2.26 * w_max:
         return hard_cap(W, w_max)
-    low = torch.bfloat16 if k <= 1.3 * w_max and W.dtype == torch.float32 and has_fast_bfloat16(W.device) else None
-    alpha = soft_cap_alpha(w_max - (step_norm / 16 if low else 0.0), k)
+    low = fast_dtype(W.device) if k <= 1.3 * w_max and W.dtype == torch.float32 else None
+    alpha = soft_cap_alpha(w_max - (step_norm / 16 if low == torch.bfloat16 else 0.0), k)
     if alpha == 0:
         return W
-    return soft_cap_map(W, alpha / sigma_per_norm(W) ** 2, low)
+    k = w / w_max * k  # (no entry exceeds the norm; if one does, c must not overflow)
+    return soft_cap_map(W.clamp(-k, k), alpha / sigma_per_norm(W) ** 2, low)
 
 
-CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel, hammer,
-                                       soft_cap, hard_cap)}
-# These take anything up to w_max + step_norm to at most w_max, so Muon need not call them at each step.
-specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True
-DECAYS = ("weight_decay", "spectral_weight_decay")  # pass these the learning rate, also if a step's norm is unknown
+CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel,
+                                       hammer, soft_cap, hard_cap)}
+specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True  # see Muon._constrain in muon.py
+
+
+# ==== Where steps have no known norm; embeddings; constraints of one's own ========================
+@torch.no_grad()
+def after_unknown_step(constraint, W, w_max, lr):
+    """constraint(W, w_max, ...) after a step of unknown norm, as AdamW's: how far it led is measured.
+
+    The decays are told lr, as their pull is lr / w_max.
+    """
+    if constraint in (weight_decay, spectral_weight_decay):
+        return constraint(W, w_max, lr)
+    return constraint(W, w_max, max(0.0, norm_bound(W, dtype=working(W).dtype).max().item() - w_max))
+
+
+def cap_rows(table_VD: torch.Tensor, limit: float = 1.0) -> torch.Tensor:
+    """Each row of an embedding table scaled down to an RMS of at most `limit`, so its l1->RMS norm is."""
+    return table_VD * (limit / table_VD.square().mean(-1, keepdim=True).sqrt().clamp(min=limit))
 
 
 @functools.cache  # a file runs once
 def find_constraint(name: str):
-    """The function of that name in the table, or a function of yours: FILE.py:NAME runs FILE.py and takes NAME from it.
+    """The constraint of that name, or FILE.py:NAME, a function of yours from a file that is run.
 
-    ValueError, in words for the user, if there is none, or if it does not turn a matrix into one of its shape.
+    ValueError, in words for the user, if there is none or it returns another shape.
     """
     path, _, function = name.rpartition(":")
     if not path:
@@ -297,6 +327,54 @@ def find_constraint(name: str):
         if mine(stack.clone(), 1.0, 0.1).shape != stack.shape:
             raise TypeError("it returns another shape than it is given")
     except Exception as problem:  # it is any code whatever
-        raise ValueError("must name a function f(W, w_max, step_norm) of a file, which returns W of the same shape, (fan_out, fan_in) or "
-                         f"(..., fan_out, fan_in); here: {type(problem).__name__}: {problem}") from problem
+        raise ValueError("must name a function f(W, w_max, step_norm) of a file, which returns W of the same "
+                         f"shape; here: {type(problem).__name__}: {problem}") from problem
     return mine
+
+
+# ==== Ellipsoids: certificates that follow a shape instead of a length ============================
+# A product of norms is loose, as the worst direction of one layer is not the worst of the next. So let what
+# moves, z, lie in E(S) = {z : z^T S^-1 z <= 1}, or for any positive semidefinite S (D, D): the z with
+# |u z| <= sqrt(u S u^T) for every row u. S = I: length 1; S = D I: RMS 1. E(S) is convex and symmetric, and
+# G z lies in E(G S G^T). Everything here is float64 and differentiable.
+def ellipsoid_sum(S_KDD: torch.Tensor, weights_K: torch.Tensor | None = None) -> torch.Tensor:
+    """S (D, D) whose E(S) holds every z_1 + ... + z_K, z_k in E(S_k), each free of the others.
+
+    Any positive weights give a true one; the default gives the smallest trace.
+    """
+    # 1. |u sum_k z_k| <= sum_k sqrt(u S_k u^T) = sum_k sqrt(w_k) sqrt(u S_k u^T / w_k).
+    # 2. With sum_k w_k = 1 that is at most sqrt(u (sum_k S_k / w_k) u^T), by Cauchy-Schwarz.
+    # 3. The trace, sum_k t_k / w_k, is smallest at w_k proportional to sqrt(t_k).
+    if weights_K is None:
+        weights_K = S_KDD.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=1e-150)
+    return (S_KDD * (weights_K.sum() / weights_K)[:, None, None]).sum(0)
+
+
+def ellipsoid_layer(S_DD, F_ND, A_OD, B_ON, lam_N=None, share=0.5) -> torch.Tensor:
+    """S' (O, O) whose E(S') holds every A z + B v with z in E(S) and |v_i| <= |(F z)_i| for each i.
+
+    ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by dz/2 + v. Any lam > 0 and
+    0 < share < 1 give a true one. Uniform lam and share 1/2 are ECLipsE-Fast's (Xu and Sivaranjani 2024),
+    a lam of one's own for each neuron is LipSDP's (Fazlyab et al. 2019).
+    """
+    # 1. With S = C C^T, z = C y with |y| <= 1. For L = diag(l), any l > 0: v^T L v <= z^T F^T L F z.
+    # 2. So y^T (I - K) y + v^T L v <= y^T y <= 1 with K = C^T F^T L F C. If K < I, A C y + B v is in the
+    #    ellipsoid of S' = A C (I - K)^-1 C^T A^T + B L^-1 B^T, the image of that of (y, v).
+    # 3. K < I: take L = share * diag(lam) / sigma(C^T F^T diag(lam) F C).
+    # C is a Cholesky factor of S + 1e-13 trace(S) I, a little too large, which singular S have as well.
+    eye = torch.eye(len(S_DD), dtype=S_DD.dtype, device=S_DD.device)
+    C = torch.linalg.cholesky(S_DD + (1e-13 * S_DD.trace() + 1e-300) * eye)
+    FC = F_ND @ C
+    lam_N = torch.ones_like(FC[:, 0]) if lam_N is None else lam_N
+    K = FC.mT @ (lam_N[:, None] * FC)
+    sigma = torch.linalg.eigvalsh(K)[-1].clamp(min=1e-300)
+    half = torch.linalg.cholesky(eye - share / sigma * K)
+    root = torch.linalg.solve_triangular(half, (A_OD @ C).mT, upper=False)
+    return root.mT @ root + (B_ON * (sigma / (share * lam_N))) @ B_ON.mT
+
+
+def ellipsoid_max(S_DD: torch.Tensor, u_KD: torch.Tensor) -> torch.Tensor:
+    """Largest |u z| over z in E(S), for rows u (..., D): shape (...), rounded up; 0 only if u or S is."""
+    square = ((u_KD @ S_DD) * u_KD).sum(-1).clamp(min=0)
+    rounding = 1e-12 * S_DD.trace() * u_KD.square().sum(-1)  # (above D 2^-52 |u| |S| |u|^T)
+    return (square + rounding).sqrt() * (1 + 1e-9)

@@ -188,8 +188,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from constraints import DECAYS, exact_norm, find_constraint, norm_bound, sigma_per_norm  # noqa: E402
-from muon import Muon, has_fast_bfloat16  # noqa: E402
+from constraints import after_unknown_step, exact_norm, find_constraint, sigma_per_norm, singular_values  # noqa: E402
+from muon import Muon, fast_dtype  # noqa: E402
 
 # Shapes: B images in a batch, N in a set, P = 3072 pixel values, K = 10 classes, F frequencies, X columns, H neurons.
 
@@ -515,14 +515,6 @@ def make_optimizers(config, model):
     return optimizers
 
 
-@torch.no_grad()
-def constrain_after_adamw(config, model, lr):
-    """What Muon does for itself: constrain each matrix. How far AdamW moved it is not known, so it is measured."""
-    for W, w_max in zip(model.weights, limits(config)):
-        step_norm = lr if config.constraint in DECAYS else max(0.0, norm_bound(W, dtype=W.dtype).item() - w_max)
-        W.copy_(find_constraint(config.constraint)(W, w_max, step_norm))
-
-
 def train_step(config, model, optimizers, images_BP, labels_B, step, dtype):
     """One step; returns the loss (a tensor)."""
     fraction = 1 - step / config.steps
@@ -538,7 +530,8 @@ def train_step(config, model, optimizers, images_BP, labels_B, step, dtype):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if config.optimizer == "adamw" and config.constraint != "none":
-        constrain_after_adamw(config, model, config.lr * fraction)
+        for W, w_max in zip(model.weights, limits(config)):  # (Muon does it by itself)
+            W.data.copy_(after_unknown_step(find_constraint(config.constraint), W, w_max, config.lr * fraction))
     return loss.detach()
 
 
@@ -641,7 +634,7 @@ def compute_dtype(config, device):
     """Precision of forward and backward. bfloat16 has the exponent range of float32, so nothing needs rescaling."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return fast_dtype(device)
 
 
 def write_atomically(path, data: bytes):
@@ -770,7 +763,7 @@ def draw(config, model, out, log, bound, radius_N, data_name):
         if config.constraint != "none":
             b.axhline(w, color=line.get_color(), linestyle=":")
             b.set_ylim(0, 1.1 * max(limits(config)))
-        s = torch.linalg.svdvals(model.weights[i].detach().double().cpu()) / sigma_per_norm(model.weights[i])
+        s = singular_values(model.weights[i])
         c.plot(np.linspace(0, 1, len(s)), s, label=f"layer {i + 1}")
     b.set(title="weight norms and their limits (dotted)", xlabel="step", ylabel="RMS->RMS norm")
     c.set(title="singular values at the end", xlabel="rank, as a share", ylabel="RMS->RMS", ylim=(0, None))

@@ -204,8 +204,8 @@ import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.nn.attention.flex_attention import BlockMask, flex_attention  # noqa: E402
 
-from constraints import find_constraint, sigma_per_norm  # noqa: E402
-from muon import Muon, has_fast_bfloat16, msign  # noqa: E402
+from constraints import cap_rows, find_constraint, sigma_per_norm, singular_values  # noqa: E402
+from muon import Muon, fast_dtype, msign  # noqa: E402
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H, V tokens in the
 # vocabulary, X something wide, N positions, Q blocks of 128 positions.
@@ -545,7 +545,7 @@ class Transformer(torch.nn.Module):
                 torch.nn.init.orthogonal_(W, generator=generator)
                 W.data.mul_(sigma_per_norm(W) * (w_max[role] if self.config.constraint == "stiefel" else min(1.0, w_max[role])))
         if not self.config.baseline:
-            shrink(self.embedding_VD)
+            self.embedding_VD.data = cap_rows(self.embedding_VD.data)
         return self
 
     @property
@@ -640,12 +640,6 @@ class Transformer(torch.nn.Module):
         z_NX = F.linear(x_ND, (self.config.final_scale * head_XD).to(x_ND.dtype))[..., :self.config.vocab]
         z_NX = z_NX if z_NX.dtype == torch.float64 else z_NX.float()
         return SOFTCAP * torch.tanh(z_NX / SOFTCAP) if self.config.baseline else z_NX
-
-
-def shrink(embedding_VD):
-    """Every stored vector back to RMS at most 1."""
-    with torch.no_grad():
-        embedding_VD.div_(embedding_VD.square().mean(1, keepdim=True).sqrt().clamp(min=1))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1019,7 +1013,7 @@ class Trainer:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             if self.owner[self.model.embedding_VD] == team.rank and not config.baseline:
-                shrink(self.model.embedding_VD)
+                self.model.embedding_VD.data.copy_(cap_rows(self.model.embedding_VD.data))
         self.exchange.weights()
         return total
 
@@ -1040,11 +1034,10 @@ class Trainer:
         sums = self.team.sum(sums).tolist()
         return tuple(x / sums[3] for x in sums[:3])
 
-    # ---- all there is to save: weights, and for each two moments, or a momentum and the norm it may have reached ---------
+    # ---- all there is to save: weights, and for each two moments, or a momentum ------------------------------------------
     def blank_state(self, p):
         if any(p is W for _, W in self.model.matrices()):
-            place = p.device if p.device.type == "cuda" else "cpu"  # (not every device has float64)
-            return dict(momentum=torch.empty_like(p), reach=torch.empty((), dtype=torch.float64, device=place))
+            return dict(momentum=torch.empty_like(p))
         return dict(exp_avg=torch.empty_like(p), exp_avg_sq=torch.empty_like(p))
 
     def own_state(self, p):
@@ -1053,12 +1046,12 @@ class Trainer:
     def gather(self):
         """{parameter's name: {moment: tensor}} on rank 0, from all owners; elsewhere nothing."""
         states = {}
+        self.forget_norms()
         for name, p in self.model.named_parameters():
             owner = self.owner[p]
             for moment, tensor in self.blank_state(p).items() if self.team.rank in (0, owner) else ():
                 if owner == self.team.rank:
-                    own = self.own_state(p)
-                    tensor.copy_(torch.tensor(own.get("reach", math.nan)) if moment == "reach" else own[moment])
+                    tensor.copy_(self.own_state(p)[moment])
                 if owner != 0 and self.team.rank == owner:
                     dist.send(tensor, 0)
                 elif owner != 0:
@@ -1067,21 +1060,28 @@ class Trainer:
                     states.setdefault(name, {})[moment] = tensor.cpu()
         return states
 
+    def forget_norms(self):
+        """At each save and load, so that the run that goes on and the one that is loaded do the same (see Muon.state_dict)."""
+        for optimizer, _ in self.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.forget()
+
     @torch.no_grad()
     def scatter(self, state, step):
         """Weights and moments of a checkpoint that rank 0 has read, to whoever needs them."""
+        self.forget_norms()
         for name, p in self.model.named_parameters():
             moments = self.blank_state(p)
             if self.team.rank == 0:
                 p.data.copy_(state["model"][name])
                 saved = state["optimizer"][name]
                 for moment, tensor in moments.items():
-                    tensor.copy_(saved.get("reach", torch.tensor(math.nan)) if moment == "reach" else saved[moment])
+                    tensor.copy_(saved[moment])
             for tensor in (p.data, *moments.values()) if self.team.world > 1 else ():
                 dist.broadcast(tensor, 0)
             if self.owner[p] == self.team.rank:
-                own, reach = self.own_state(p), moments.pop("reach", torch.tensor(math.nan)).item()
-                own.update(moments, **({"reach": reach} if math.isfinite(reach) else {}))  # (NaN: it is not known)
+                own = self.own_state(p)
+                own.update(moments)
                 if "exp_avg" in own:
                     own["step"] = torch.tensor(float(step), device=p.device if p.device.type == "cuda" else "cpu")
 
@@ -1317,7 +1317,7 @@ def compute_dtype(config, device):
     """Precision of forward and backward. bfloat16 has the exponent range of float32, so nothing needs rescaling."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return fast_dtype(device)
 
 
 def write_atomically(path, data: bytes):
@@ -1476,7 +1476,7 @@ def draw(model, out, log, losses, bound, title):
     b.set(title="weight norms, largest of each role", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     b.legend()
     for role, W in [*model.blocks[-1].matrices(), ("head", model.head_XD)]:
-        s = torch.linalg.svdvals(W.detach().double()).cpu() / sigma_per_norm(W)
+        s = singular_values(W)
         c.plot(np.linspace(0, 1, len(s)), s, label=role)
     c.set(title="singular values, last block and head", xlabel="rank, as a share", ylabel="RMS->RMS", ylim=(0, None))
     c.legend()

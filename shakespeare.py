@@ -219,8 +219,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from constraints import DECAYS, exact_norm, find_constraint, norm_bound, sigma_per_norm  # noqa: E402
-from muon import Muon, has_fast_bfloat16  # noqa: E402
+from constraints import after_unknown_step, cap_rows, exact_norm, find_constraint, sigma_per_norm, singular_values  # noqa: E402
+from muon import Muon, fast_dtype  # noqa: E402
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector, H heads, E = D / H,
 # V characters in the vocabulary, N positions.
@@ -393,8 +393,7 @@ class Transformer(torch.nn.Module):
     @torch.no_grad()
     def shrink_embedding(self):
         """Every stored vector back to RMS at most 1."""
-        rms_V = self.embedding_VD.square().mean(1, keepdim=True).sqrt()
-        self.embedding_VD.div_(rms_V.clamp(min=1))
+        self.embedding_VD.copy_(cap_rows(self.embedding_VD))
 
     def attention(self, block, x_BTD):
         """out_t = attention_scale * sum_h o_h sum_j softmax_j(s q_t^h . k_j^h + bias_h(t - j)) v_j^h, over j <= t."""
@@ -674,15 +673,6 @@ def make_optimizers(config, model):
     return optimizers + ([(torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr)] if biases else [])
 
 
-@torch.no_grad()
-def constrain_after_adamw(config, model, lr):
-    """What Muon does for itself: constrain each matrix. How far AdamW moved it is not known, so it is measured."""
-    for role, W in model.matrices():
-        w_max = limits(config)[role]
-        step_norm = lr if config.constraint in DECAYS else max(0.0, norm_bound(W, dtype=W.dtype).item() - w_max)
-        W.copy_(find_constraint(config.constraint)(W, w_max, step_norm))
-
-
 def train_step(config, model, optimizers, x_BT, y_BT, step, dtype):
     """One step; returns the loss (a tensor)."""
     fraction = 1 - step / config.steps
@@ -694,7 +684,8 @@ def train_step(config, model, optimizers, x_BT, y_BT, step, dtype):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if config.optimizer == "adamw" and config.constraint != "none":
-        constrain_after_adamw(config, model, config.lr * fraction)
+        for role, W in model.matrices():  # (Muon does it by itself)
+            W.data.copy_(after_unknown_step(find_constraint(config.constraint), W, limits(config)[role], config.lr * fraction))
     model.shrink_embedding()
     return loss.detach()
 
@@ -827,7 +818,7 @@ def compute_dtype(config, device):
     """Precision of forward and backward. bfloat16 has the exponent range of float32, so nothing needs rescaling."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    return fast_dtype(device)
 
 
 def write_atomically(path, data: bytes):
@@ -1039,7 +1030,7 @@ def draw(config, model, out, log, bound, certified, title):
     b.set(title="weight norms, largest of each role (dotted: limits)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     b.legend()
     for role, W in [*model.blocks[-1].matrices(), ("head", model.head_VD)]:
-        s = torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
+        s = singular_values(W)
         c.plot(np.linspace(0, 1, len(s)), s, label=role)
     c.set(title="singular values, last block and head", xlabel="rank, as a share", ylabel="RMS->RMS", ylim=(0, None))
     c.legend()

@@ -127,7 +127,7 @@ def parts_of(config, model, matrices, loss, limit):
     copies = [torch.nn.Parameter(W.detach().clone()) for W in matrices]
     for W in copies:
         W.grad = torch.randn_like(W)
-    low = torch.bfloat16 if constraints.has_fast_bfloat16("cpu") else torch.float32
+    low = constraints.fast_dtype("cpu")
     settings = dict(lr=config.lr, momentum=config.momentum, dtype=low)
     free = Muon(copies, **settings)
     held = [Muon([torch.nn.Parameter(constraints.stiefel(W.detach(), limit)) for W in matrices], constraint=constraints.soft_cap,
@@ -176,7 +176,7 @@ def plain_mlp():
 
 def plain_step(model, optimizer, x_BP, y_B):
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=constraints.has_fast_bfloat16("cpu")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=constraints.fast_dtype("cpu") == torch.bfloat16):
             loss = F.cross_entropy(model(x_BP).float(), y_B)
         loss.backward()
         optimizer.step()
@@ -237,7 +237,7 @@ def benchmark_shakespeare():
 def benchmark_constraint():
     """One projection of a 768 x 3072 matrix whose norm is one Muon step above the limit."""
     W = msign(torch.randn(768, 3072, generator=torch.Generator().manual_seed(0))) * constraints.sigma_per_norm(torch.empty(768, 3072)) * 1.05
-    low = torch.bfloat16 if constraints.has_fast_bfloat16("cpu") else torch.float32
+    low = constraints.fast_dtype("cpu")
     layer = torch.nn.Linear(3072, 768, bias=False)
     parametrizations.orthogonal(layer)
 
@@ -255,7 +255,7 @@ def benchmark_constraint():
 
 def benchmark_scaling():
     """Cost of msign and soft cap against width and aspect ratio, with the exponent of the best fit ms ~ size^exponent."""
-    low = torch.bfloat16 if constraints.has_fast_bfloat16("cpu") else torch.float32
+    low = constraints.fast_dtype("cpu")
     for title, shapes, size in (("square, width", [(n, n) for n in (128, 256, 512, 1024)], lambda s: s[0]),
                                 ("256 x n, n", [(256, n) for n in (256, 512, 1024, 2048, 4096)], lambda s: s[1]),
                                 ("stack of k of 256 x 256, k", [(k, 256, 256) for k in (1, 2, 4, 8, 16)], lambda s: s[0])):

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mlp_cifar  # noqa: E402
-from constraints import exact_norm  # noqa: E402
+from constraints import singular_values  # noqa: E402
 
 flags = sys.argv[1:]
 for constraint in ("soft_cap", "hard_cap", "specnorm", "stiefel"):
@@ -26,7 +26,7 @@ for constraint in ("soft_cap", "hard_cap", "specnorm", "stiefel"):
     for step in range(config.steps):
         index = mlp_cifar.batch_indices(step, config, len(labels_N))
         mlp_cifar.train_step(config, model, optimizers, images_NP[index], labels_N[index], step, dtype)
-        shares = [exact_norm(W).item() / w for W, w in zip(model.weights, w_max)]
+        shares = [singular_values(W)[0].item() / w for W, w in zip(model.weights, w_max)]
         largest, reached = max(largest, *shares), reached + any(share > 0.95 for share in shares)
     print(f"{config.constraint}: largest sigma / limit {largest:.7f} over {config.steps} steps ({reached} of them above 0.95), "
           f"{config.preset}, {dtype}, seed {config.seed}, data: {data_name}", flush=True)

@@ -477,10 +477,9 @@ def test_a_run_folder_that_cannot_be_made_is_one_line_and_exit_status_two(tmp_pa
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("constraint", ["none", "hard_cap"])
-def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, constraint):
+def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
     with pytest.raises(Refusal, match=r"step \d+: training has diverged") as refusal:
-        run(tmp_path, optimizer="adamw", constraint=constraint, lr=1e30, steps=30, evals=30)
+        run(tmp_path, optimizer="adamw", constraint="none", lr=1e30, steps=30, evals=30)
     assert "layer" in str(refusal.value) or "logits" in str(refusal.value)
     last_good = tmp_path / "run" / "checkpoint.pt"
     assert not last_good.exists() or all(W.isfinite().all() for W in state_of(tmp_path / "run")["model"].values())
