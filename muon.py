@@ -57,8 +57,8 @@ def msign(G: torch.Tensor) -> torch.Tensor:
 
     G (..., fan_out, fan_in): float64, float32 or bfloat16, any scale. Returns the same shape and dtype, with
     singular values of at most MSIGN_MAX[dtype]. Relative to the largest, s = 0.1, 0.01, 0.001 become 0.999,
-    0.987, 0.51; less at high rank, as the largest is known only to rank^(1/8), and in long matrices, where
-    s below 0.003 sqrt(rank) fade. Zero gives zero, NaN or infinity gives NaN. Not for TF32 products.
+    0.987, 0.51; less at high rank, as the largest is known only to rank^(1/8), and in long matrices of less
+    than float64 (lifted_square). Zero gives zero, NaN or infinity NaN. Not for TF32, nor under autocast.
     """
     if G.ndim < 2 or G.dtype not in MSIGN_MAX:
         raise ValueError("msign needs a matrix (..., fan_out, fan_in) in float64, float32 or bfloat16, "
@@ -82,7 +82,7 @@ def msign(G: torch.Tensor) -> torch.Tensor:
         # are on the small square L. A and the quotient by L need many digits, the steps those of G.
         A = A * inverse
         L = torch.linalg.cholesky_ex(A).L  # (does not raise: NaN stays NaN)
-        S = quintics(L.to(X.dtype), A.to(X.dtype), (A2 * inverse.square()).to(X.dtype)).to(L.dtype)
+        S = quintics(L.to(X.dtype), A.to(X.dtype), A2 * inverse.square()).to(L.dtype)
         R = torch.linalg.solve_triangular(L, S, upper=False, left=False) * inverse.sqrt()
         if X.dtype == torch.bfloat16:  # R in two parts of 8 bits each
             R = torch.cat([R.bfloat16(), (R - R.bfloat16()).bfloat16()], -1)
@@ -92,12 +92,12 @@ def msign(G: torch.Tensor) -> torch.Tensor:
 
 
 def quintics(X, A, A2):
-    """The five steps X <- a X + (b A + c A^2) X on X (count, m, n), given A = X X^T and A2 = A^2."""
-    a, b, c = QUINTICS[0]
-    X = torch.baddbmm(X, torch.add(b * A, A2, alpha=c), X, beta=a)
-    for a, b, c in QUINTICS[1:]:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    """The five steps X <- a X + (b A + c A^2) X on X (count, m, n), given the first A = X X^T and A^2."""
+    for i, (a, b, c) in enumerate(QUINTICS):
+        A = X @ X.mT if i else A
+        fused = i or X.dtype == torch.bfloat16  # (b A and c A^2 rounded apart take a 2 x 2 matrix to 10^5)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if fused else torch.add(b * A, A2, alpha=c)
+        X = torch.baddbmm(X, P, X, beta=a)
     return X
 
 
@@ -113,44 +113,41 @@ def lifted_square(X):
     # With one too small L^-1 X would be longer than 1, or there would be no L. So:
     #   1. Rounding takes a sum of c products off by at most c u times the sum of their absolute values (u is
     #      2^-24 in float32), and rows of one sign come near that. Sum runs of c columns, then the runs.
-    #   2. |error| <= (c + 32) u |X| |X|^T entry by entry, 32 u for adding up the runs, pairwise: a matrix of
-    #      norm at most (c + 32) u ||X||_F^2 = (c + 32) u trace(A). Put that on the diagonal.
+    #   2. |error| <= (c + 32) u |X| |X|^T entry by entry, 32 u for adding up the runs, pairwise: its norm is
+    #      at most (c + 32) u trace(A). Add that. (It covers Cholesky's rounding, too: measured to m = 1024.)
     m, n = X.shape[-2:]
-    c = max(128, m // 2)  # (m / 2, so that the runs need at most the memory of two X's)
-    runs = X[..., :n // c * c].unflatten(-1, (n // c, c)).transpose(-3, -2)  # (count, n // c, m, c)
-    rest = X[..., n // c * c:]
-    A = (runs @ runs.mT).sum(-3) + rest @ rest.mT
+    r = max(1, n // max(128, m // 2))  # runs (of m / 2: then they need at most the memory of two X's)
+    c = n // r
+    runs, rest = X[..., :r * c].unflatten(-1, (r, c)).transpose(-3, -2), X[..., r * c:]  # (count, r, m, c)
+    A = (runs @ runs.mT).sum(-3)
+    A = A + rest @ rest.mT if r * c < n else A
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     trace = diagonal.sum(-1, keepdim=True).clamp(min=1)  # (it is at least 1, unless X is zero)
-    diagonal.add_((min(c, n) + 32) * torch.finfo(X.dtype).eps / 2 * trace)
+    diagonal.add_((c + 32) * torch.finfo(X.dtype).eps / 2 * trace)
     return A
 
 
 def fast_dtype(device) -> torch.dtype:
     """bfloat16 where its products are native, and 2 to 8 times as fast as float32's; else float32."""
-    if torch.device(device).type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    native = dict(cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+                  cpu=torch.cpu._is_avx512_bf16_supported).get(torch.device(device).type, bool)
+    return torch.bfloat16 if native() else torch.float32
 
 
 # ==== Muon ========================================================================================
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, and a constraint applied to each matrix after its update.
-
     lr            RMS->RMS norm of an update
     momentum      M <- momentum * M + (1 - momentum) * gradient (msign does not see the scale)
     constraint    a map constraint(W, w_max, step_norm) from constraints.py or of your own, or None.
                   Decoupled weight decay is one, too: constraint=weight_decay, w_max=1/decay
     w_max         the RMS->RMS limit it enforces, on float32 or float64 (bfloat16's rounding drifts)
     dtype         precision of msign, None: the parameters'. A step in bfloat16 has norm up to 1.01 lr
-    every         about how many steps, 1 to 64, a constraint may wait that can (see _constrain)
-
+    every         a constraint that can wait (see _constrain) runs about every so many steps, 1 to 64
     All can be set per group. Parameters are matrices (fan_out, fan_in) or stacks (count, fan_out, fan_in).
-    With a constraint that can wait the limit holds after every step, from the first, wherever weights start.
-    Writing to them from outside breaks it for at most 64 steps, or until forget() is called. A gradient that
-    is not finite leaves weights as they are and restarts momentum at 0. torch.compile runs step() as it is.
+    With a constraint that can wait the limit holds for each weight after its every step, wherever it starts.
+    Writing to it from outside breaks that for at most 64 steps, or until forget() is called. A gradient that
+    is not finite makes no update (constraints run all the same); its entries restart their momentum at 0.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None, every=1):
@@ -192,21 +189,20 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """Groups keep the constraints they were made with. ValueError if the state does not fit."""
-        groups, keep = state_dict["param_groups"], [group["constraint"] for group in self.param_groups]
+        groups, own = state_dict["param_groups"], [dict(group) for group in self.param_groups]
         names = (i for group in groups for i in group["params"])
         for i, p in zip(names, (p for group in self.param_groups for p in group["params"])):
             saved = {k: getattr(v, "shape", ()) for k, v in state_dict["state"].get(i, {}).items()}
             if saved not in ({}, {"momentum": p.shape}) or not all("every" in group for group in groups):
                 raise ValueError("Muon: this state is of another optimizer or model: for a parameter "
-                                 f"{tuple(p.shape)} it has {saved}, needed is a momentum of that shape")
+                                 f"{tuple(p.shape)} it has {saved}; needed: a momentum of that shape")
         super().load_state_dict(state_dict)
-        for group, constraint in zip(self.param_groups, keep):
-            group["constraint"] = constraint
+        for group, before in zip(self.param_groups, own):
+            group.update(constraint=before["constraint"], w_max=group["w_max"] or before["w_max"])
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # (torch.compile runs it as it is)
     @torch.no_grad()
     def step(self, closure=None):
-        """One update, and constraint where due, of every parameter that has a gradient."""
         with torch.enable_grad():
             loss = closure() if closure else None
         self.steps += 1
@@ -223,16 +219,19 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, batch, group):
         lr, momentum, updates = float(group["lr"]), float(group["momentum"]), []
+        if not 0 <= lr < math.inf:  # (a schedule that ran past its end)
+            raise ValueError(f"Muon: lr is {lr}, must be finite and at least 0")
         for p in batch:
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             M = state["momentum"].lerp_(p.grad, 1 - momentum)
             updates.append(torch.lerp(p.grad, M, momentum).to(group["dtype"] or M.dtype))
-            M.nan_to_num_(0, 0, 0)
-        update = msign(torch.stack(updates)).nan_to_num_(0)
-        fan_out, fan_in = batch[0].shape[-2:]
-        step = lr * MSIGN_MAX[update.dtype]
+        update = msign(torch.stack(updates) if len(batch) > 1 else updates[0][None])
+        if update.device.type != "cpu" or not update[..., 0, 0].isfinite().all():  # (a look costs a GPU more)
+            for values in (update, *(self.state[p]["momentum"] for p in batch)):
+                values.nan_to_num_(0, 0, 0)
+        (fan_out, fan_in), step = batch[0].shape[-2:], lr * MSIGN_MAX[update.dtype]
         for p, U in zip(batch, update):
             p.add_(U, alpha=-lr * (fan_out / fan_in) ** 0.5)
             self.bounds[p] = self.bounds.get(p, math.inf) + step
@@ -253,8 +252,9 @@ class Muon(torch.optim.Optimizer):
             most = max(self.bounds[p] for p in batch)
             if most <= target * (1 + 1e-9):
                 return
-            target -= min(group["every"] - 1, target // (16 * step)) * step if step else 0
+            target -= max(0, min(group["every"] - 1, target // (16 * step))) * step if step else 0
             told, bound = most - target, target
-        for p, W in zip(batch, constraint(torch.stack(batch), target, told)):
+        stack = torch.stack(batch) if len(batch) > 1 else batch[0][None]
+        for p, W in zip(batch, constraint(stack, target, told)):
             p.copy_(W)
             self.bounds[p] = bound

@@ -28,16 +28,15 @@ GPT = dict(data="stand-in", width=16, blocks=2, heads=2, hidden=32, seq_len=24, 
 def runs(tmp_path_factory):
     """A folder with three small finished runs, on little data; the small data stay in place for the module."""
     sets, text = mlp_cifar.stand_in(train=600, test=200), shakespeare.stand_in(20_000)
-    originals = mlp_cifar.stand_in, shakespeare.stand_in, shakespeare.paper_protocol
+    originals = mlp_cifar.stand_in, shakespeare.stand_in
     mlp_cifar.stand_in, shakespeare.stand_in = lambda: sets, lambda: text
-    shakespeare.paper_protocol = lambda model, tokens, dtype: originals[2](model, tokens[:300], dtype)
     folder = tmp_path_factory.mktemp("runs")
     mlp_cifar.main(mlp_cifar.Config(**MLP, out=str(folder / "mlp")))
     shakespeare.main(shakespeare.Config(**GPT, out=str(folder / "content")))
     shakespeare.main(shakespeare.Config(**{**GPT, **shakespeare.SMALL, "blocks": 2, "residual_scale": 2.0, "hidden": 32, "steps": 30},
                                         out=str(folder / "position")))
     yield folder
-    mlp_cifar.stand_in, shakespeare.stand_in, shakespeare.paper_protocol = originals
+    mlp_cifar.stand_in, shakespeare.stand_in = originals
 
 
 def copy_of(run, tmp_path, change=None, claim=None):
@@ -90,7 +89,7 @@ def test_search_of_attention_is_near_what_twenty_times_the_budget_finds(heads, p
         return torch.cat([x / rms(x)[..., None], verify_lipschitz.split_tokens(block, heads, T, 1.0)])
 
     def attention(x):
-        return model.attention(block, x)
+        return block.attention(x)
 
     found = climb(attention, start(0), 1.0, steps=120).max()
     much = max(climb(attention, start(seed), 1.0, steps=600, seed=seed).max() for seed in range(4))  # 20 times the budget
@@ -128,7 +127,6 @@ def test_true_certificates_are_held(runs, capsys):
         assert result["held"] and wheres <= {row["where"] for row in result["rows"]}
         whole = [row for row in result["rows"] if row["where"] == "network"]
         assert 0.02 < max(row["tightness"] for row in whole) <= 1
-        assert [p["format"] for p in result["precision"]] == list(verify_lipschitz.FORMATS)
         for point in result["curve"]:
             assert point["certified"] <= point["attacked"]
         assert (runs / name / "verify.png").stat().st_size > 10_000
@@ -189,11 +187,11 @@ def test_weights_that_are_not_finite_are_caught(name, runs, tmp_path, capsys):
 def test_the_papers_formula_is_caught_and_ours_is_held(heads):
     model = attention_layer("orthogonal", heads)
     block, table = model.blocks[0], Table()
-    found = climb(lambda x: model.attention(block, x), verify_lipschitz.split_tokens(block, heads, 12, 1.0), 1.0).max().item()
+    found = climb(lambda x: block.attention(x), verify_lipschitz.split_tokens(block, heads, 12, 1.0), 1.0).max().item()
     terms = shakespeare.attention_terms(model, block, 1.0, search=10)
     table.add("attention", "ours", terms["value"] + terms["pattern"], found, "")
     assert not table.broken()
-    table.add("attention", "the paper's code", shakespeare.reference_formula(model, block, 1.0)[0], found, "")
+    table.add("attention", "the paper's code", verify_lipschitz.reference_terms(model, block, 1.0)[0], found, "")
     assert [row["what"] for row in table.broken()] == ["the paper's code"]
 
 
@@ -238,11 +236,11 @@ def test_what_cannot_be_checked(kind, runs, tmp_path, monkeypatch, capsys):
 def test_the_command_line(runs, tmp_path):
     began = time.time()
     helped = command("--help")
-    assert helped.returncode == 0 and time.time() - began < 2 and "--budget" in helped.stdout
+    assert helped.returncode == 0 and time.time() - began < 20 and "--budget" in helped.stdout
     wrong = command("--budget", "0")
     assert wrong.returncode == 2 and "--budget 0.0: must be" in wrong.stderr
     missing = command(tmp_path / "nowhere")
-    assert missing.returncode == 2 and "Traceback" not in missing.stderr and "no such checkpoint" in missing.stderr
+    assert missing.returncode == 2 and "Traceback" not in missing.stderr and "cannot be used as a checkpoint" in missing.stderr
 
 
 def test_without_runs_two_small_ones_are_trained_and_verified(tmp_path, monkeypatch, runs):
@@ -250,24 +248,3 @@ def test_without_runs_two_small_ones_are_trained_and_verified(tmp_path, monkeypa
     assert verify_lipschitz.main([], QUICK) == 0
     assert sorted(p.parent.name for p in Path("runs").glob("*/verify.json")) == ["verify_mlp_cifar", "verify_shakespeare"]
     assert len(verify_lipschitz.find_runs([])) == 2
-
-
-# ---- low precision ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("form, relative, absolute", [("full", 0, 0), ("bfloat16", 2**-8, 0), ("float8 e4m3", 2**-4, 2**-9 / 448),
-                                                      ("int8", 0, 0.5 / 127)])
-def test_rounding_errs_by_no_more_than_the_format(form, relative, absolute):
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 37
-    error = (verify_lipschitz.FORMATS[form](x) - x).abs()
-    assert (error <= relative * x.abs() + 1.001 * absolute * x.abs().max()).all()
-    assert error.max() > 0 or form == "full"
-
-
-def test_rounded_mode_sees_every_product_and_the_largest_activation():
-    x, W = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(0))
-    with verify_lipschitz.Rounded("int8") as mode:
-        y, z, e = F.linear(3 * x, W), x @ W, F.embedding(torch.arange(8), W)
-    q = verify_lipschitz.to_int8
-    torch.testing.assert_close(y, q(3 * x) @ q(W).T)
-    torch.testing.assert_close(z, q(x) @ q(W))
-    torch.testing.assert_close(e, q(W))
-    assert mode.largest == (3 * x).abs().max().item()

@@ -1,0 +1,109 @@
+"""How large attention logits get over training, and how large they could: with a constraint and without one.
+
+    python results/attention.py                      # minutes on two cores
+    python results/attention.py --data FILE --out FOLDER
+
+The paper's architecture at half its width, without norm layers, with the settings and learning rates of
+results/compare.py, seeds 0, 1, 2. Largest: over 16 windows of validation text, all heads and blocks. Bound:
+s sigma(q_h) sigma(k_h) R^2 D of the worst head, R the certified radius of the stream before it. Flags are
+those of shakespeare.py. Writes attention.png to --out, by default to results/.
+"""
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import shakespeare  # noqa: E402
+from compare import STUDIES, train  # noqa: E402
+
+STUDY = STUDIES["shakespeare"]
+SEEDS = (0, 1, 2)
+RUNS = (("muon", "soft_cap", 4), ("muon", "none", 1), ("adamw", "none", 1))
+
+
+@torch.no_grad()
+def attention_logits(model, window_BT):
+    """(largest |attention logit| on these windows, its bound), over blocks and heads, in float64."""
+    (B, T), D, H = window_BT.shape, model.config.width, model.config.heads
+    s, seen, bound = model.config.logit_scale / (D // H), 0.0, 0.0
+    x_BTD = F.embedding(window_BT, model.embedding_VD.double())
+    for block, row in zip(model.blocks, shakespeare.certificate(model)["rows"]):
+        q_BHTE, k_BHTE = (
+            shakespeare.rotate(F.linear(x_BTD, W.double()).view(B, T, H, D // H).transpose(1, 2))
+            for W in (block.q, block.k))
+        logits_BHTT = s * q_BHTE @ k_BHTE.mT
+        seen = max(seen, logits_BHTT.tril().abs().max().item())  # (a token attends to those before it)
+        q_H, k_H = (torch.linalg.matrix_norm(W.double().view(H, D // H, D), ord=2)
+                    for W in (block.q, block.k))
+        bound = max(bound, (s * q_H * k_H * row["radius"] ** 2 * D).max().item())
+        x_BTD = block(x_BTD)
+    return seen, bound
+
+
+def logits_over_training(config, data, window_BT):
+    """([(step, largest logit, bound)], summary) of a run, by a hook before each forward pass."""
+    points, steps = [], iter(range(10**9))
+
+    def look(module, args):
+        if isinstance(module, shakespeare.Transformer):
+            step = next(steps)  # (the first evaluation, after the last step, counts as well)
+            if step % max(1, config.steps // 16) == 0 and step <= config.steps:
+                points.append((step, *attention_logits(module, window_BT)))
+
+    hook = register_module_forward_pre_hook(look)
+    try:
+        return points, train(shakespeare, config, data)
+    finally:
+        hook.remove()
+
+
+def spread(values):
+    return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}"
+
+
+def main(argv=None):
+    base = shakespeare.parse_arguments([*STUDY["flags"].split(), *(sys.argv[1:] if argv is None else argv)])
+    data = shakespeare.load_data(base)
+    window_BT = data[1][:16 * base.seq_len].view(16, -1)
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    panels = figure.subplots(1, len(RUNS), sharey=True)
+    for panel, (optimizer, constraint, w_max) in zip(panels, RUNS):
+        seen, bounds, accuracy = [], [], []
+        for seed in SEEDS:
+            with tempfile.TemporaryDirectory() as out:
+                config = shakespeare.Config.of(**dict(
+                    base.given, preset=base.preset, optimizer=optimizer, constraint=constraint,
+                    w_max=str(w_max), lr=STUDY["pairs"][constraint][optimizer][0], seed=seed, out=out))
+                points, summary = logits_over_training(config, data, window_BT)
+            steps, largest, bound = zip(*points)
+            panel.semilogy(steps, largest, "C0", lw=1)
+            panel.semilogy(steps, bound, "C3:", lw=1)
+            seen.append(max(largest))
+            bounds.append(max(bound))
+            accuracy.append(100 * summary["val_accuracy"])
+        name = f"{optimizer} + {constraint} {w_max}"
+        if constraint == "none":
+            name = f"{optimizer}, no constraint"
+        panel.set_title(name, fontsize=9)
+        print(f"{name:24} largest logit over training {spread(seen)}, bound {spread(bounds)}, "
+              f"accuracy {spread(accuracy)} %", flush=True)
+    panels[0].set_ylabel("|attention logit|")
+    figure.supxlabel("training step (shakespeare.py; solid: largest on 16 windows, dotted: bound; "
+                     f"data: {Path(data[-1]).name})", fontsize=8)
+    figure.savefig((Path(base.out) if base.out else Path(__file__).parent) / "attention.png", dpi=110)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (shakespeare.UserError, OSError) as problem:
+        print(f"attention.py: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,175 @@
+"""Every optimizer with every constraint at several strengths: accuracy at equal Lipschitz bounds.
+
+    python results/compare.py mlp_cifar                             # 44 runs of the paper's network
+    python results/compare.py shakespeare                           # of the paper's transformer, half as wide
+    python results/compare.py mlp_cifar --seeds 3 --minutes 120     # adds two seeds to what is there
+
+Other flags are those of the tutorial. Each run has a folder of its own below --out. The same command goes on
+where it was stopped. At the end: a table, compare.csv, compare.png. One seed: 30 to 45 minutes on one core.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import importlib
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+# Learning rates and strengths. A strength is w_max, so for the decays the inverse of a weight decay. Learning
+# rates are the best of two to four on training data held out, at the middle strength and one seed.
+STUDIES = {
+    "mlp_cifar": dict(
+        flags="--preset paper --evals 1 --constrain_every 1 --steps 1000",
+        bound="lipschitz_product_log10", bound_name="RMS->RMS, product of norms", bounds=(1, 1.5, 2),
+        certified=("certified_accuracy", "36/255"), pairs={
+            "none": dict(muon=(0.1, (1,)), adamw=(0.002, (1,))),
+            "weight_decay": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (0.05, 0.2, 0.5))),
+            "spectral_weight_decay": dict(muon=(0.1, (0.2, 0.5, 1)), adamw=(0.004, (0.01, 0.03, 0.1))),
+            "specnorm": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.001, (2, 3.5, 6))),
+            "stiefel": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
+            "hammer": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
+            "soft_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
+            "hard_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
+        }),
+    "shakespeare": dict(
+        flags="--preset paper --evals 1 --constrain_every 1 --steps 200 --batch 32 --width 128 "
+              "--hidden 512 --seq_len 128",
+        bound="lipschitz_log10", bound_name="max-token RMS, heads counted", bounds=(3, 6, 9, 12),
+        certified=("certified_token_accuracy", "0.001"), pairs={
+            "none": dict(muon=(0.2, (1,)), adamw=(0.012, (1,))),
+            "weight_decay": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (0.03, 0.1, 0.3))),
+            "spectral_weight_decay": dict(muon=(0.2, (0.1, 0.3, 1)), adamw=(0.012, (0.01, 0.03, 0.1))),
+            "specnorm": dict(muon=(0.2, (1, 2, 4)), adamw=(0.0015, (1, 2, 4))),
+            "stiefel": dict(muon=(0.2, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
+            "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.012, (1, 2, 4))),
+            "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (1, 2, 4))),
+            "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (1, 2, 4))),
+        }),
+}
+
+
+def train(tutorial, config, data):
+    """main(config) on data that are loaded already, without its printing. Returns the summary."""
+    with (mock.patch.object(tutorial, "load_data", lambda config: data),
+          contextlib.redirect_stdout(io.StringIO())):
+        return tutorial.main(config)
+
+
+def compare(tutorial, study, config, seeds, minutes, base):
+    """Train each point with each seed until all are there or the time is over; then report."""
+    data, began, trained, rows = tutorial.load_data(config), time.perf_counter(), 0, []
+    settings = json.dumps(dict(dataclasses.asdict(config), data=data[-1], out="", device=""), indent=1)
+    known = base / "compare.json"
+    if base.exists() and any(base.iterdir()) and not (known.exists() and known.read_text() == settings):
+        raise tutorial.UserError(f"--out {base}: holds no comparison, or one with other settings")
+    base.mkdir(parents=True, exist_ok=True)
+    tutorial.write(known, settings.encode())
+    points = [dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
+              for seed in range(seeds) for constraint, pair in study["pairs"].items()
+              for optimizer, (lr, strengths) in pair.items() for w in strengths]
+    for row in points:
+        spent = time.perf_counter() - began
+        out = base / "{optimizer}_{constraint}_{w_max:g}_seed{seed}".format(**row)
+        if not (out / "summary.json").exists():
+            if spent + spent / max(1, trained) >= 60 * minutes:
+                continue
+            trained += 1
+            try:
+                changes = dict(row, preset=config.preset, w_max=str(row["w_max"]), out=str(out))
+                train(tutorial, tutorial.Config.of(**{**config.given, **changes}), data)
+            except tutorial.UserError as problem:
+                if "diverged" not in str(problem):
+                    raise
+                tutorial.write(out / "summary.json", json.dumps(dict(diverged=str(problem))).encode())
+        summary = json.loads((out / "summary.json").read_text())
+        if "diverged" not in summary:
+            group, radius = study["certified"]
+            row.update(accuracy=summary["val_accuracy"], loss=summary["val_loss"],
+                       bound_log10=float(summary[study["bound"]]), certified=summary[group][radius])
+        rows.append(row)
+        print(f"{len(rows):3d}/{len(points)}  {out.name:40}  {row.get('accuracy', 'diverged')}", flush=True)
+    if rows:
+        report(study, rows, base, f"{tutorial.SCRIPT}, data: {data[-1]}")
+    if len(rows) < len(points):
+        print(f"{len(points) - len(rows)} of {len(points)} runs are to come: give the same command again.")
+
+
+def accuracy_within(runs, bound_log10):
+    """Accuracy of one pair and seed at no more than this bound, linear in its logarithm between two runs."""
+    x, y = zip(*sorted((run["bound_log10"], run["accuracy"]) for run in runs))
+    return float(np.interp(bound_log10, x, np.maximum.accumulate(y), left=np.nan))
+
+
+def spread(values):
+    """Mean and standard deviation in percent; "-" if no run is below that bound."""
+    values = [100 * v for v in values if not np.isnan(v)]
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}" if values else "-"
+
+
+def report(study, rows, base, title):
+    """compare.csv, compare.png, and each constraint's accuracy at equal bounds, Muon / AdamW."""
+    with open(base / "compare.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(max(rows, key=len)))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure, seeds = Figure(figsize=(12, 5), layout="constrained"), sorted({row["seed"] for row in rows})
+    left, right = figure.subplots(1, 2)
+    header = "".join(f"10^{bound:g}".center(29) for bound in study["bounds"])
+    print(f"\n{title}, {len(seeds)} seed(s), Muon / AdamW\naccuracy (%) at a bound of at most, "
+          f"{study['bound_name']}\n{'':23}{header}{'best, at bound 10^':^29}")
+    for color, (constraint, pair) in enumerate(study["pairs"].items()):
+        columns = []
+        for optimizer, (_, strengths) in pair.items():
+            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
+            curves = [[row for row in mine if row["seed"] == seed and "accuracy" in row] for seed in seeds]
+            curves = [curve for curve in curves if len(curve) == len(strengths)]  # the whole ones
+            style = "o-" if optimizer == "muon" else "x--"
+            columns.append([spread([accuracy_within(curve, b) for curve in curves]) for b in study["bounds"]])
+            if curves:
+                accuracy, bound, certified = (  # means over the seeds, for each strength
+                    np.mean([[row[key] for row in curve] for curve in curves], 0)
+                    for key in ("accuracy", "bound_log10", "certified"))
+                left.plot(bound, 100 * accuracy, style, color=f"C{color}", label=f"{optimizer} {constraint}")
+                right.plot(100 * accuracy, 100 * certified, style, color=f"C{color}")
+            best = f"{100 * accuracy.max():.1f} at {bound[accuracy.argmax()]:.2f}" if curves else "-"
+            columns[-1].append(best)
+        print(f"  {constraint:21}" + "".join(" / ".join(cell).center(29) for cell in zip(*columns)))
+    left.set(xlabel=f"log10 of the Lipschitz bound ({study['bound_name']})", ylabel="accuracy (%)")
+    right.set(title=f"certified at {study['certified'][1]}", xlabel="accuracy (%)", ylabel="certified (%)")
+    left.legend(fontsize=6)
+    figure.savefig(base / "compare.png", dpi=110)
+    print(f"Every run and the picture: {base}/compare.csv, compare.png")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tutorial", choices=STUDIES)
+    parser.add_argument("--seeds", type=int, default=1, help="seeds that each point is trained with [1]")
+    parser.add_argument("--minutes", type=float, default=60, help="time after which no run begins [60]")
+    parser.add_argument("--out", help="folder of the comparison [runs/TUTORIAL_compare]")
+    options, flags = parser.parse_known_args(argv)
+    tutorial, study = importlib.import_module(options.tutorial), STUDIES[options.tutorial]
+    try:
+        config = tutorial.parse_arguments([*study["flags"].split(), *flags])
+        for name in config.given.keys() & {"optimizer", "constraint", "w_max", "lr", "seed"}:
+            raise tutorial.UserError(f"--{name}: compare.py sets it itself")
+        base = Path(options.out or f"runs/{options.tutorial}_compare")
+        compare(tutorial, study, config, options.seeds, options.minutes, base)
+    except tutorial.UserError as problem:
+        parser.error(str(problem))
+
+
+if __name__ == "__main__":
+    main()

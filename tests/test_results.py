@@ -1,0 +1,241 @@
+"""results/: each script in shortened form, the commands of its README, and its tables."""
+
+import csv
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+
+import attention  # noqa: E402
+import benchmark  # noqa: E402
+import compare  # noqa: E402
+import enforcement  # noqa: E402
+import frontier  # noqa: E402
+import method  # noqa: E402
+import mlp_cifar  # noqa: E402
+import precision  # noqa: E402
+import protocol  # noqa: E402
+import shakespeare  # noqa: E402
+
+README = (ROOT / "results" / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README.replace("\\\n", ""), re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()
+            if not line.startswith("#")]
+MLP = "--data stand-in --width 16 --lowpass 6 --steps 6 --batch 64".split()
+TEXT = ("--data stand-in --width 16 --blocks 2 --heads 2 --hidden 32 --seq_len 24 --steps 4 --batch 4 "
+        "--length 10").split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_data():
+    """Stand-ins drawn once, and little of them; no picture of single runs."""
+    text, images, patch = shakespeare.stand_in(20_000), mlp_cifar.stand_in(600, 200), pytest.MonkeyPatch()
+    patch.setattr(shakespeare, "stand_in", lambda: text)
+    patch.setattr(mlp_cifar, "stand_in", lambda: images)
+    for tutorial in (mlp_cifar, shakespeare):
+        patch.setattr(tutorial, "draw", lambda *arguments: None)
+    yield
+    patch.undo()
+
+
+# ==== compare.py ==================================================================================
+def few_pairs(monkeypatch, name):
+    pairs = {"none": dict(muon=(0.2, (1,)), adamw=(1e30, (1,))),
+             "soft_cap": dict(muon=(0.2, (1.5, 4)), adamw=(0.001, (1.5,)))}
+    monkeypatch.setitem(compare.STUDIES[name], "pairs", pairs)
+
+
+def test_compare(tmp_path, monkeypatch, capsys):
+    few_pairs(monkeypatch, "mlp_cifar")
+    out = tmp_path / "all"
+    command = ["mlp_cifar", *MLP, "--seeds", "2", "--out", str(out)]
+    compare.main([*command, "--minutes", "0"])
+    assert "10 of 10 runs are to come" in capsys.readouterr().out and not list(out.glob("*_seed*"))
+    (out / "muon_none_1_seed0").mkdir()  # what an interrupted run leaves
+    (out / "muon_none_1_seed0" / "config.json").write_text("{")
+    compare.main(command)
+    text = capsys.readouterr().out
+    with open(out / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and sum(row["accuracy"] == "" for row in rows) == text.count("diverged") == 2
+    summary = json.loads((out / "muon_soft_cap_4_seed1" / "summary.json").read_text())
+    row = next(row for row in rows if row["w_max"] == "4" and row["seed"] == "1")
+    assert float(row["accuracy"]) == summary["val_accuracy"] and summary["w_max"] == [4.0, 4.0, 4.0]
+    assert float(row["certified"]) == summary["certified_accuracy"]["36/255"]
+    assert float(row["bound_log10"]) == summary["lipschitz_product_log10"]
+    table = text[text.index("accuracy (%) at"):]
+    assert "±" in table and "2 seed(s)" in text and (out / "compare.png").stat().st_size > 5000
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    compare.main(command)  # nothing is done twice
+    assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    assert table in capsys.readouterr().out
+    for wrong in ([*command, "--batch", "32"], [*command[:-1], str(out / "muon_none_1_seed0")]):
+        with pytest.raises(SystemExit) as stop:  # other settings; no comparison
+            compare.main(wrong)
+        assert stop.value.code == 2 and "holds no comparison, or one with other" in capsys.readouterr().err
+
+
+def test_compare_transformers(tmp_path, monkeypatch, capsys):
+    few_pairs(monkeypatch, "shakespeare")
+    compare.main(["shakespeare", *TEXT, "--out", str(tmp_path / "all")])
+    text = capsys.readouterr().out
+    assert "heads counted" in text and text.count("diverged") == 1
+    assert (tmp_path / "all" / "compare.png").exists()
+
+
+@pytest.mark.parametrize("flags", [["--w_max", "3"], ["--seed", "1"], ["--lr", "0.1"], ["--nothing", "1"]])
+def test_compare_refuses(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["mlp_cifar", *MLP, "--out", str(tmp_path / "all"), *flags])
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err and not (tmp_path / "all").exists()
+
+
+def test_accuracy_at_equal_bounds():
+    runs = [dict(bound_log10=b, accuracy=a) for b, a in ((1.0, 0.3), (2.0, 0.5), (3.0, 0.4))]
+    within = [compare.accuracy_within(runs, bound) for bound in (0.9, 1.0, 1.5, 2.0, 2.5, 9.0)]
+    np.testing.assert_allclose(within, [np.nan, 0.3, 0.4, 0.5, 0.5, 0.5])
+    assert compare.spread([0.5, 0.52, np.nan]) == "51.0 ± 1.4" and compare.spread([np.nan]) == "-"
+
+
+# ==== The other scripts ===========================================================================
+def test_enforcement(capsys):
+    enforcement.main(MLP)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["soft_cap", "hard_cap", "specnorm", "stiefel"]
+    for line in lines:
+        assert "over 6 steps" in line and 0.2 < float(line.split()[5]) < 1 + 1e-4
+
+
+def test_enforcement_sees_what_is_too_large(capsys, monkeypatch, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def nothing(W, w_max, step_norm=0.0):\n    return 3 * W\n")
+    enforcement.main([*MLP, "--constraint", f"{mine}:nothing"])
+    assert float(capsys.readouterr().out.split("limit ")[1].split()[0]) > 1
+
+
+def test_method(tmp_path, capsys):
+    method.main([*MLP, "--out", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.count("largest") == 9 and "adamw none" in text and "muon stiefel: largest 3.5" in text
+    assert (tmp_path / "method.png").stat().st_size > 5000
+
+
+def test_attention(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "SEEDS", (0, 1))
+    monkeypatch.setattr(attention, "RUNS", attention.RUNS[1:])
+    attention.main([*TEXT, "--out", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "adamw, no constraint" in lines[1]
+    for line in lines:
+        assert 0 < float(line.split("training ")[1].split()[0]) < float(line.split("bound ")[1].split()[0])
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+
+
+def test_frontier(tmp_path, capsys):
+    frontier.main(["--out", str(tmp_path / "frontier.png")])
+    assert "15 runs" in capsys.readouterr().out and (tmp_path / "frontier.png").stat().st_size > 5000
+
+
+def test_precision_and_protocol(tmp_path, capsys):
+    folders = [str(tmp_path / "mlp"), str(tmp_path / "text")]
+    mlp_cifar.main(mlp_cifar.parse_arguments([*MLP, "--out", folders[0]]))
+    summary = shakespeare.main(shakespeare.parse_arguments([*TEXT, "--out", folders[1]]))
+    capsys.readouterr()
+    precision.main([*folders, "--csv", str(tmp_path / "precision.csv")])
+    assert capsys.readouterr().out.count("float8 e4m3") == 2
+    with open(tmp_path / "precision.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["format"] for row in rows] == 2 * ["full", "bfloat16", "float8 e4m3", "int8"]
+    losses = [float(row["loss"]) for row in rows]
+    assert len(set(losses)) == 8 and np.ptp(losses[:4]) < 0.1 and np.ptp(losses[4:]) < 0.1
+    with pytest.raises(mlp_cifar.UserError):
+        precision.main([str(tmp_path)])
+    protocol.main(folders[1:])
+    whole, paper = (float(share) for share in re.findall(r"([\d.]+) %", capsys.readouterr().out))
+    assert whole == pytest.approx(100 * summary["val_accuracy"], abs=0.01) and 0 <= paper <= 100
+
+
+def test_benchmark(monkeypatch, capsys):
+    """Each function is called once, but for the slowest."""
+    def call_once(functions, **how):
+        for name, f in functions.items():
+            if not any(word in name for word in ("orthogonal", "torch.optim.Muon", "SVD", "bfloat16")):
+                f()
+        return dict.fromkeys(functions, 1.0)
+
+    monkeypatch.setattr(benchmark, "in_turns", call_once)
+    monkeypatch.setitem(shakespeare.PRESETS, "paper", dict(width=16, hidden=32, heads=2, seq_len=24))
+    benchmark.main(["mlp", "shakespeare", "constraint"])
+    text = capsys.readouterr().out
+    for words in ("Muon + soft cap", "exact SVD clipping", "soft cap waiting", "characters a second"):
+        assert words in text
+    with pytest.raises(SystemExit):
+        benchmark.main(["everything"])
+
+
+def test_benchmark_takes_turns():
+    calls = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    ms = benchmark.in_turns(functions, turns=2, seconds=0, least=3)
+    assert set(ms) == {"a", "b"} and "".join(calls) == "ab" + 2 * "aaabbb" and min(ms.values()) > 0
+
+
+# ==== The README and the tables ===================================================================
+def help_of(script, capsys):
+    """What --help prints; of scripts that pass flags on to a tutorial, that of the tutorial too."""
+    module = importlib.import_module(script)
+    start = getattr(module, "parse_arguments", None) or module.main
+    with pytest.raises(SystemExit) as stop:
+        start(["--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_of_command(command, capsys):
+    words = shlex.split(command)
+    assert words[0] == "python" and (ROOT / words[1]).exists()
+    script = Path(words[1]).stem
+    text = help_of(script, capsys)
+    if script == "compare":
+        text += help_of(words[2], capsys)
+    for flag in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{flag}\b", text), flag
+    if script in ("mlp_cifar", "shakespeare", "nanogpt_lipschitz"):
+        importlib.import_module(script).parse_arguments(words[2:])  # the preset exists, numbers are numbers
+
+
+def test_each_script_has_a_command():
+    scripts = {path.name for path in (ROOT / "results").glob("*.py")}
+    assert scripts == {Path(shlex.split(command)[1]).name for command in COMMANDS if "results/" in command}
+
+
+def test_links_of_readme():
+    headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
+                for line in README.splitlines() if line.startswith("##")]
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        else:
+            assert (ROOT / "results" / target).exists(), target
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name)
+def test_table(path):
+    """Every figure of a CSV file is in the README, but for logarithms."""
+    known = set(re.findall(r"\d[\d.e]*", README.replace(",", " ")))
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and all(None not in row and None not in row.values() for row in rows)
+    for row in rows:
+        for column, value in row.items():
+            if re.fullmatch(r"[\d.]+", value) and "log10" not in column and column != "seeds":
+                assert value in known, (column, value)
