@@ -109,10 +109,9 @@ def inverse_norm(A2):
 
 def lifted_square(X):
     """X X^T plus what rounding may have taken from it, for X (count, m, n), m <= n."""
-    # An A too large (eigenvalue t >= s^2) does no harm: s goes to s p(sqrt(t)) / sqrt(t) <= p(sqrt(t)).
-    # With one too small L^-1 X would be longer than 1, or there would be no L. So:
-    #   1. Rounding takes a sum of c products off by at most c u times the sum of their absolute values (u is
-    #      2^-24 in float32), and rows of one sign come near that. Sum runs of c columns, then the runs.
+    # An A too large (t >= s^2) does no harm, s goes to s p(sqrt(t)) / sqrt(t) <= p(sqrt(t)); too small does:
+    #   1. Rounding takes a sum of c products off by at most c u (u = 2^-24 in float32) times that of absolute
+    #      values, and rows of one sign come near that. Sum runs of c columns, then the runs.
     #   2. |error| <= (c + 32) u |X| |X|^T entry by entry, 32 u for adding up the runs, pairwise: its norm is
     #      at most (c + 32) u trace(A). Add that. (It covers Cholesky's rounding, too: measured to m = 1024.)
     m, n = X.shape[-2:]
@@ -164,9 +163,9 @@ class Muon(torch.optim.Optimizer):
                 wrong.append(f"{name} is {group[name]}, must be at least {low:g} and below {high:g}")
         for p in group["params"]:
             if p.ndim not in (2, 3) or p.numel() == 0 or (group["dtype"] or p.dtype) not in MSIGN_MAX:
-                wrong.append(f"a parameter is {tuple(p.shape)} in {p.dtype}, must be a matrix or a stack of "
-                             "them, in float32, float64 or bfloat16. Give biases and gains to Adam; keep a "
-                             "convolution's kernel as a matrix (fan_out, the rest), reshaped where used")
+                wrong.append(f"a parameter is {tuple(p.shape)} in {p.dtype}, must be a matrix or a stack, in "
+                             "float32, float64 or bfloat16. Biases and gains go to Adam; the kernel of a "
+                             "convolution is to be held as a matrix (fan_out, the rest)")
         if wrong:
             self.param_groups.pop()
             raise ValueError("Muon: " + "; ".join(wrong))
@@ -194,8 +193,8 @@ class Muon(torch.optim.Optimizer):
         for i, p in zip(names, (p for group in self.param_groups for p in group["params"])):
             saved = {k: getattr(v, "shape", ()) for k, v in state_dict["state"].get(i, {}).items()}
             if saved not in ({}, {"momentum": p.shape}) or not all("every" in group for group in groups):
-                raise ValueError("Muon: this state is of another optimizer or model: for a parameter "
-                                 f"{tuple(p.shape)} it has {saved}; needed: a momentum of that shape")
+                raise ValueError("Muon: this state is of another optimizer or model: needed is a momentum "
+                                 f"{tuple(p.shape)}, it has {saved}")
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, own):
             group.update(constraint=before["constraint"], w_max=group["w_max"] or before["w_max"])
@@ -229,8 +228,8 @@ class Muon(torch.optim.Optimizer):
             updates.append(torch.lerp(p.grad, M, momentum).to(group["dtype"] or M.dtype))
         update = msign(torch.stack(updates) if len(batch) > 1 else updates[0][None])
         if update.device.type != "cpu" or not update[..., 0, 0].isfinite().all():  # (a look costs a GPU more)
-            for values in (update, *(self.state[p]["momentum"] for p in batch)):
-                values.nan_to_num_(0, 0, 0)
+            for M in (update, *(self.state[p]["momentum"] for p in batch)):
+                M.nan_to_num_(0, 0, 0)
         (fan_out, fan_in), step = batch[0].shape[-2:], lr * MSIGN_MAX[update.dtype]
         for p, U in zip(batch, update):
             p.add_(U, alpha=-lr * (fan_out / fan_in) ** 0.5)
@@ -239,22 +238,23 @@ class Muon(torch.optim.Optimizer):
             self._constrain(batch, group, step)
 
     def _constrain(self, batch, group, step):
-        """Keep matrices of one shape within w_max after an update of norm at most `step`."""
-        # constraint.can_wait = True promises that any W of norm up to w_max + step_norm goes to at most w_max
-        # (any W at all if step_norm is infinite). Then the limit holds though it does not run at each step.
-        # No norm is measured; steps are counted:
-        #   1. Before the update each norm is at most bounds[W], infinite where nothing is known, and after it
-        #      at most that + step. While this is at most w_max there is nothing to do.
-        #   2. Else W is taken to a target so far below w_max that the next every - 1 steps cannot pass it:
+        # can_wait = True promises that any W of norm up to w_max + step_norm goes to at most w_max, and any W if
+        # step_norm is infinite. Then the constraint need not run at each step. No norm is measured:
+        #   1. bounds[W] grew by step. While it is at most w_max there is nothing to do. Where it is infinite
+        #      (nothing is known) W is first brought to w_max + step: one that is within stays as it is.
+        #   2. Then W is taken to a target so far below w_max that the next every - 1 steps cannot pass it:
         #      w_max - (every - 1) step, in whole steps and not below 15/16 w_max. That is the new bound.
-        constraint, target, told, bound = group["constraint"], float(group["w_max"]), step, math.inf
-        if getattr(constraint, "can_wait", False):
-            most = max(self.bounds[p] for p in batch)
-            if most <= target * (1 + 1e-9):
-                return
-            target -= max(0, min(group["every"] - 1, target // (16 * step))) * step if step else 0
-            told, bound = most - target, target
+        constraint, target, bound, told = group["constraint"], float(group["w_max"]), math.inf, step
+        waits, most = getattr(constraint, "can_wait", False), max(self.bounds[p] for p in batch)
+        if waits and most <= target * (1 + 1e-9):
+            return
         stack = torch.stack(batch) if len(batch) > 1 else batch[0][None]
+        if waits:
+            reach = target + step
+            if most == math.inf:
+                stack, most = constraint(stack, reach, math.inf), reach
+            target -= max(0, min(group["every"] - 1, target // (16 * step))) * step if step else 0
+            bound, told = target, max(most, reach) - target
         for p, W in zip(batch, constraint(stack, target, told)):
             p.copy_(W)
             self.bounds[p] = bound

@@ -308,7 +308,7 @@ def test_limit_holds_after_each_step_though_the_constraint_waits(lr, every, name
             W.grad = -W.detach()
         optimizer.step()
         assert held(optimizer, a) and held(optimizer, b)
-    assert len(calls) == math.ceil(60 / every) and calls[0][1] == math.inf
+    assert len(calls) == math.ceil(60 / every) + 1 and calls[0] == (pytest.approx(1 + step), math.inf)  # (and once to begin)
     for w_max, step_norm in calls[1:]:
         assert w_max == pytest.approx(1 - (every - 1) * step) and step_norm == pytest.approx(every * step)
 
@@ -470,7 +470,7 @@ def test_states_that_do_not_fit_are_refused():
     optimizer = Muon([W], lr=0.1, constraint=hard_cap, w_max=1.0)
     V = torch.nn.Parameter(torch.zeros(5, 4))
     for state in (used(W, torch.optim.Muon([W])), torch.optim.Muon([W]).state_dict(), used(V, Muon([V])), used(W, torch.optim.AdamW([W]))):
-        with pytest.raises(ValueError, match=r"another optimizer or model.*\(3, 4\).*momentum"):
+        with pytest.raises(ValueError, match=r"another optimizer or model.*momentum \(3, 4\)"):
             optimizer.load_state_dict(state)
         used(W, optimizer)  # and nothing was harmed
 
