@@ -260,7 +260,7 @@ def soft_cap_map(W, alpha, dtype=None):
     c = size.nan_to_num(math.inf, math.inf).clamp(min=1)  # step 6
     U, U2 = (U / c).to(U.dtype), (U2 / c**2).to(U.dtype)
     new = multiply((U2 @ polynomial(3, -3, 1, U, U2)).nan_to_num(0), low).to(X.dtype)
-    return torch.sub(X, new, out=new).mul_(c.rsqrt()).to(W.dtype)
+    return new.sub_(X).mul_(-c.rsqrt()).to(W.dtype)
 
 
 def soft_cap(W, w_max, step_norm=0.0):

@@ -238,7 +238,7 @@ class Muon(torch.optim.Optimizer):
             self._constrain(batch, group, step)
 
     def _constrain(self, batch, group, step):
-        # can_wait = True promises that any W of norm up to w_max + step_norm goes to at most w_max, and any W if
+        # can_wait = True promises: any W of norm up to w_max + step_norm goes to at most w_max, and any W if
         # step_norm is infinite. Then the constraint need not run at each step. No norm is measured:
         #   1. bounds[W] grew by step. While it is at most w_max there is nothing to do. Where it is infinite
         #      (nothing is known) W is first brought to w_max + step: one that is within stays as it is.

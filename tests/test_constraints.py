@@ -150,6 +150,14 @@ def test_specnorm_of_the_largest_numbers():
             assert exact_norm(specnorm(W, w_max)) <= w_max * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_every_map_takes_a_parameter(name):
+    """Outside no_grad, too: a Parameter is what a user has at hand."""
+    W = torch.nn.Parameter(2 * torch.eye(3, 5))
+    CONSTRAINTS[name](W, 1.0, 0.5)
+    assert torch.equal(W, 2 * torch.eye(3, 5))
+
+
 def test_hard_cap_leaves_alone_what_is_within():
     W = torch.stack([with_spectrum(6, 9, torch.linspace(n, 0.1, 6)) for n in (0.3, 0.99, 2.0)])
     capped = hard_cap(W, math.sqrt(9 / 6))
