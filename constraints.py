@@ -429,6 +429,52 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
     return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (n_1 + n_2).log())
 
 
+def ellipsoid_blocks(blocks: list[dict], D: int, R: float, free: dict):
+    """[(S, log)]: after each block of a transformer tokens move in E(exp(log) S), if RMS <= 1 at the start.
+
+    A block, matrices in float64:  x <- stream x_t + sum_h C_h sum_j P^h_tj x_j,  x <- mlp(x)
+    stream, C_HDD    as above
+    p_H              what head h gives a token of itself, at least, if P does not depend on content; else None
+    q_HED, k_HED, rotates      if it does: logits q_h x_t . k_h x_j (see ellipsoid_pattern)
+    moves, values    (F, A, B) of ellipsoid_layer of the MLP and its stream, for movements and for tokens
+    R                largest RMS of a token at the start
+    free             weights, filled with zeros where there are none
+    """
+    # 1. E(S) is convex and symmetric: averages of tokens that move in it do, whatever the pattern.
+    # 2. P fixed: a token has at least p_h of itself from head h, the rest is an average y_h. So it moves by the
+    #    sum of G_0 dx_t and all G_h y_h, G_0 = stream I + sum_h p_h C_h, G_h = (1 - p_h) C_h.
+    # 3. P not fixed: p_h = 0, and the moved pattern is one more part. It depends on where tokens are: in E(X),
+    #    from X = R^2 D I on by the same steps.
+    # 4. Any weights are true. So each G of the next sum may use an ellipsoid with weights of its own for the
+    #    same movement: U uses.
+    eye, after = torch.eye(D).double(), []
+    S_UDD, log_U = ellipsoid(eye[None], math.log(D))
+    X, log_X = ellipsoid(eye, math.log(D) + 2 * math.log(max(R, 1e-300)) + 1e-9)
+    for i, block in enumerate(blocks):
+        def weights(name, *shape):
+            return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
+
+        C_HDD, content, N = block["C_HDD"], block["p_H"] is None, len(block["moves"][0])
+        H, U = len(C_HDD), 1 if content or i == len(blocks) - 1 else len(C_HDD) + 1
+        p_H11 = torch.zeros(H, 1, 1).double() if content else block["p_H"][:, None, None]
+        G_KDD = torch.cat([(block["stream"] * eye + (p_H11 * C_HDD).sum(0))[None], (1 - p_H11) * C_HDD])
+        S_KDD, log_K = ellipsoid(G_KDD @ S_UDD @ G_KDD.mT, log_U)
+        if content:
+            pairs = H, block["q_HED"].shape[1] // 2
+            S, log = ellipsoid_pattern(
+                S_UDD[0], X, block["q_HED"], block["k_HED"], C_HDD, block["rotates"],
+                weights("heads", H), weights("S", *pairs), weights("X", *pairs))
+            S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
+            X, log_X = ellipsoid_sum(*ellipsoid(G_KDD @ X @ G_KDD.mT, log_X), weights("tokens", H + 1))
+            X, log_X = ellipsoid_layer(X, log_X, *block["values"], weights("values", N), weights("share"))
+        free_U = zip(weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U))
+        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts_K), *block["moves"], neurons_N, share)
+                for parts_K, neurons_N, share in free_U]
+        S_UDD, log_U = map(torch.stack, zip(*uses))
+        after.append(uses[0])
+    return after
+
+
 def log10(x: float) -> float:
     return math.log10(x) if x > 0 else -math.inf
 
