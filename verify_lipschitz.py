@@ -45,17 +45,13 @@ import shakespeare
 
 
 # ==== Config ======================================================================================
-def flag(default, low, text):
-    return dataclasses.field(default=default, metadata=dict(low=low, help=f"{text} [{default}]"))
-
-
 @dataclasses.dataclass
 class Config:
-    budget: float = flag(1.0, 1e-6, "multiplies the steps of every search")
-    images: int = flag(300, 1, "test images to attack")
-    windows: int = flag(24, 1, "windows of validation text to attack")
-    data: str = flag("", "", "where the run's own data are now, if not where they were")
-    seed: int = flag(0, 0, "seed of the searches")
+    budget: float = 1.0
+    images: int = 300
+    windows: int = 24
+    data: str = ""
+    seed: int = 0
 
 
 class UserError(Exception):
@@ -66,21 +62,27 @@ def parse_arguments(argv=None):
     """(run folders and files, Config) of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders, folders of those, or .npz [runs]")
-    for f in dataclasses.fields(Config):
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=f.metadata["help"])
+    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
+    add("runs", nargs="*", default=[], help="run folders, folders of those, published .npz [runs]")
+    add("--budget", type=float, help="multiplies the steps of every search [1]")
+    add("--images", type=int, help="test images to attack [300]")
+    add("--windows", type=int, help="windows of validation text to attack, four at a time [24]")
+    add("--data", help="where the run's own data are now, if not where they were")
+    add("--seed", type=int, help="seed of the searches [0]")
     given = vars(parser.parse_args(argv))
-    for f in dataclasses.fields(Config):
-        if not f.metadata["low"] <= given[f.name] or given[f.name] == math.inf:
-            parser.error(f"--{f.name} {given[f.name]}: must be finite, at least {f.metadata['low']}")
+    for name, low in dict(budget=1e-6, images=1, windows=1, seed=0).items():
+        if not low <= given.get(name, low) < 2**31:
+            parser.error(f"--{name} {given[name]}: must be from {low} to 2147483647")
     return given.pop("runs"), Config(**given)
 
 
 # ==== The tutorials ===============================================================================
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
-# Until nanogpt_lipschitz.py and shakespeare.py have one interface, their differences are in this section.
 TUNED = {"shakespeare": dict(search=20)}  # how the certificate in summary.json was made
-ERRORS = (UserError, mlp_cifar.UserError, shakespeare.UserError, nanogpt_lipschitz.Refusal)
+# Until nanogpt_lipschitz.py and shakespeare.py have one interface: what differs.
+OLD = hasattr(nanogpt_lipschitz, "Refusal")
+ERRORS = (UserError, mlp_cifar.UserError, shakespeare.UserError,
+          nanogpt_lipschitz.Refusal if OLD else nanogpt_lipschitz.UserError)
 
 
 def certificate(script, model):
@@ -90,6 +92,8 @@ def certificate(script, model):
 
 def certified_tokens(script, model, tokens_N):
     """{rho: (N,) bool, predicted right and certified}"""
+    if hasattr(script, "certified_tokens"):
+        return script.certified_tokens(model, tokens_N)
     tuned = dict(search=5) if script is shakespeare else {}
     log = {rho: script.certificate(model, rho, **tuned)["body_log10"] for rho in shakespeare.RHOS}
     margin_N = shakespeare.token_margins(model, tokens_N)
@@ -157,7 +161,6 @@ def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
     order_S = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
     h_S = scale * torch.logspace(-6, math.log10(0.5), S, dtype=torch.float64)[order_S]
     x_STD, w_STD = x_STD.double(), directions(*x_STD.shape, seed=seed)
-    own_S = T - 1 - torch.arange(S) % T
     best_S, best = torch.zeros(S, dtype=torch.float64), (x_STD, w_STD)
     for step in range(steps):
         if step == moving:
@@ -174,7 +177,7 @@ def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
         better_S11 = (found_S > best_S)[:, None, None]
         best_S = torch.maximum(best_S, found_S)
         best = [torch.where(better_S11, new.detach(), old) for new, old in zip((x, w), best)]
-        t_S = own_S if step < moving else moved_ST.argmax(-1)
+        t_S = T - 1 - torch.arange(S) % T if step < moving else moved_ST.argmax(-1)
         length = apart_STO[torch.arange(S), t_S].norm(dim=-1).sum()
         u_STD, v_STD = torch.autograd.grad(length, (x, w), allow_unused=True, materialize_grads=True)
         # (a token that the output does not see has no gradient: it keeps its direction)
@@ -192,17 +195,17 @@ def margins(logits_NK, y_N):
     return (right_N1 - logits_NK.scatter(1, y_N[:, None], -math.inf)).amin(1)
 
 
-def withstands(logits, shape, y_N, radius, steps, restarts=1, seed=0):
+def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
     """(N,) bool: predicted right, and still so all along a descent of the margin by its gradient.
 
-    logits  (N, K) of a perturbation of that shape, each vector of which has an RMS <= radius
+    logits  (N, K) of inputs like x, each vector of which may move by an RMS of at most radius
     """
     stands_N = torch.ones(len(y_N), dtype=torch.bool)
-    for restart in range(restarts):  # (the first starts at 0)
-        d = radius * directions(*shape, seed=seed + restart) * (restart > 0)
+    for restart in range(restarts):  # (the first starts at x)
+        d = radius * directions(*x.shape, seed=seed + restart) * (restart > 0)
         for _ in range(steps + 1):
             d.requires_grad_()
-            margin_N = margins(logits(d), y_N)
+            margin_N = margins(logits(x + d), y_N)
             stands_N &= (margin_N > 0).detach()
             size_N = margin_N.detach().abs()
             weight_N = stands_N / (size_N + 1e-3 * size_N.mean() + 1e-300)  # (those near the edge)
@@ -224,12 +227,13 @@ def withstands(logits, shape, y_N, radius, steps, restarts=1, seed=0):
 #      either way, and the loss may differ by the mean of 8 e; and by 1e-6 of itself, as up to 2^13
 #      terms were added in float32, in 13 roundings of 2^-24.
 RELATIVE = 1e-6
-SLACK = 1e-4  # of a constraint's promise, which it keeps in float32 (constraints.py)
-HELD = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
+SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
+LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
 MISSING = object()
 # Settings that say where, not what: they may differ between the files of a run.
-PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "resume"}
+PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "resume",
+          "launcher", "sample", "prepare", "compile"}
 # What a run did and its weights do not tell.
 HISTORY = {"train_seconds", "ms_per_step", "device", "dtype", "torch", "largest_activation", "spikes",
            "tokens_per_second", "utilisation", "update_share", "memory_gib", "processes"}
@@ -245,13 +249,10 @@ def near(x):
     return Range(x, x * (1 - RELATIVE), x * (1 + RELATIVE))
 
 
-def near_log(x):
-    return Range(x, x - RELATIVE, x + RELATIVE)
-
-
-def share(certified_N):
-    """Of predictions certified: to claim less is true as well."""
-    return near(certified_N.double().mean().item())._replace(low=0.0)
+def shares(certified):
+    """{name: range of the share} of {radius: predictions certified}."""
+    found = {str(name): certified_N.double().mean().item() for name, certified_N in certified.items()}
+    return {name: near(value)._replace(low=0.0) for name, value in found.items()}
 
 
 def log10(x):
@@ -276,9 +277,9 @@ def evaluation(logits, batches, hot=1.0, dtype=torch.float32):
         sums += torch.stack([*losses, e_N.sum(), *((margin_N > at).sum() for at in (0, e_N, -e_N))])
         count += len(y_N)
     loss, hot_loss, error, right, low, high = (sums / count).tolist()
-    error, hot_error = error + 1e-6 * loss, hot * error + 1e-6 * hot_loss
-    return dict(val_loss=Range(loss, loss - error, loss + error),
-                val_loss_at_temperature=Range(hot_loss, hot_loss - hot_error, hot_loss + hot_error),
+    off, hot_off = error + 1e-6 * loss, hot * error + 1e-6 * hot_loss
+    return dict(val_loss=Range(loss, loss - off, loss + off),
+                val_loss_at_temperature=Range(hot_loss, hot_loss - hot_off, hot_loss + hot_off),
                 val_accuracy=Range(right, low - 1e-12, high + 1e-12))
 
 
@@ -296,25 +297,23 @@ class Table:
 
     def claim(self, where, name, claimed, expected):
         """Compare a file, or a value of it, with what was recomputed."""
-        if claimed is None and not name:
-            self.add("claim", where, "the file", None, None, "not there")
-        elif isinstance(expected, dict):
+        if isinstance(expected, dict) and (name or claimed is not None):
             claimed = dict(enumerate(claimed)) if isinstance(claimed, list) else claimed
             claimed = claimed if isinstance(claimed, dict) else {}
             for key, value in expected.items():
                 self.claim(where, f"{name} {key}".strip(), claimed.get(key, MISSING), value)
             for key in claimed.keys() - expected.keys() - HISTORY - PLACES:
                 self.add("claim", where, f"{name} {key}".strip(), str(claimed[key]), None, "not checked")
-        else:
-            agrees = claimed == expected
-            if isinstance(expected, Range):  # (null is no claim)
-                claimed = MISSING if claimed is None else claimed
-                agrees, expected = expected.low <= number(claimed) <= expected.high, expected.value
-            excuse = name.split(" ")[0] in self.of_data and self.excuse
-            verdict = "agrees" if agrees else f"not checked: {excuse}" if excuse else "BROKEN"
-            if claimed is MISSING:
-                claimed, verdict = None, "not claimed"
-            self.add("claim", where, name, claimed, expected, verdict)
+            return
+        agrees, is_number = claimed == expected, isinstance(expected, Range)
+        if is_number:
+            agrees, expected = expected.low <= number(claimed) <= expected.high, expected.value
+        verdict = "agrees" if agrees else "BROKEN"
+        if verdict == "BROKEN" and self.excuse and name.split(" ")[0] in self.of_data:
+            verdict = self.excuse
+        if claimed is MISSING or claimed is None and (is_number or not name):  # (null claims nothing)
+            claimed, expected, verdict = None, None, "not claimed" if name else "not there"
+        self.add("claim", where, name, claimed, expected, verdict)
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE, log=False):
         """A bound (or its log10) and what was found against it, a number."""
@@ -329,12 +328,16 @@ class Table:
         found = climb(f, x_STD, radius, self.steps, self.seed).max().item()
         self.bound(where, what, certified, found, norm, log=log)
 
-    def share(self, where, radius, certified_N, stands_N, norm):
-        """Predictions certified, and those that withstood an attack: every one of the first must."""
-        certified, attacked = (x.double().mean().item() for x in (certified_N, stands_N))
-        verdict = "BROKEN" if (certified_N & ~stands_N).any() else "held"
-        self.add("share", where, f"predictions right within {radius:.3g}", certified, attacked,
-                 verdict, norm=norm, radius=radius)
+    def attack_predictions(self, where, norm, certified, logits, x, y_N, length, steps, restarts=1):
+        """Every prediction certified at a radius, which is `length` RMS, must survive an attack at it."""
+        for radius, certified_N in certified.items():
+            stands_N = withstands(logits, x, y_N, radius * length, max(2, int(steps * self.config.budget)),
+                                  restarts if radius else 1, self.seed)
+            certified_N = certified_N[:len(y_N)]
+            verdict = "BROKEN" if (certified_N & ~stands_N).any() else "held"
+            self.add("share", where, f"predictions right within {radius:.3g}", norm=norm, radius=radius,
+                     claimed=certified_N.double().mean().item(), found=stands_N.double().mean().item(),
+                     verdict=verdict)
 
     def verdict(self):
         """Of the whole run."""
@@ -361,7 +364,7 @@ def evaluation_data(table, script, run, model, trained_on):
     except ERRORS:
         if table.config.data:
             raise
-    table.data_name, generator = "not the run's, random", torch.Generator().manual_seed(table.seed)
+    table.data_name, generator = "not the run's: random", torch.Generator().manual_seed(table.seed)
     if script is mlp_cifar:
         return mlp_cifar.stand_in()[1]
     return torch.randint(len(model.embedding_VD), (20 * run.seq_len + 1,), generator=generator)
@@ -369,11 +372,9 @@ def evaluation_data(table, script, run, model, trained_on):
 
 # ==== MLP: an image is one token, so that the same search serves ==================================
 def verify_mlp(table, run, model, trained_on):
-    bound, pixels = mlp_cifar.certificate(model), 3072**0.5
-    tight, product, to_rms = bound["tight"], bound["product"], mlp_cifar.RMS_PER_L2
+    bound, to_rms, pixels = mlp_cifar.certificate(model), mlp_cifar.RMS_PER_L2, 3072**0.5
     images_NP, labels_N = evaluation_data(table, mlp_cifar, run, model, trained_on)
     x_NP = images_NP[:table.config.images].double() / 255
-    n = len(x_NP)
 
     def network(x_STP):
         return model(x_STP.flatten(0, 1)).unflatten(0, x_STP.shape[:2])
@@ -383,12 +384,12 @@ def verify_mlp(table, run, model, trained_on):
         start = directions(8, 1, W.shape[1], seed=table.seed)
         table.attack(f"layer {i + 1}", "norm", norm, "RMS->RMS", layer, start)
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
-    table.attack("network", "product", product * to_rms, "RMS->RMS", network, starts)
-    table.attack("network", "tight certificate", tight * to_rms, "RMS->RMS", network, starts)
+    table.attack("network", "product", bound["product"] * to_rms, "RMS->RMS", network, starts)
+    table.attack("network", "tight certificate", bound["tight"] * to_rms, "RMS->RMS", network, starts)
     y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits
     aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
     found_S = climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
-                    x_NP[torch.arange(len(y_S)) % n, None], steps=table.steps, seed=table.seed)
+                    x_NP[torch.arange(len(y_S)) % len(x_NP), None], steps=table.steps, seed=table.seed)
     certified_S = bound["pairs_KK"][y_S, j_S]
     s = (found_S / certified_S.clamp(min=1e-300)).argmax()
     table.bound("network", f"logit {y_S[s]} - logit {j_S[s]}, the worst pair", certified_S[s].item(),
@@ -397,31 +398,27 @@ def verify_mlp(table, run, model, trained_on):
         other_NP = x_NP.roll(1, 0)
         ratio_N = (model(x_NP) - model(other_NP)).norm(dim=1) / (x_NP - other_NP).norm(dim=1)
     found = ratio_N.nan_to_num(0).max().item()
-    table.bound("network", "test images, two by two", tight, found, "l2->l2")
+    table.bound("network", "test images, two by two", bound["tight"], found, "l2->l2")
 
-    # Every image with a certified radius above eps must survive an attack at eps.
     radius_N = mlp_cifar.certified_radii(model, bound["pairs_KK"], images_NP, labels_N)
-    steps = max(2, int(20 * table.config.budget))
-    for eps in (0.0, *mlp_cifar.RADII.values()):
-        stands_N = withstands(lambda d: model(x_NP + d), x_NP.shape, labels_N[:n], eps / pixels, steps,
-                              restarts=4 if eps else 1, seed=table.seed)
-        table.share("test images", eps, radius_N[:n] > eps, stands_N, "l2 radius, pixels in [0, 1]")
-
+    radii = dict(mlp_cifar.RADII, clean=0.0)
+    table.attack_predictions(
+        "test images", "l2 radius, pixels in [0, 1]", {r: radius_N > r for r in sorted(radii.values())},
+        model, x_NP, labels_N[:len(x_NP)], length=1 / pixels, steps=20, restarts=4)
     few_NP = (images_NP[:500].double() / 255).requires_grad_()  # (as in the script's report)
     rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
-    jacobian = torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item()
-    table.of_weights = dict(
-        norms=dict(enumerate(map(near, bound["norms"]))), max_weight_norm=near(max(bound["norms"])),
-        lipschitz_l2=near(tight)._replace(high=math.inf), lipschitz_product_l2=near(product),
-        lipschitz_log10=near_log(log10(tight * to_rms))._replace(high=math.inf),
-        lipschitz_product_log10=near_log(log10(product * to_rms)),
-        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
     batches = zip(images_NP.split(2000), labels_N.split(2000))
-    table.of_data = dict(
-        evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches),
-        largest_jacobian_l2=near(jacobian),
-        certified_accuracy={name: share(radius_N > r) for name, r in mlp_cifar.RADII.items()})
+    table.of_data = evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches)
     del table.of_data["val_loss_at_temperature"]  # (which this script does not print)
+    table.of_data.update(
+        largest_jacobian_l2=near(torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item()),
+        certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
+    table.of_weights = dict(
+        lipschitz_l2=near(bound["tight"])._replace(high=math.inf),
+        lipschitz_product_l2=near(bound["product"]),
+        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
+    return (dict(enumerate(bound["norms"])), log10(bound["tight"] * to_rms),
+            log10(bound["product"] * to_rms))
 
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
@@ -457,36 +454,25 @@ def verify_transformer(table, script, run, model, trained_on):
             found = (rms(network(x) - network(y)).amax(-1) / distance_W).max().item()
             table.bound("network", what, bound["log10"], found, NORM, log=True)
 
-    table.of_weights = dict(
-        norms={role: near(norm) for role, norm in bound["norms"].items()},
-        max_weight_norm=near(max(n for role, n in bound["norms"].items() if role != "embedding")),
-        lipschitz_log10=near_log(bound["log10"])._replace(high=math.inf),
-        lipschitz_product_log10=near_log(bound["product_log10"]),
-        lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
+    table.of_weights = dict(lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
     if sum(W.numel() for W in model.parameters()) * len(tokens_N) < LARGEST:
         dtype = torch.float32
-        if script is nanogpt_lipschitz:  # evaluates in its own dtype, and leaves a partial window out
-            dtype = nanogpt_lipschitz.compute_dtype(run, torch.device("cpu"))
-            tokens_N = tokens_N[:(len(tokens_N) - 1) // run.seq_len * run.seq_len + 1]
+        if script is nanogpt_lipschitz:
+            dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
+            if OLD:  # (leaves a partial window out)
+                tokens_N = tokens_N[:(len(tokens_N) - 1) // run.seq_len * run.seq_len + 1]
         batches = shakespeare.windows(tokens_N, run.seq_len, batch=max(1, 8192 // run.seq_len))
         table.of_data = evaluation(model, batches, run.loss_temperature, dtype)
     if not baseline and len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
-        attack_tokens(table, script, run, model, head, tokens_N)
-
-
-def attack_tokens(table, script, run, model, head, tokens_N):
-    """Every prediction certified at rho must survive an attack on all embeddings at rho."""
-    T, whole, steps = run.seq_len, script is shakespeare, max(2, int(10 * table.config.budget))
-    n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions to attack
-    certified = certified_tokens(script, model, tokens_N if whole else tokens_N[:n + 1])
-    x_WTD = F.embedding(tokens_N[:n].view(-1, T), model.embedding_VD).detach()
-    for rho, certified_N in certified.items():
-        stands_N = withstands(lambda d: head(model.body(x_WTD + d)).flatten(0, 1), x_WTD.shape,
-                              tokens_N[1:n + 1], rho, steps, seed=table.seed)
-        table.share("validation text", rho, certified_N[:n], stands_N, "rho: RMS at every embedding")
-    if whole:
-        table.of_data["certified_token_accuracy"] = {
-            str(rho): share(certified_N) for rho, certified_N in certified.items()}
+        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // run.seq_len) * run.seq_len
+        certified = certified_tokens(script, model, tokens_N if script is shakespeare else tokens_N[:n + 1])
+        table.attack_predictions(
+            "validation text", "rho: RMS at every embedding", certified,
+            lambda x: head(model.body(x)).flatten(0, 1),
+            F.embedding(tokens_N[:n].view(-1, run.seq_len), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
+        if script is shakespeare:
+            table.of_data["certified_token_accuracy"] = shares(certified)
+    return bound["norms"], bound["log10"], bound["product_log10"]
 
 
 def verify_layers(table, script, run, model, bound, real_STD):
@@ -507,21 +493,21 @@ def verify_layers(table, script, run, model, bound, real_STD):
     with torch.no_grad():
         real = streams(real_STD)
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
-        where, R, R_mlp, attention, mlp = f"block {i + 1}", row["radius"], row["radius_mlp"], *parts[2 * i:2 * i + 2]
+        where, R, R_mlp, (attention, mlp) = f"block {i + 1}", row["radius"], row["radius_mlp"], parts[2 * i:][:2]
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)])
-        first, later = (x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1]))
-        attention_bound = row["value"] + row["pattern"] * R**2
-        table.attack(where, "attention", attention_bound, NORM, attention, starts, R)
+        single, later = (x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1]))
+        alone = row["value"] + row["pattern"] * R**2
+        table.attack(where, "attention", alone, NORM, attention, starts, R)
         table.attack(where, "attention + stream", row["attention"], NORM, add_stream(attention), starts, R)
-        table.attack(where, "MLP", row["mlp_derivative"], NORM, mlp, first, R_mlp)
+        table.attack(where, "MLP", row["mlp_derivative"], NORM, mlp, single, R_mlp)
         table.attack(where, "MLP + stream", row["mlp"], NORM, add_stream(mlp), later, R_mlp)
         if hasattr(block, "q"):
             table.bound(where, "attention logits", *attention_logits(script, run, block, R, starts), "abs")
 
     # The ball: ascent of the largest token at the end.
     radii = [row[key] for row in bound["rows"] for key in ("radius", "radius_mlp")] + [bound["radius"]]
-    x_STD, seen = torch.cat([real_STD, radii[0] * directions(8, T, D, seed=seed)]), [0.0] * len(radii)
+    x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
     for _ in range(table.steps):
         x_STD = into_ball(x_STD, radii[0]).detach().requires_grad_()
         points = streams(x_STD)
@@ -550,7 +536,7 @@ def attention_logits(script, run, block, R, x_STD):
     found, aligned_HTD = 0.0, R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
     for x in (into_ball(x_STD, R), aligned_HTD):
         q, k = (F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2) for W in (block.q, block.k))
-        if run.positions == "rope":
+        if getattr(run, "positions", "rope") == "rope":
             q, k = script.rotate(q), script.rotate(k)
         found = max(found, (s * q @ k.mT).abs().max().item())
     return s * sigma_H.max().item() * R * R * D * (1 + 1e-9), found
@@ -579,13 +565,13 @@ def verify(config, path):
     except Exception as problem:  # a file may be wrong in dozens of ways
         raise UserError(f"{path}/checkpoint.pt: cannot be used ({shakespeare.one_line(problem)}); give "
                         f"the folder of a run of {', '.join(SCRIPTS)}") from problem
-    kept = {key: value for key, value in settings.items() if key not in PLACES}
-    table.claim("config.json", "", read(path / "config.json"), kept)
+    settings = {name: value for name, value in settings.items() if name not in PLACES}
+    table.claim("config.json", "", read(path / "config.json"), settings)
     try:
         run, model, state = load_checkpoint(script, path)
-        step, log, trained_on = state["step"], state.get("log", []), str(state["data"])
-        promised = dataclasses.replace(run, constraint="none")  # (what a file names is never run)
-        limits = promised.limits() if hasattr(run, "limits") else script.limits(run)
+        promise = dataclasses.replace(run, constraint="none")  # (what a file names is never run)
+        limits = script.limits(run) if OLD and script is nanogpt_lipschitz else promise.limits()
+        step, log, trained_on = state["step"], state.get("log"), str(state["data"])
     except ERRORS:
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
             return table
@@ -594,36 +580,33 @@ def verify(config, path):
         table.bound(bad[0], "is not finite", math.nan, math.nan, "")
         return table
 
-    model = model.double()
     if script is mlp_cifar:
-        verify_mlp(table, run, model, trained_on)
+        norms, best, product = verify_mlp(table, run, model.double(), trained_on)
     else:
-        verify_transformer(table, script, run, model, trained_on)
-    caps = dict(enumerate(limits)) if isinstance(limits, list) else dict(limits, embedding=1.0)
+        norms, best, product = verify_transformer(table, script, run, model.double(), trained_on)
+    caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
     muon = getattr(run, "optimizer", "muon") == "muon"
-    if run.constraint in HELD or run.constraint == "weight_decay" and muon:
-        for key, norm in table.of_weights["norms"].items():
-            table.bound("weights", f"limit on {key}", caps[key], norm.value, "RMS->RMS", SLACK)
-    table.of_weights.update(
-        script=script.SCRIPT, preset=run.preset, seed=run.seed, steps=step, data=trained_on,
-        params=sum(p.numel() for p in model.parameters()), loss_temperature=run.loss_temperature,
-        w_max=None if run.constraint == "none" else limits)
+    if run.constraint in LIMITING or run.constraint == "weight_decay" and muon:
+        for key, norm in norms.items():
+            table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
+    expected = {name: settings[name] for name in ("preset", "seed", "loss_temperature", "baseline")
+                if name in settings}
+    expected.update(
+        script=script.SCRIPT, steps=step, data=trained_on, w_max=None if run.constraint == "none" else limits,
+        params=sum(p.numel() for p in model.parameters()), norms={k: near(n) for k, n in norms.items()},
+        max_weight_norm=near(max(norm for key, norm in norms.items() if key != "embedding")),
+        lipschitz_log10=Range(best, best - RELATIVE, math.inf),
+        lipschitz_product_log10=Range(product, product - RELATIVE, product + RELATIVE),
+        **table.of_weights, **table.of_data)
     if not config.data and table.data_name != trained_on:
-        table.excuse = f"its data are not here ({trained_on})"
-    expected = {**table.of_weights, **table.of_data}
+        table.excuse = "not checked: its data are not here"
     table.claim("summary.json", "", summary, expected)
-    records = [json.dumps(r).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"') for r in log]
-    table.claim("log.jsonl", "", lines, records[:len(lines or [])])  # (behind by one after a crash)
-    last = log[-1] if log and step == run.steps else {}
-    names = last.keys() & expected.keys()
-    table.claim("checkpoint's log", "", {n: last[n] for n in names}, {n: expected[n] for n in names})
+    if log is not None:
+        text = [json.dumps(r).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"') for r in log]
+        table.claim("log.jsonl", "", lines, text[:len(lines or [])])  # (after a crash it may be behind)
+        last = {name: value for name, value in log[-1].items() if name in expected}
+        table.claim("checkpoint's log", "", last, {name: expected[name] for name in last})
     return table
-
-
-def show(value, log=False):
-    if isinstance(value, float) and log:
-        return shakespeare.power(value) if math.isfinite(value) else str(value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)[:12]
 
 
 def print_report(path, table, seconds):
@@ -633,9 +616,13 @@ def print_report(path, table, seconds):
         print(f"  {'where':17} {'what':38} {left:>12} {right:>12}")
         for row in table.rows:
             if row["kind"] == kind and (row["verdict"] != "agrees" or row["where"] == "summary.json"):
-                claimed, found = (show(row[key], kind == "bound") for key in ("claimed", "found"))
+                values = [row["claimed"], row["found"]]
+                if kind == "bound":  # (log10)
+                    values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
+                shown = [f"{x:.5g}" if isinstance(x, float) else str(x)[:12] for x in values]
                 note = f"{row['tightness']:.4f}  {row['norm']}  " if kind == "bound" else ""
-                print(f"  {row['where']:17} {row['what']:38} {claimed:>12} {found:>12}  {note}{row['verdict']}")
+                print(f"  {row['where']:17} {row['what']:38} {shown[0]:>12} {shown[1]:>12}  "
+                      f"{note}{row['verdict']}")
     print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
 
 
