@@ -3,9 +3,8 @@
 WHAT IT SHOWS. A certificate is a claim that no pair of inputs exceeds a number. This script believes
 none that it is given. From the weights it recomputes norms, bounds, certified shares, loss and
 accuracy, and compares them with what the files of the run say. Then it looks for the pair: sublayer
-by sublayer and end to end, in the norm in which a bound is claimed and inside the ball for which it
-is. What it finds is a lower bound on the true constant. Found / certified is the tightness, and above
-1 it is a bug. Certified predictions are attacked likewise.
+by sublayer and end to end, in the norm and inside the ball for which a bound is claimed. What it finds
+is a lower bound on the true constant: found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
     python verify_lipschitz.py runs/NAME [...]      # run folders, folders of them, published .npz files
@@ -16,7 +15,7 @@ RESULT: a table, verify.json and verify.png in the run's folder, and an exit sta
     0  held: every claim was recomputed and agrees, and no attack succeeded
     1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
     2  could not be checked in full: a file, a value or the data are missing. Without summary.json:
-       nothing claimed. (A published .npz has no claims of its own: attacks alone decide.)
+       nothing claimed. (A published .npz claims nothing itself: attacks alone decide.)
 
 ANCESTRY. Projected gradient attacks: Madry et al. (2018), with the margin of Carlini and Wagner (2017).
 """
@@ -29,6 +28,7 @@ import json
 import math
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import mlp_cifar
 import nanogpt_lipschitz
 import shakespeare
+from mlp_cifar import UserError
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
 # vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads. Attacks
@@ -54,26 +55,22 @@ class Config:
     seed: int = 0
 
 
-class UserError(Exception):
-    """What the user can mend, in one line. Exit status 2."""
-
-
 def parse_arguments(argv=None):
     """(run folders and files, Config) of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = functools.partial(parser.add_argument, default=argparse.SUPPRESS)
-    add("runs", nargs="*", default=[], help="run folders, folders of those, published .npz [runs]")
-    add("--budget", type=float, help="multiplies the steps of every search [1]")
-    add("--images", type=int, help="test images to attack [300]")
-    add("--windows", type=int, help="windows of validation text to attack, four at a time [24]")
-    add("--data", help="where the run's own data are now, if not where they were")
-    add("--seed", type=int, help="seed of the searches [0]")
-    given = vars(parser.parse_args(argv))
+    parser.add_argument("runs", nargs="*", help="run folders, folders of those, published .npz [runs]")
+    for name, text in dict(budget="multiplies the steps of every search", images="test images to attack",
+                           windows="windows of validation text, a quarter of which is attacked",
+                           data="where the run's own data are now, if not where they were",
+                           seed="seed of the searches").items():
+        default = getattr(Config, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
+    options = vars(parser.parse_args(argv))
     for name, low in dict(budget=1e-6, images=1, windows=1, seed=0).items():
-        if not low <= given.get(name, low) < 2**31:
-            parser.error(f"--{name} {given[name]}: must be from {low} to 2147483647")
-    return given.pop("runs"), Config(**given)
+        if not low <= options[name] < 2**31:
+            parser.error(f"--{name} {options[name]}: must be from {low} to 2147483647")
+    return options.pop("runs"), Config(**options)
 
 
 # ==== The tutorials ===============================================================================
@@ -81,7 +78,7 @@ SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_
 TUNED = {"shakespeare": dict(search=20)}  # how the certificate in summary.json was made
 # Until nanogpt_lipschitz.py and shakespeare.py have one interface: what differs.
 OLD = hasattr(nanogpt_lipschitz, "Refusal")
-ERRORS = (UserError, mlp_cifar.UserError, shakespeare.UserError,
+ERRORS = (UserError, shakespeare.UserError,
           nanogpt_lipschitz.Refusal if OLD else nanogpt_lipschitz.UserError)
 
 
@@ -120,10 +117,10 @@ def sublayers(model, block):
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
 # So any such quotient is a lower bound on L, whatever the distance. Not only d -> 0 is searched: where
 # f is piecewise linear a Jacobian gives no direction in which to move x. With d = h w, rms(w_t) = 1:
-#   1. v is the gradient, with respect to w, of how far an output token t moved. The w that maximises
-#      <v, w> is v, normalised token by token: for linear f and one token this is power iteration.
-#   2. x follows its gradient, by steps that shrink to 0, and stays in the ball. w goes 0.3 of the way
-#      to v, or x, w and the patterns of attention do not find each other (with several heads).
+#   1. w moves towards the gradient of how far an output token moved, normalised token by token. For
+#      linear f and one token whole steps are power iteration. They are 0.3 at first, or x, w and the
+#      patterns of attention do not find each other (with several heads).
+#   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
 #   3. Each search has an output token of its own (following whichever moved most, all end in the first
 #      ones, which see few others), and an h of its own, from 1e-6 to 0.5 of the ball's radius.
 #   4. In the last third x rests where it was best, h is small, and w takes whole steps.
@@ -231,6 +228,7 @@ SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (
 LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
 MISSING = object()
+NORM = "max-token RMS->max-token RMS"
 # Settings that say where, not what: they may differ between the files of a run.
 PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "resume",
           "launcher", "sample", "prepare", "compile"}
@@ -372,7 +370,7 @@ def evaluation_data(table, script, run, model, trained_on):
 
 # ==== MLP: an image is one token, so that the same search serves ==================================
 def verify_mlp(table, run, model, trained_on):
-    bound, to_rms, pixels = mlp_cifar.certificate(model), mlp_cifar.RMS_PER_L2, 3072**0.5
+    bound, to_rms = mlp_cifar.certificate(model), mlp_cifar.RMS_PER_L2
     images_NP, labels_N = evaluation_data(table, mlp_cifar, run, model, trained_on)
     x_NP = images_NP[:table.config.images].double() / 255
 
@@ -386,14 +384,12 @@ def verify_mlp(table, run, model, trained_on):
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
     table.attack("network", "product", bound["product"] * to_rms, "RMS->RMS", network, starts)
     table.attack("network", "tight certificate", bound["tight"] * to_rms, "RMS->RMS", network, starts)
-    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits
+    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits, each in units of its certificate
     aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
-    found_S = climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
-                    x_NP[torch.arange(len(y_S)) % len(x_NP), None], steps=table.steps, seed=table.seed)
-    certified_S = bound["pairs_KK"][y_S, j_S]
-    s = (found_S / certified_S.clamp(min=1e-300)).argmax()
-    table.bound("network", f"logit {y_S[s]} - logit {j_S[s]}, the worst pair", certified_S[s].item(),
-                found_S[s].item() / pixels, "l2->abs")
+    aim_SK = aim_SK / bound["pairs_KK"][y_S, j_S].clamp(min=1e-300)[:, None] / 3072**0.5
+    table.attack("network", "two logits / their certificate", 1.0, "l2->abs",
+                 lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
+                 x_NP[torch.arange(len(y_S)) % len(x_NP), None])
     with torch.no_grad():
         other_NP = x_NP.roll(1, 0)
         ratio_N = (model(x_NP) - model(other_NP)).norm(dim=1) / (x_NP - other_NP).norm(dim=1)
@@ -404,7 +400,7 @@ def verify_mlp(table, run, model, trained_on):
     radii = dict(mlp_cifar.RADII, clean=0.0)
     table.attack_predictions(
         "test images", "l2 radius, pixels in [0, 1]", {r: radius_N > r for r in sorted(radii.values())},
-        model, x_NP, labels_N[:len(x_NP)], length=1 / pixels, steps=20, restarts=4)
+        model, x_NP, labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
     few_NP = (images_NP[:500].double() / 255).requires_grad_()  # (as in the script's report)
     rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
     batches = zip(images_NP.split(2000), labels_N.split(2000))
@@ -413,18 +409,14 @@ def verify_mlp(table, run, model, trained_on):
     table.of_data.update(
         largest_jacobian_l2=near(torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item()),
         certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
-    table.of_weights = dict(
-        lipschitz_l2=near(bound["tight"])._replace(high=math.inf),
-        lipschitz_product_l2=near(bound["product"]),
-        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
-    return (dict(enumerate(bound["norms"])), log10(bound["tight"] * to_rms),
-            log10(bound["product"] * to_rms))
+    table.of_weights = dict(lipschitz_l2=near(bound["tight"])._replace(high=math.inf),
+                            lipschitz_product_l2=near(bound["product"]),
+                            lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
+    norms, logs = dict(enumerate(bound["norms"])), (log10(bound[key] * to_rms) for key in ("tight", "product"))
+    return norms, *logs
 
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
-NORM = "max-token RMS->max-token RMS"
-
-
 def verify_transformer(table, script, run, model, trained_on):
     baseline, seed = getattr(run, "baseline", False), table.seed
     bound, embedding_VD = certificate(script, model), model.embedding_VD.detach()
@@ -475,33 +467,31 @@ def verify_transformer(table, script, run, model, trained_on):
     return bound["norms"], bound["log10"], bound["product_log10"]
 
 
+def add_stream(f, model):
+    return lambda x: torch.lerp(x, f(x), model.mix)
+
+
 def verify_layers(table, script, run, model, bound, real_STD):
     """Each sublayer, alone and with the stream; and the ball that the stream is to stay in."""
     (_, T, D), seed = real_STD.shape, table.seed
-    parts = [f for block in model.blocks for f in sublayers(model, block)]
-
-    def add_stream(f):
-        return lambda x: torch.lerp(x, f(x), model.mix)
 
     def streams(x_STD):
         """The stream before each sublayer, and at the end."""
-        points = [x_STD]
-        for f in parts:
-            points.append(add_stream(f)(points[-1]))
-        return points
+        steps = [add_stream(f, model) for block in model.blocks for f in sublayers(model, block)]
+        return list(accumulate(steps, lambda x, step: step(x), initial=x_STD))
 
-    with torch.no_grad():
-        real = streams(real_STD)
+    real = streams(real_STD)
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
-        where, R, R_mlp, (attention, mlp) = f"block {i + 1}", row["radius"], row["radius_mlp"], parts[2 * i:][:2]
+        where, R, R_mlp = f"block {i + 1}", row["radius"], row["radius_mlp"]
+        attention, mlp = sublayers(model, block)
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
-                            split_tokens(block, run.heads, T, R)])
-        single, later = (x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1]))
-        alone = row["value"] + row["pattern"] * R**2
-        table.attack(where, "attention", alone, NORM, attention, starts, R)
-        table.attack(where, "attention + stream", row["attention"], NORM, add_stream(attention), starts, R)
-        table.attack(where, "MLP", row["mlp_derivative"], NORM, mlp, single, R_mlp)
-        table.attack(where, "MLP + stream", row["mlp"], NORM, add_stream(mlp), later, R_mlp)
+                            split_tokens(block, run.heads, T, R)]).detach()
+        single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])]).detach()
+        for what, f, x_STD, radius, alone, with_stream in (
+                ("attention", attention, starts, R, row["value"] + row["pattern"] * R**2, row["attention"]),
+                ("MLP", mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
+            table.attack(where, what, alone, NORM, f, x_STD, radius)
+            table.attack(where, f"{what} + stream", with_stream, NORM, add_stream(f, model), x_STD, radius)
         if hasattr(block, "q"):
             table.bound(where, "attention logits", *attention_logits(script, run, block, R, starts), "abs")
 
@@ -510,9 +500,9 @@ def verify_layers(table, script, run, model, bound, real_STD):
     x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
     for _ in range(table.steps):
         x_STD = into_ball(x_STD, radii[0]).detach().requires_grad_()
-        points = streams(x_STD)
-        seen = [max(largest, rms(p.detach()).max().item()) for largest, p in zip(seen, points)]
-        gradient, = torch.autograd.grad(rms(points[-1]).amax(-1).sum(), x_STD)
+        rms_ST = [rms(x) for x in streams(x_STD)]
+        seen = [max(largest, r_ST.max().item()) for largest, r_ST in zip(seen, rms_ST)]
+        gradient, = torch.autograd.grad(rms_ST[-1].amax(-1).sum(), x_STD)
         largest_S11 = rms(gradient).amax(-1).clamp(min=1e-300)[:, None, None]
         x_STD = x_STD.detach() + 0.3 * radii[0] * gradient / largest_S11
     for i, (radius, largest) in enumerate(zip(radii, seen)):
@@ -534,10 +524,9 @@ def attention_logits(script, run, block, R, x_STD):
     sigma_H = torch.linalg.matrix_norm(q_HED, ord=2) * torch.linalg.matrix_norm(k_HED, ord=2)
     U, _, Vh = torch.linalg.svd(q_HED.mT @ k_HED)
     found, aligned_HTD = 0.0, R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
+    turn = script.rotate if getattr(run, "positions", "rope") == "rope" else lambda x: x
     for x in (into_ball(x_STD, R), aligned_HTD):
-        q, k = (F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2) for W in (block.q, block.k))
-        if getattr(run, "positions", "rope") == "rope":
-            q, k = script.rotate(q), script.rotate(k)
+        q, k = (turn(F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2)) for W in (block.q, block.k))
         found = max(found, (s * q @ k.mT).abs().max().item())
     return s * sigma_H.max().item() * R * R * D * (1 + 1e-9), found
 
@@ -613,16 +602,15 @@ def print_report(path, table, seconds):
     print(f"\n{path}, data: {table.data_name}")
     for kind, left, right in (("claim", "claimed", "recomputed"), ("bound", "certified", "found"),
                               ("share", "certified", "attacked")):
-        print(f"  {'where':17} {'what':38} {left:>12} {right:>12}")
+        print(f"  {'where':17} {'what':40} {left:>12} {right:>12}")
         for row in table.rows:
             if row["kind"] == kind and (row["verdict"] != "agrees" or row["where"] == "summary.json"):
-                values = [row["claimed"], row["found"]]
+                values, note = [row["claimed"], row["found"]], row["verdict"]
                 if kind == "bound":  # (log10)
                     values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
+                    note = f"{row['tightness']:.4f}  {row['verdict']}  {row['norm']}"
                 shown = [f"{x:.5g}" if isinstance(x, float) else str(x)[:12] for x in values]
-                note = f"{row['tightness']:.4f}  {row['norm']}  " if kind == "bound" else ""
-                print(f"  {row['where']:17} {row['what']:38} {shown[0]:>12} {shown[1]:>12}  "
-                      f"{note}{row['verdict']}")
+                print(f"  {row['where']:17} {row['what']:40} {shown[0]:>12} {shown[1]:>12}  {note}")
     print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
 
 
@@ -631,17 +619,16 @@ def draw(path, table):
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
 
     figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
-    a, b = figure.subplots(1, 2, width_ratios=(2, 1))
+    bounds, shares = figure.subplots(1, 2, width_ratios=(2, 1))
     rows = [r for r in table.rows if r["kind"] == "bound" and math.isfinite(r["claimed"] + r["found"])]
-    shares = [row for row in table.rows if row["kind"] == "share"]
+    radii = [row for row in table.rows if row["kind"] == "share"]
     for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
-        a.plot([row[key] for row in rows], range(len(rows)), mark, label=label)
-        b.plot([row["radius"] for row in shares], [100 * row[key] for row in shares], "o-", label=label)
-    a.set_yticks(range(len(rows)), [f"{row['where']}: {row['what']}" for row in rows], fontsize=6)
-    a.invert_yaxis()
-    a.set(title=f"{path.name}: certified and found", xlabel="log10")
-    b.set(title="predictions right", xlabel=shares[0]["norm"] if shares else "", ylabel="%", ylim=(0, None))
-    a.legend()
+        bounds.plot([row[key] for row in rows], range(len(rows)), mark, label=label)
+        shares.plot([row["radius"] for row in radii], [100 * row[key] for row in radii], "o-", label=label)
+    bounds.set_yticks(range(len(rows)), [f"{row['where']}: {row['what']}" for row in rows], fontsize=6)
+    bounds.set(title=f"{path.name}: bounds, log10")
+    bounds.legend()
+    shares.set(title="predictions right, %", xlabel=radii[0]["norm"] if radii else "", ylim=(0, None))
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
