@@ -66,11 +66,11 @@ def parse_arguments(argv=None):
                            seed="seed of the searches").items():
         default = getattr(Config, name)
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
-    options = vars(parser.parse_args(argv))
+    given = parser.parse_args(argv)
     for name, low in dict(budget=1e-6, images=1, windows=1, seed=0).items():
-        if not low <= options[name] < 2**31:
-            parser.error(f"--{name} {options[name]}: must be from {low} to 2147483647")
-    return options.pop("runs"), Config(**options)
+        if not low <= getattr(given, name) < 2**31:
+            parser.error(f"--{name} {getattr(given, name)}: must be from {low} to 2147483647")
+    return given.runs, Config(given.budget, given.images, given.windows, given.data, given.seed)
 
 
 # ==== The tutorials ===============================================================================
@@ -115,15 +115,14 @@ def sublayers(model, block):
 # ==== Search: two inputs whose outputs are as far apart as possible for their distance ============
 # A map f of sequences has constant L on a ball if for all x, d with x + d and x - d in the ball
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
-# So any such quotient is a lower bound on L, whatever the distance. Not only d -> 0 is searched: where
-# f is piecewise linear a Jacobian gives no direction in which to move x. With d = h w, rms(w_t) = 1:
-#   1. w moves towards the gradient of how far an output token moved, normalised token by token. For
-#      linear f and one token whole steps are power iteration. They are 0.3 at first, or x, w and the
-#      patterns of attention do not find each other (with several heads).
+# So any such quotient is a lower bound on L, at any distance. (Not d -> 0 only: where f is piecewise
+# linear, its Jacobian gives no direction in which to move x.) With d = h w and rms(w_t) = 1:
+#   1. w moves towards the gradient of how far an output token moved, normalised token by token. Whole
+#      steps are power iteration for linear f, but with several heads x, w and the patterns of attention
+#      do not find each other: so they are 0.3 until, in the last third, x rests where it was best.
 #   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
-#   3. Each search has an output token of its own (following whichever moved most, all end in the first
-#      ones, which see few others), and an h of its own, from 1e-6 to 0.5 of the ball's radius.
-#   4. In the last third x rests where it was best, h is small, and w takes whole steps.
+#   3. Each search has its own output token (the one that moves most is one of the first, which see few
+#      others), and its own h, from 1e-6 to 0.5 of the radius, so that steep places far away are found.
 TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smallest distance
 
 
@@ -212,22 +211,21 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 
 
 # ==== Claims: what the files of a run say, beside what the weights give ===========================
-# A claimed number has to lie in a Range around the recomputed one.
+# A claimed number has to be the recomputed one, or to lie in a Range around it; both but for ROUNDING.
 #   1. Norms and products are functions of the weights in float64. The largest singular value has a
-#      relative error of about n 2^-52 (7e-13 at n = 3072), a product of 1000 layers 7e-10. RELATIVE
-#      is a thousand times that, and less than any digit printed. Of a log10 it is the absolute error.
+#      relative error of about n 2^-52 (7e-13 at n = 3072), a product of 1000 layers 7e-10. ROUNDING
+#      is a thousand times that, and less than any digit printed.
 #   2. A tuned bound, or a share certified with it, may be claimed weaker than it is here: that is
 #      true as well. It may not be claimed stronger.
-#   3. Loss and accuracy were computed in float32 (nanogpt: the run's dtype), and every machine rounds
-#      in its own way. Where logits in that dtype are off by e here, elsewhere they may be off by 4 e,
-#      and a margin or a loss by twice that. So a prediction whose margin is within 8 e may count
-#      either way, and the loss may differ by the mean of 8 e; and by 1e-6 of itself, as up to 2^13
-#      terms were added in float32, in 13 roundings of 2^-24.
-RELATIVE = 1e-6
+#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), rounded by every machine in its
+#      own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere, and a margin or
+#      a loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ by
+#      the mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
+ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-12)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
-MISSING = object()
+MISSING, UNCHECKED = object(), "could not be checked in full"
 NORM = "max-token RMS->max-token RMS"
 # Settings that say where, not what: they may differ between the files of a run.
 PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "resume",
@@ -243,24 +241,22 @@ class Range(NamedTuple):
     high: float
 
 
-def near(x):
-    return Range(x, x * (1 - RELATIVE), x * (1 + RELATIVE))
+def holds(claim, low, high):
+    """Whether a claimed number is in a range. (JSON has no infinity: it is a word.)"""
+    if claim not in ("inf", "-inf") and (isinstance(claim, bool) or not isinstance(claim, (int, float))):
+        return False
+    claim = float(claim)
+    return low <= claim <= high or any(math.isclose(claim, end, **ROUNDING) for end in (low, high))
 
 
 def shares(certified):
     """{name: range of the share} of {radius: predictions certified}."""
     found = {str(name): certified_N.double().mean().item() for name, certified_N in certified.items()}
-    return {name: near(value)._replace(low=0.0) for name, value in found.items()}
+    return {name: Range(share, 0.0, share) for name, share in found.items()}
 
 
 def log10(x):
     return math.nan if math.isnan(x) else math.log10(x) if x > 0 else -math.inf
-
-
-def number(claim):
-    """NaN, which lies in no range, for what is no number. JSON has no infinity: it is a word."""
-    known = isinstance(claim, (int, float)) and not isinstance(claim, bool) or claim in ("inf", "-inf")
-    return float(claim) if known else math.nan
 
 
 @torch.no_grad()
@@ -274,11 +270,9 @@ def evaluation(logits, batches, hot=1.0, dtype=torch.float32):
         losses = [F.cross_entropy(t * exact_NK, y_N, reduction="sum") for t in (1.0, hot)]
         sums += torch.stack([*losses, e_N.sum(), *((margin_N > at).sum() for at in (0, e_N, -e_N))])
         count += len(y_N)
-    loss, hot_loss, error, right, low, high = (sums / count).tolist()
-    off, hot_off = error + 1e-6 * loss, hot * error + 1e-6 * hot_loss
-    return dict(val_loss=Range(loss, loss - off, loss + off),
-                val_loss_at_temperature=Range(hot_loss, hot_loss - hot_off, hot_loss + hot_off),
-                val_accuracy=Range(right, low - 1e-12, high + 1e-12))
+    loss, hot_loss, off, right, low, high = (sums / count).tolist()
+    return dict(val_loss=Range(loss, loss - off, loss + off), val_accuracy=Range(right, low, high),
+                val_loss_at_temperature=Range(hot_loss, hot_loss - hot * off, hot_loss + hot * off))
 
 
 class Table:
@@ -294,24 +288,25 @@ class Table:
                               verdict=verdict, **more))
 
     def claim(self, where, name, claimed, expected):
-        """Compare a file, or a value of it, with what was recomputed."""
-        if isinstance(expected, dict) and (name or claimed is not None):
+        """Compare a file (no name), or a value of it, with what was recomputed."""
+        if claimed is None and not name:
+            self.add("claim", where, "the file", None, None, "not there")
+        elif isinstance(expected, dict):
             claimed = dict(enumerate(claimed)) if isinstance(claimed, list) else claimed
             claimed = claimed if isinstance(claimed, dict) else {}
-            for key, value in expected.items():
-                self.claim(where, f"{name} {key}".strip(), claimed.get(key, MISSING), value)
-            for key in claimed.keys() - expected.keys() - HISTORY - PLACES:
-                self.add("claim", where, f"{name} {key}".strip(), str(claimed[key]), None, "not checked")
-            return
-        agrees, is_number = claimed == expected, isinstance(expected, Range)
-        if is_number:
-            agrees, expected = expected.low <= number(claimed) <= expected.high, expected.value
-        verdict = "agrees" if agrees else "BROKEN"
-        if verdict == "BROKEN" and self.excuse and name.split(" ")[0] in self.of_data:
-            verdict = self.excuse
-        if claimed is MISSING or claimed is None and (is_number or not name):  # (null claims nothing)
-            claimed, expected, verdict = None, None, "not claimed" if name else "not there"
-        self.add("claim", where, name, claimed, expected, verdict)
+            for key in [*expected, *(claimed.keys() - expected.keys() - HISTORY - PLACES)]:
+                self.claim(where, f"{name} {key}".strip(), claimed.get(key, MISSING), expected.get(key, MISSING))
+        elif claimed is MISSING or claimed is None and isinstance(expected, (float, Range)):
+            self.add("claim", where, name, None, None, "not claimed")  # (nor does null claim anything)
+        elif expected is MISSING:
+            self.add("claim", where, name, str(claimed), None, "not checked: nothing recomputes it")
+        else:
+            agrees = claimed == expected
+            if isinstance(expected, (float, Range)):
+                expected, low, high = expected if isinstance(expected, Range) else (expected,) * 3
+                agrees = holds(claimed, low, high)
+            excuse = self.excuse if name.split(" ")[0] in self.of_data else ""
+            self.add("claim", where, name, claimed, expected, "agrees" if agrees else excuse or "BROKEN")
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE, log=False):
         """A bound (or its log10) and what was found against it, a number."""
@@ -340,38 +335,35 @@ class Table:
     def verdict(self):
         """Of the whole run."""
         seen = {row["verdict"] for row in self.rows}
-        if "BROKEN" in seen:
-            return "BROKEN"
-        if any(row["where"] == "summary.json" and row["verdict"] == "not there" for row in self.rows):
+        if "BROKEN" not in seen and ("summary.json", "not there") in {(r["where"], r["verdict"]) for r in self.rows}:
             return "nothing claimed"
-        return "held" if seen <= {"held", "agrees"} else "could not be checked in full"
+        return "BROKEN" if "BROKEN" in seen else "held" if seen <= {"held", "agrees"} else UNCHECKED
 
 
 def evaluation_data(table, script, run, model, trained_on):
     """The run's own test images and labels, or validation tokens; others if those are not here."""
-    run = dataclasses.replace(run, data=table.config.data or
-                              ("stand-in" if trained_on.startswith("stand-in") else run.data))
+    there = "stand-in" if trained_on.startswith("stand-in") else run.data
+    run = dataclasses.replace(run, data=table.config.data or there)
     try:
         if script is nanogpt_lipschitz:
             run.shards = 1  # (no more of the training text than must be)
         _, data, *vocabulary, table.data_name = script.load_data(run)
-        if vocabulary and vocabulary[0] != model.vocabulary:
-            raise UserError(f"--data {run.data}: has other characters than the model was trained on; "
-                            "give the text it was trained on")
-        return data.read(0, min(len(data), run.val_tokens + 1)) if script is nanogpt_lipschitz else data
+        if vocabulary in ([], [getattr(model, "vocabulary", "")]):
+            return data.read(0, min(len(data), run.val_tokens + 1)) if hasattr(data, "read") else data
+        raise UserError(f"--data {run.data}: has other characters than the run's text; give that")
     except ERRORS:
         if table.config.data:
             raise
-    table.data_name, generator = "not the run's: random", torch.Generator().manual_seed(table.seed)
+    table.data_name, generator = "random, not the run's", torch.Generator().manual_seed(table.seed)
     if script is mlp_cifar:
         return mlp_cifar.stand_in()[1]
     return torch.randint(len(model.embedding_VD), (20 * run.seq_len + 1,), generator=generator)
 
 
 # ==== MLP: an image is one token, so that the same search serves ==================================
-def verify_mlp(table, run, model, trained_on):
+def verify_mlp(table, script, run, model, trained_on):
     bound, to_rms = mlp_cifar.certificate(model), mlp_cifar.RMS_PER_L2
-    images_NP, labels_N = evaluation_data(table, mlp_cifar, run, model, trained_on)
+    images_NP, labels_N = evaluation_data(table, script, run, model, trained_on)
     x_NP = images_NP[:table.config.images].double() / 255
 
     def network(x_STP):
@@ -407,13 +399,14 @@ def verify_mlp(table, run, model, trained_on):
     table.of_data = evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches)
     del table.of_data["val_loss_at_temperature"]  # (which this script does not print)
     table.of_data.update(
-        largest_jacobian_l2=near(torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item()),
+        largest_jacobian_l2=torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item(),
         certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
-    table.of_weights = dict(lipschitz_l2=near(bound["tight"])._replace(high=math.inf),
-                            lipschitz_product_l2=near(bound["product"]),
-                            lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
-    norms, logs = dict(enumerate(bound["norms"])), (log10(bound[key] * to_rms) for key in ("tight", "product"))
-    return norms, *logs
+    tight, product = bound["tight"], bound["product"]
+    table.of_weights = dict(
+        norms=dict(enumerate(bound["norms"])), lipschitz_l2=Range(tight, tight, math.inf),
+        lipschitz_log10=Range(log10(tight * to_rms), log10(tight * to_rms), math.inf),
+        lipschitz_product_l2=product, lipschitz_product_log10=log10(product * to_rms),
+        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
 
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
@@ -446,7 +439,10 @@ def verify_transformer(table, script, run, model, trained_on):
             found = (rms(network(x) - network(y)).amax(-1) / distance_W).max().item()
             table.bound("network", what, bound["log10"], found, NORM, log=True)
 
-    table.of_weights = dict(lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
+    table.of_weights = dict(
+        norms=bound["norms"], lipschitz_log10=Range(bound["log10"], bound["log10"], math.inf),
+        lipschitz_product_log10=bound["product_log10"],
+        lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
     if sum(W.numel() for W in model.parameters()) * len(tokens_N) < LARGEST:
         dtype = torch.float32
         if script is nanogpt_lipschitz:
@@ -464,7 +460,6 @@ def verify_transformer(table, script, run, model, trained_on):
             F.embedding(tokens_N[:n].view(-1, run.seq_len), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
         if script is shakespeare:
             table.of_data["certified_token_accuracy"] = shares(certified)
-    return bound["norms"], bound["log10"], bound["product_log10"]
 
 
 def add_stream(f, model):
@@ -532,10 +527,10 @@ def attention_logits(script, run, block, R, x_STD):
 
 
 # ==== Main: the files of a run, the report ========================================================
-def read(path, parse=json.loads):
-    """What a file holds, None if it is not there."""
+def read(path):
+    """What a JSON file holds, None if it is not there."""
     try:
-        return parse(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{path}: cannot be read ({problem}); restore it or train again") from problem
 
@@ -547,7 +542,6 @@ def verify(config, path):
         run, model = shakespeare.load_published(path)  # (does not say what its weights were held to)
         verify_transformer(table, shakespeare, run, model.double(), "")
         return table
-    summary, lines = read(path / "summary.json"), read(path / "log.jsonl", str.splitlines)
     try:
         saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
         script, settings = SCRIPTS[saved["script"]], dict(saved["config"])
@@ -560,7 +554,7 @@ def verify(config, path):
         run, model, state = load_checkpoint(script, path)
         promise = dataclasses.replace(run, constraint="none")  # (what a file names is never run)
         limits = script.limits(run) if OLD and script is nanogpt_lipschitz else promise.limits()
-        step, log, trained_on = state["step"], state.get("log"), str(state["data"])
+        step, trained_on, last = state["step"], str(state["data"]), state.get("log", [{}])[-1]
     except ERRORS:
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
             return table
@@ -569,10 +563,9 @@ def verify(config, path):
         table.bound(bad[0], "is not finite", math.nan, math.nan, "")
         return table
 
-    if script is mlp_cifar:
-        norms, best, product = verify_mlp(table, run, model.double(), trained_on)
-    else:
-        norms, best, product = verify_transformer(table, script, run, model.double(), trained_on)
+    verify_script = verify_mlp if script is mlp_cifar else verify_transformer
+    verify_script(table, script, run, model.double(), trained_on)
+    norms = table.of_weights["norms"]
     caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
     muon = getattr(run, "optimizer", "muon") == "muon"
     if run.constraint in LIMITING or run.constraint == "weight_decay" and muon:
@@ -581,20 +574,15 @@ def verify(config, path):
     expected = {name: settings[name] for name in ("preset", "seed", "loss_temperature", "baseline")
                 if name in settings}
     expected.update(
-        script=script.SCRIPT, steps=step, data=trained_on, w_max=None if run.constraint == "none" else limits,
-        params=sum(p.numel() for p in model.parameters()), norms={k: near(n) for k, n in norms.items()},
-        max_weight_norm=near(max(norm for key, norm in norms.items() if key != "embedding")),
-        lipschitz_log10=Range(best, best - RELATIVE, math.inf),
-        lipschitz_product_log10=Range(product, product - RELATIVE, product + RELATIVE),
-        **table.of_weights, **table.of_data)
+        table.of_weights, script=script.SCRIPT, steps=step, data=trained_on, **table.of_data,
+        params=sum(p.numel() for p in model.parameters()),
+        max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
+        w_max=None if run.constraint == "none" else limits)
     if not config.data and table.data_name != trained_on:
         table.excuse = "not checked: its data are not here"
-    table.claim("summary.json", "", summary, expected)
-    if log is not None:
-        text = [json.dumps(r).replace("-Infinity", '"-inf"').replace("Infinity", '"inf"') for r in log]
-        table.claim("log.jsonl", "", lines, text[:len(lines or [])])  # (after a crash it may be behind)
-        last = {name: value for name, value in log[-1].items() if name in expected}
-        table.claim("checkpoint's log", "", last, {name: expected[name] for name in last})
+    table.claim("summary.json", "", read(path / "summary.json"), expected)
+    names = last.keys() & expected.keys()  # (what is printed after every evaluation)
+    table.claim("checkpoint's log", "", {n: last[n] for n in names}, {n: expected[n] for n in names})
     return table
 
 
@@ -633,19 +621,13 @@ def draw(path, table):
     return buffer.getvalue()
 
 
-def find_runs(names):
-    """Paths to verify: run folders, folders of those, .npz files; without names, those of runs/."""
-    paths = []
-    for path in map(Path, names or ["runs"]):
+def main(names, config):
+    """Verify all; returns the exit status."""
+    verdicts, paths = [], []
+    for path in map(Path, names or ["runs"]):  # (a run, or a folder of runs)
         inside = [] if (path / "checkpoint.pt").exists() else path.glob("*/checkpoint.pt")
         paths += sorted(p.parent for p in inside) or [path]
-    return paths
-
-
-def main(runs, config):
-    """Verify all; returns the exit status."""
-    verdicts = []
-    for path in find_runs(runs):
+    for path in paths:
         began = time.perf_counter()
         try:
             table = verify(config, path)
