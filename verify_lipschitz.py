@@ -1,10 +1,10 @@
 """Recomputes every number that a training run claims, and attacks its certificates.
 
-WHAT IT SHOWS. A certificate is a claim that no pair of inputs exceeds a number. This script believes
-none that it is given. From the weights it recomputes norms, bounds, certified shares, loss and
-accuracy, and compares them with what the files of the run say. Then it looks for the pair: sublayer
-by sublayer and end to end, in the norm and inside the ball for which a bound is claimed. What it finds
-is a lower bound on the true constant: found / certified above 1 is a bug, below 1 the tightness.
+WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes none.
+From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and compares them
+with what the files of the run say. Then it looks for the pair: sublayer by sublayer and end to end, in
+the norm and inside the ball for which a bound is claimed. What it finds is a lower bound on the true
+constant: found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
     python verify_lipschitz.py runs/NAME [...]      # run folders, folders of them, published .npz files
@@ -14,8 +14,8 @@ COMMANDS
 RESULT: a table, verify.json and verify.png in the run's folder, and an exit status:
     0  held: every claim was recomputed and agrees, and no attack succeeded
     1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
-    2  could not be checked in full: a file, a value or the data are missing. Without summary.json:
-       nothing claimed. (A published .npz claims nothing itself: attacks alone decide.)
+    2  could not be checked in full: a file, a value or the data are missing (without summary.json:
+       nothing claimed). A published .npz claims nothing itself: attacks alone decide.
 
 ANCESTRY. Projected gradient attacks: Madry et al. (2018), with the margin of Carlini and Wagner (2017).
 """
@@ -30,7 +30,6 @@ import sys
 import time
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +45,11 @@ from mlp_cifar import UserError
 
 
 # ==== Config ======================================================================================
+FLAGS = dict(budget="multiplies the steps of every search", images="test images to attack",
+             windows="windows of validation text, a quarter of which is attacked",
+             data="where the run's own data are now, if not where they were", seed="of the searches")
+
+
 @dataclasses.dataclass
 class Config:
     budget: float = 1.0
@@ -60,31 +64,23 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="run folders, folders of those, published .npz [runs]")
-    for name, text in dict(budget="multiplies the steps of every search", images="test images to attack",
-                           windows="windows of validation text, a quarter of which is attacked",
-                           data="where the run's own data are now, if not where they were",
-                           seed="seed of the searches").items():
-        default = getattr(Config, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
-    given = parser.parse_args(argv)
+    for f in dataclasses.fields(Config):
+        parser.add_argument(f"--{f.name}", type=f.type, default=f.default,
+                            help=f"{FLAGS[f.name]} [{f.default}]")
+    given = vars(parser.parse_args(argv))
     for name, low in dict(budget=1e-6, images=1, windows=1, seed=0).items():
-        if not low <= getattr(given, name) < 2**31:
-            parser.error(f"--{name} {getattr(given, name)}: must be from {low} to 2147483647")
-    return given.runs, Config(given.budget, given.images, given.windows, given.data, given.seed)
+        if not low <= given[name] < 2**31:
+            parser.error(f"--{name} {given[name]}: must be from {low} to 2147483647")
+    return given.pop("runs"), Config(**given)
 
 
 # ==== The tutorials ===============================================================================
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
 TUNED = {"shakespeare": dict(search=20)}  # how the certificate in summary.json was made
-# Until nanogpt_lipschitz.py and shakespeare.py have one interface: what differs.
+# Until nanogpt_lipschitz.py and shakespeare.py have their new interface (and wherever OLD is used):
 OLD = hasattr(nanogpt_lipschitz, "Refusal")
-ERRORS = (UserError, shakespeare.UserError,
-          nanogpt_lipschitz.Refusal if OLD else nanogpt_lipschitz.UserError)
-
-
-def certificate(script, model):
-    bound = script.certificate(model, **TUNED.get(script.SCRIPT, {}))
-    return {"product_log10": bound.get("simple_log10"), **bound}
+ERRORS = (UserError, shakespeare.UserError, getattr(nanogpt_lipschitz, "Refusal", UserError),
+          getattr(nanogpt_lipschitz, "UserError", UserError))
 
 
 def certified_tokens(script, model, tokens_N):
@@ -97,32 +93,24 @@ def certified_tokens(script, model, tokens_N):
     return {rho: margin_N > rho * 10 ** min(300.0, log[rho]) for rho in log}
 
 
-def load_checkpoint(script, folder):
-    """(config, model, all that was saved)"""
-    loaded = script.load_checkpoint(folder)
-    if isinstance(loaded, dict):
-        return *nanogpt_lipschitz.model_from_checkpoint(loaded), loaded
-    return loaded
-
-
 def sublayers(model, block):
     """(attention, mlp) of a block, as functions of the stream."""
-    if hasattr(block, "attention"):
-        return block.attention, block.mlp
-    return functools.partial(model.attention, block), functools.partial(model.mlp, block)
+    own = hasattr(block, "attention")
+    return [getattr(block, name) if own else functools.partial(getattr(model, name), block)
+            for name in ("attention", "mlp")]
 
 
 # ==== Search: two inputs whose outputs are as far apart as possible for their distance ============
 # A map f of sequences has constant L on a ball if for all x, d with x + d and x - d in the ball
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
-# So any such quotient is a lower bound on L, at any distance. (Not d -> 0 only: where f is piecewise
-# linear, its Jacobian gives no direction in which to move x.) With d = h w and rms(w_t) = 1:
+# So any such quotient is a lower bound on L, at any distance (not only d -> 0: where f is piecewise
+# linear, its Jacobian gives no direction in which to move x). With d = h w and rms(w_t) = 1:
 #   1. w moves towards the gradient of how far an output token moved, normalised token by token. Whole
-#      steps are power iteration for linear f, but with several heads x, w and the patterns of attention
-#      do not find each other: so they are 0.3 until, in the last third, x rests where it was best.
+#      steps are power iteration for linear f, but then x, w and the patterns of several heads do not
+#      find each other: they are 0.3 until, in the last third, x rests where it was best.
 #   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
-#   3. Each search has its own output token (the one that moves most is one of the first, which see few
-#      others), and its own h, from 1e-6 to 0.5 of the radius, so that steep places far away are found.
+#   3. Each search has its own output token (the one that moves most is one of the first, which see
+#      few others) and its own h, from 1e-6 to 0.5 of the radius.
 TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smallest distance
 
 
@@ -211,7 +199,7 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 
 
 # ==== Claims: what the files of a run say, beside what the weights give ===========================
-# A claimed number has to be the recomputed one, or to lie in a Range around it; both but for ROUNDING.
+# A claimed number has to be the recomputed one, or in the range of a tuple (recomputed, low, high).
 #   1. Norms and products are functions of the weights in float64. The largest singular value has a
 #      relative error of about n 2^-52 (7e-13 at n = 3072), a product of 1000 layers 7e-10. ROUNDING
 #      is a thousand times that, and less than any digit printed.
@@ -225,7 +213,7 @@ ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-12)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
-MISSING, UNCHECKED = object(), "could not be checked in full"
+MISSING = object()
 NORM = "max-token RMS->max-token RMS"
 # Settings that say where, not what: they may differ between the files of a run.
 PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "resume",
@@ -235,24 +223,19 @@ HISTORY = {"train_seconds", "ms_per_step", "device", "dtype", "torch", "largest_
            "tokens_per_second", "utilisation", "update_share", "memory_gib", "processes"}
 
 
-class Range(NamedTuple):
-    value: float
-    low: float
-    high: float
-
-
 def holds(claim, low, high):
     """Whether a claimed number is in a range. (JSON has no infinity: it is a word.)"""
-    if claim not in ("inf", "-inf") and (isinstance(claim, bool) or not isinstance(claim, (int, float))):
+    try:
+        claim = float(claim)
+    except (TypeError, ValueError, OverflowError):
         return False
-    claim = float(claim)
     return low <= claim <= high or any(math.isclose(claim, end, **ROUNDING) for end in (low, high))
 
 
 def shares(certified):
     """{name: range of the share} of {radius: predictions certified}."""
     found = {str(name): certified_N.double().mean().item() for name, certified_N in certified.items()}
-    return {name: Range(share, 0.0, share) for name, share in found.items()}
+    return {name: (share, 0.0, share) for name, share in found.items()}
 
 
 def log10(x):
@@ -271,8 +254,8 @@ def evaluation(logits, batches, hot=1.0, dtype=torch.float32):
         sums += torch.stack([*losses, e_N.sum(), *((margin_N > at).sum() for at in (0, e_N, -e_N))])
         count += len(y_N)
     loss, hot_loss, off, right, low, high = (sums / count).tolist()
-    return dict(val_loss=Range(loss, loss - off, loss + off), val_accuracy=Range(right, low, high),
-                val_loss_at_temperature=Range(hot_loss, hot_loss - hot * off, hot_loss + hot * off))
+    return dict(val_loss=(loss, loss - off, loss + off), val_accuracy=(right, low, high),
+                val_loss_at_temperature=(hot_loss, hot_loss - hot * off, hot_loss + hot * off))
 
 
 class Table:
@@ -290,20 +273,21 @@ class Table:
     def claim(self, where, name, claimed, expected):
         """Compare a file (no name), or a value of it, with what was recomputed."""
         if claimed is None and not name:
-            self.add("claim", where, "the file", None, None, "not there")
+            verdict = "nothing claimed" if where == "summary.json" else "not there"
+            self.add("claim", where, "the file", None, None, verdict)
         elif isinstance(expected, dict):
             claimed = dict(enumerate(claimed)) if isinstance(claimed, list) else claimed
             claimed = claimed if isinstance(claimed, dict) else {}
             for key in [*expected, *(claimed.keys() - expected.keys() - HISTORY - PLACES)]:
                 self.claim(where, f"{name} {key}".strip(), claimed.get(key, MISSING), expected.get(key, MISSING))
-        elif claimed is MISSING or claimed is None and isinstance(expected, (float, Range)):
+        elif claimed is MISSING or claimed is None and isinstance(expected, (float, tuple)):
             self.add("claim", where, name, None, None, "not claimed")  # (nor does null claim anything)
         elif expected is MISSING:
             self.add("claim", where, name, str(claimed), None, "not checked: nothing recomputes it")
         else:
             agrees = claimed == expected
-            if isinstance(expected, (float, Range)):
-                expected, low, high = expected if isinstance(expected, Range) else (expected,) * 3
+            if isinstance(expected, (float, tuple)):
+                expected, low, high = expected if isinstance(expected, tuple) else (expected,) * 3
                 agrees = holds(claimed, low, high)
             excuse = self.excuse if name.split(" ")[0] in self.of_data else ""
             self.add("claim", where, name, claimed, expected, "agrees" if agrees else excuse or "BROKEN")
@@ -316,10 +300,8 @@ class Table:
         self.add("bound", where, what, certified, found, "held" if held else "BROKEN",
                  norm=norm, tightness=tightness)
 
-    def attack(self, where, what, certified, norm, f, x_STD, radius=math.inf, log=False):
-        """A bound on the constant of f, and the search for two inputs that exceed it."""
-        found = climb(f, x_STD, radius, self.steps, self.seed).max().item()
-        self.bound(where, what, certified, found, norm, log=log)
+    def climb(self, f, x_STD, radius=math.inf):
+        return climb(f, x_STD, radius, self.steps, self.seed).max().item()
 
     def attack_predictions(self, where, norm, certified, logits, x, y_N, length, steps, restarts=1):
         """Every prediction certified at a radius, which is `length` RMS, must survive an attack at it."""
@@ -335,9 +317,10 @@ class Table:
     def verdict(self):
         """Of the whole run."""
         seen = {row["verdict"] for row in self.rows}
-        if "BROKEN" not in seen and ("summary.json", "not there") in {(r["where"], r["verdict"]) for r in self.rows}:
-            return "nothing claimed"
-        return "BROKEN" if "BROKEN" in seen else "held" if seen <= {"held", "agrees"} else UNCHECKED
+        for worst in ("BROKEN", "nothing claimed"):
+            if worst in seen:
+                return worst
+        return "held" if seen <= {"held", "agrees"} else "could not be checked in full"
 
 
 def evaluation_data(table, script, run, model, trained_on):
@@ -372,16 +355,17 @@ def verify_mlp(table, script, run, model, trained_on):
     for i, (W, norm) in enumerate(zip(model.weights, bound["norms"])):
         layer = functools.partial(F.linear, weight=W)
         start = directions(8, 1, W.shape[1], seed=table.seed)
-        table.attack(f"layer {i + 1}", "norm", norm, "RMS->RMS", layer, start)
+        table.bound(f"layer {i + 1}", "norm", norm, table.climb(layer, start), "RMS->RMS")
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
-    table.attack("network", "product", bound["product"] * to_rms, "RMS->RMS", network, starts)
-    table.attack("network", "tight certificate", bound["tight"] * to_rms, "RMS->RMS", network, starts)
+    found = table.climb(network, starts)
+    table.bound("network", "product", bound["product"] * to_rms, found, "RMS->RMS")
+    table.bound("network", "tight certificate", bound["tight"] * to_rms, found, "RMS->RMS")
     y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits, each in units of its certificate
     aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
     aim_SK = aim_SK / bound["pairs_KK"][y_S, j_S].clamp(min=1e-300)[:, None] / 3072**0.5
-    table.attack("network", "two logits / their certificate", 1.0, "l2->abs",
-                 lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
-                 x_NP[torch.arange(len(y_S)) % len(x_NP), None])
+    found = table.climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
+                        x_NP[torch.arange(len(y_S)) % len(x_NP), None])
+    table.bound("network", "two logits / their certificate", 1.0, found, "l2->abs")
     with torch.no_grad():
         other_NP = x_NP.roll(1, 0)
         ratio_N = (model(x_NP) - model(other_NP)).norm(dim=1) / (x_NP - other_NP).norm(dim=1)
@@ -401,79 +385,77 @@ def verify_mlp(table, script, run, model, trained_on):
     table.of_data.update(
         largest_jacobian_l2=torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item(),
         certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
-    tight, product = bound["tight"], bound["product"]
+    tight, product, tight_log = bound["tight"], bound["product"], log10(bound["tight"] * to_rms)
     table.of_weights = dict(
-        norms=dict(enumerate(bound["norms"])), lipschitz_l2=Range(tight, tight, math.inf),
-        lipschitz_log10=Range(log10(tight * to_rms), log10(tight * to_rms), math.inf),
+        norms=dict(enumerate(bound["norms"])), lipschitz_l2=(tight, tight, math.inf),
+        lipschitz_log10=(tight_log, tight_log, math.inf),
         lipschitz_product_l2=product, lipschitz_product_log10=log10(product * to_rms),
         lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
 
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
 def verify_transformer(table, script, run, model, trained_on):
-    baseline, seed = getattr(run, "baseline", False), table.seed
-    bound, embedding_VD = certificate(script, model), model.embedding_VD.detach()
-    D, T, generator = run.width, min(32, run.seq_len), torch.Generator().manual_seed(seed)
+    bound = script.certificate(model, **TUNED.get(script.SCRIPT, {}))
     tokens_N = evaluation_data(table, script, run, model, trained_on)
-    start_3W = torch.randint(len(tokens_N) - T, (3, 64), generator=generator)
-    a, b, real = tokens_N[start_3W[..., None] + torch.arange(T)]
-    real_STD, R0 = F.embedding(real[:8], embedding_VD), bound["norms"]["embedding"] * (1 + 1e-9)
-    head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
-
-    def network(x_STD):
-        stream = model.body(x_STD)
-        return model.logits(stream) if baseline else head(stream)
-
-    if not baseline:  # (whose norm layers have slopes of up to 1000: single layers teach nothing)
-        verify_layers(table, script, run, model, bound, real_STD)
-        table.attack("head", "norm", bound["norms"]["head"] * run.final_scale, NORM, head,
-                     directions(8, 1, D, seed=seed))
-    starts = torch.cat([real_STD, R0 * directions(8, T, D, seed=seed)])
-    table.attack("network", "certificate", bound["log10"], NORM, network, starts, R0, log=True)
-    swapped, t_W = a.clone(), torch.randint(T, (64,), generator=generator)
-    swapped[torch.arange(64), t_W] = b[torch.arange(64), t_W]
-    with torch.no_grad():
-        for what, other in (("real windows, two by two", b), ("one token swapped", swapped)):
-            x, y = F.embedding(a, embedding_VD), F.embedding(other, embedding_VD)
-            distance_W = rms(x - y).amax(-1).clamp(min=1e-300)
-            found = (rms(network(x) - network(y)).amax(-1) / distance_W).max().item()
-            table.bound("network", what, bound["log10"], found, NORM, log=True)
-
+    embedding_VD, T = model.embedding_VD.detach(), run.seq_len
     table.of_weights = dict(
-        norms=bound["norms"], lipschitz_log10=Range(bound["log10"], bound["log10"], math.inf),
-        lipschitz_product_log10=bound["product_log10"],
+        norms=bound["norms"], lipschitz_log10=(bound["log10"], bound["log10"], math.inf),
+        lipschitz_product_log10=bound["simple_log10" if "simple_log10" in bound else "product_log10"],
         lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
     if sum(W.numel() for W in model.parameters()) * len(tokens_N) < LARGEST:
         dtype = torch.float32
         if script is nanogpt_lipschitz:
             dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
             if OLD:  # (leaves a partial window out)
-                tokens_N = tokens_N[:(len(tokens_N) - 1) // run.seq_len * run.seq_len + 1]
-        batches = shakespeare.windows(tokens_N, run.seq_len, batch=max(1, 8192 // run.seq_len))
+                tokens_N = tokens_N[:(len(tokens_N) - 1) // T * T + 1]
+        batches = shakespeare.windows(tokens_N, T, batch=max(1, 8192 // T))
         table.of_data = evaluation(model, batches, run.loss_temperature, dtype)
-    if not baseline and len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
-        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // run.seq_len) * run.seq_len
-        certified = certified_tokens(script, model, tokens_N if script is shakespeare else tokens_N[:n + 1])
+    if getattr(run, "baseline", False):  # (norm layers: it promises nothing that an attack could reach)
+        return
+    head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
+    attack_bounds(table, script, run, model, head, bound, tokens_N)
+    if len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
+        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T
+        whole = script is shakespeare
+        certified = certified_tokens(script, model, tokens_N if whole else tokens_N[:n + 1])
         table.attack_predictions(
             "validation text", "rho: RMS at every embedding", certified,
             lambda x: head(model.body(x)).flatten(0, 1),
-            F.embedding(tokens_N[:n].view(-1, run.seq_len), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
-        if script is shakespeare:
+            F.embedding(tokens_N[:n].view(-1, T), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
+        if whole:
             table.of_data["certified_token_accuracy"] = shares(certified)
 
 
-def add_stream(f, model):
-    return lambda x: torch.lerp(x, f(x), model.mix)
+def attack_bounds(table, script, run, model, head, bound, tokens_N):
+    """Sublayers, blocks, the head, and the whole from embeddings to logits."""
+    T, generator = min(32, run.seq_len), torch.Generator().manual_seed(table.seed)
+    start_3W = torch.randint(len(tokens_N) - T, (3, 64), generator=generator)
+    windows = tokens_N[start_3W[..., None] + torch.arange(T)]
+    t_W, swapped = torch.randint(T, (64,), generator=generator), windows[0].clone()
+    swapped[torch.arange(64), t_W] = windows[1, torch.arange(64), t_W]
+    x, y, real, swapped = F.embedding(torch.cat([windows, swapped[None]]), model.embedding_VD).detach()
+    attack_layers(table, script, run, model, bound, real[:8])
+    found = table.climb(head, directions(8, 1, run.width, seed=table.seed))
+    table.bound("head", "norm", bound["norms"]["head"] * run.final_scale, found, NORM)
+    R = bound["norms"]["embedding"] * (1 + 1e-9)
+    starts = torch.cat([real[:8], R * directions(8, T, run.width, seed=table.seed)])
+    found = table.climb(lambda x: head(model.body(x)), starts, R)
+    table.bound("network", "certificate", bound["log10"], found, NORM, log=True)
+    for what, other in (("real windows, two by two", y), ("one token swapped", swapped)):
+        with torch.no_grad():
+            apart_W = rms(head(model.body(x) - model.body(other))).amax(-1)
+        found = (apart_W / rms(x - other).amax(-1).clamp(min=1e-300)).max().item()
+        table.bound("network", what, bound["log10"], found, NORM, log=True)
 
 
-def verify_layers(table, script, run, model, bound, real_STD):
+def attack_layers(table, script, run, model, bound, real_STD):
     """Each sublayer, alone and with the stream; and the ball that the stream is to stay in."""
     (_, T, D), seed = real_STD.shape, table.seed
 
     def streams(x_STD):
         """The stream before each sublayer, and at the end."""
-        steps = [add_stream(f, model) for block in model.blocks for f in sublayers(model, block)]
-        return list(accumulate(steps, lambda x, step: step(x), initial=x_STD))
+        parts = [f for block in model.blocks for f in sublayers(model, block)]
+        return list(accumulate(parts, lambda x, f: torch.lerp(x, f(x), model.mix), initial=x_STD))
 
     real = streams(real_STD)
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
@@ -485,8 +467,9 @@ def verify_layers(table, script, run, model, bound, real_STD):
         for what, f, x_STD, radius, alone, with_stream in (
                 ("attention", attention, starts, R, row["value"] + row["pattern"] * R**2, row["attention"]),
                 ("MLP", mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
-            table.attack(where, what, alone, NORM, f, x_STD, radius)
-            table.attack(where, f"{what} + stream", with_stream, NORM, add_stream(f, model), x_STD, radius)
+            table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
+            found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
+            table.bound(where, f"{what} + stream", with_stream, found, NORM)
         if hasattr(block, "q"):
             table.bound(where, "attention logits", *attention_logits(script, run, block, R, starts), "abs")
 
@@ -551,9 +534,11 @@ def verify(config, path):
     settings = {name: value for name, value in settings.items() if name not in PLACES}
     table.claim("config.json", "", read(path / "config.json"), settings)
     try:
-        run, model, state = load_checkpoint(script, path)
-        promise = dataclasses.replace(run, constraint="none")  # (what a file names is never run)
-        limits = script.limits(run) if OLD and script is nanogpt_lipschitz else promise.limits()
+        loaded = script.load_checkpoint(path)
+        old = isinstance(loaded, dict)
+        run, model, state = (*script.model_from_checkpoint(loaded), loaded) if old else loaded
+        harmless = dataclasses.replace(run, constraint="none")  # (code that a file names is not run)
+        limits = script.limits(run) if old else harmless.limits()
         step, trained_on, last = state["step"], str(state["data"]), state.get("log", [{}])[-1]
     except ERRORS:
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
@@ -567,10 +552,8 @@ def verify(config, path):
     verify_script(table, script, run, model.double(), trained_on)
     norms = table.of_weights["norms"]
     caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
-    muon = getattr(run, "optimizer", "muon") == "muon"
-    if run.constraint in LIMITING or run.constraint == "weight_decay" and muon:
-        for key, norm in norms.items():
-            table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
+    for key, norm in norms.items() if run.constraint in LIMITING else ():
+        table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
     expected = {name: settings[name] for name in ("preset", "seed", "loss_temperature", "baseline")
                 if name in settings}
     expected.update(
@@ -587,18 +570,16 @@ def verify(config, path):
 
 
 def print_report(path, table, seconds):
-    print(f"\n{path}, data: {table.data_name}")
-    for kind, left, right in (("claim", "claimed", "recomputed"), ("bound", "certified", "found"),
-                              ("share", "certified", "attacked")):
-        print(f"  {'where':17} {'what':40} {left:>12} {right:>12}")
-        for row in table.rows:
-            if row["kind"] == kind and (row["verdict"] != "agrees" or row["where"] == "summary.json"):
-                values, note = [row["claimed"], row["found"]], row["verdict"]
-                if kind == "bound":  # (log10)
-                    values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
-                    note = f"{row['tightness']:.4f}  {row['verdict']}  {row['norm']}"
-                shown = [f"{x:.5g}" if isinstance(x, float) else str(x)[:12] for x in values]
-                print(f"  {row['where']:17} {row['what']:40} {shown[0]:>12} {shown[1]:>12}  {note}")
+    print(f"\n{path}, data: {table.data_name}\n  {'':58} {'claimed or':>12} {'recomputed':>12}\n"
+          f"  {'where':17} {'what':40} {'certified':>12} {'or attacked':>12}  verdict, found / certified")
+    for row in table.rows:
+        if row["verdict"] != "agrees" or row["where"] == "summary.json":  # (the rest is in verify.json)
+            values, note = [row["claimed"], row["found"]], ""
+            if row["kind"] == "bound":
+                values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
+                note = f"{row['tightness']:.4f}  {row['norm']}"
+            left, right = (f"{x:.5g}" if isinstance(x, float) else str(x)[:12] for x in values)
+            print(f"  {row['where']:17} {row['what']:40} {left:>12} {right:>12}  {row['verdict']}  {note}")
     print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
 
 
@@ -607,16 +588,16 @@ def draw(path, table):
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
 
     figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
-    bounds, shares = figure.subplots(1, 2, width_ratios=(2, 1))
-    rows = [r for r in table.rows if r["kind"] == "bound" and math.isfinite(r["claimed"] + r["found"])]
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    bounds = [r for r in table.rows if r["kind"] == "bound" and math.isfinite(r["claimed"] + r["found"])]
     radii = [row for row in table.rows if row["kind"] == "share"]
     for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
-        bounds.plot([row[key] for row in rows], range(len(rows)), mark, label=label)
-        shares.plot([row["radius"] for row in radii], [100 * row[key] for row in radii], "o-", label=label)
-    bounds.set_yticks(range(len(rows)), [f"{row['where']}: {row['what']}" for row in rows], fontsize=6)
-    bounds.set(title=f"{path.name}: bounds, log10")
-    bounds.legend()
-    shares.set(title="predictions right, %", xlabel=radii[0]["norm"] if radii else "", ylim=(0, None))
+        left.plot([row[key] for row in bounds], range(len(bounds)), mark, label=label)
+        right.plot([row["radius"] for row in radii], [100 * row[key] for row in radii], "o-", label=label)
+    left.set_yticks(range(len(bounds)), [f"{r['where']}: {r['what']}" for r in bounds], fontsize=6)
+    left.set(title=f"{path.name}: bounds, log10")
+    right.set(title="predictions right, %", xlabel=radii[0]["norm"] if radii else "", ylim=(0, None))
+    right.legend()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
