@@ -35,9 +35,8 @@ import torch
 import torch.nn.functional as F
 
 import mlp_cifar
-import nanogpt_lipschitz
-import shakespeare
 from mlp_cifar import UserError
+from old_interface import nanogpt_lipschitz, shakespeare  # until they have the new one: remove it then
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
 # vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads. Attacks
@@ -45,6 +44,9 @@ from mlp_cifar import UserError
 
 
 # ==== Config ======================================================================================
+SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
+ERRORS = (UserError, shakespeare.UserError, nanogpt_lipschitz.UserError)
+TUNED = {"shakespeare": dict(search=20)}  # how the certificate in summary.json was made
 FLAGS = dict(budget="multiplies the steps of every search", images="test images to attack",
              windows="windows of validation text, a quarter of which is attacked",
              data="where the run's own data are now, if not where they were", seed="of the searches")
@@ -72,32 +74,6 @@ def parse_arguments(argv=None):
         if not low <= given[name] < 2**31:
             parser.error(f"--{name} {given[name]}: must be from {low} to 2147483647")
     return given.pop("runs"), Config(**given)
-
-
-# ==== The tutorials ===============================================================================
-SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
-TUNED = {"shakespeare": dict(search=20)}  # how the certificate in summary.json was made
-# Until nanogpt_lipschitz.py and shakespeare.py have their new interface (and wherever OLD is used):
-OLD = hasattr(nanogpt_lipschitz, "Refusal")
-ERRORS = (UserError, shakespeare.UserError, getattr(nanogpt_lipschitz, "Refusal", UserError),
-          getattr(nanogpt_lipschitz, "UserError", UserError))
-
-
-def certified_tokens(script, model, tokens_N):
-    """{rho: (N,) bool, predicted right and certified}"""
-    if hasattr(script, "certified_tokens"):
-        return script.certified_tokens(model, tokens_N)
-    tuned = dict(search=5) if script is shakespeare else {}
-    log = {rho: script.certificate(model, rho, **tuned)["body_log10"] for rho in shakespeare.RHOS}
-    margin_N = shakespeare.token_margins(model, tokens_N)
-    return {rho: margin_N > rho * 10 ** min(300.0, log[rho]) for rho in log}
-
-
-def sublayers(model, block):
-    """(attention, mlp) of a block, as functions of the stream."""
-    own = hasattr(block, "attention")
-    return [getattr(block, name) if own else functools.partial(getattr(model, name), block)
-            for name in ("attention", "mlp")]
 
 
 # ==== Search: two inputs whose outputs are as far apart as possible for their distance ============
@@ -400,14 +376,12 @@ def verify_transformer(table, script, run, model, trained_on):
     embedding_VD, T = model.embedding_VD.detach(), run.seq_len
     table.of_weights = dict(
         norms=bound["norms"], lipschitz_log10=(bound["log10"], bound["log10"], math.inf),
-        lipschitz_product_log10=bound["simple_log10" if "simple_log10" in bound else "product_log10"],
+        lipschitz_product_log10=bound["product_log10"],
         lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
     if sum(W.numel() for W in model.parameters()) * len(tokens_N) < LARGEST:
         dtype = torch.float32
-        if script is nanogpt_lipschitz:
+        if script is nanogpt_lipschitz:  # (auto was bfloat16, if that was fast)
             dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
-            if OLD:  # (leaves a partial window out)
-                tokens_N = tokens_N[:(len(tokens_N) - 1) // T * T + 1]
         batches = shakespeare.windows(tokens_N, T, batch=max(1, 8192 // T))
         table.of_data = evaluation(model, batches, run.loss_temperature, dtype)
     if getattr(run, "baseline", False):  # (norm layers: it promises nothing that an attack could reach)
@@ -415,13 +389,14 @@ def verify_transformer(table, script, run, model, trained_on):
     head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
     attack_bounds(table, script, run, model, head, bound, tokens_N)
     if len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
-        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T
-        whole = script is shakespeare
-        certified = certified_tokens(script, model, tokens_N if whole else tokens_N[:n + 1])
+        whole, n = script is shakespeare, min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T
+        certified = script.certified_tokens(model, tokens_N if whole else tokens_N[:n + 1])
+        x_WT = tokens_N[:n].view(-1, T)
+        documents = {} if whole else dict(docs_BT=model.embed(x_WT, torch.float64)[1])
         table.attack_predictions(
             "validation text", "rho: RMS at every embedding", certified,
-            lambda x: head(model.body(x)).flatten(0, 1),
-            F.embedding(tokens_N[:n].view(-1, T), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
+            lambda x: head(model.body(x, **documents)).flatten(0, 1), F.embedding(x_WT, embedding_VD),
+            tokens_N[1:n + 1], length=1, steps=10)
         if whole:
             table.of_data["certified_token_accuracy"] = shares(certified)
 
@@ -454,19 +429,18 @@ def attack_layers(table, script, run, model, bound, real_STD):
 
     def streams(x_STD):
         """The stream before each sublayer, and at the end."""
-        parts = [f for block in model.blocks for f in sublayers(model, block)]
+        parts = [f for block in model.blocks for f in (block.attention, block.mlp)]
         return list(accumulate(parts, lambda x, f: torch.lerp(x, f(x), model.mix), initial=x_STD))
 
     real = streams(real_STD)
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
         where, R, R_mlp = f"block {i + 1}", row["radius"], row["radius_mlp"]
-        attention, mlp = sublayers(model, block)
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)]).detach()
         single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])]).detach()
         for what, f, x_STD, radius, alone, with_stream in (
-                ("attention", attention, starts, R, row["value"] + row["pattern"] * R**2, row["attention"]),
-                ("MLP", mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
+                ("attention", block.attention, starts, R, row["value"] + row["pattern"] * R**2, row["attention"]),
+                ("MLP", block.mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
             table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
             found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
             table.bound(where, f"{what} + stream", with_stream, found, NORM)
@@ -534,11 +508,8 @@ def verify(config, path):
     settings = {name: value for name, value in settings.items() if name not in PLACES}
     table.claim("config.json", "", read(path / "config.json"), settings)
     try:
-        loaded = script.load_checkpoint(path)
-        old = isinstance(loaded, dict)
-        run, model, state = (*script.model_from_checkpoint(loaded), loaded) if old else loaded
-        harmless = dataclasses.replace(run, constraint="none")  # (code that a file names is not run)
-        limits = script.limits(run) if old else harmless.limits()
+        run, model, state = script.load_checkpoint(path)
+        limits = dataclasses.replace(run, constraint="none").limits()  # (runs no code that a file names)
         step, trained_on, last = state["step"], str(state["data"]), state.get("log", [{}])[-1]
     except ERRORS:
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)

@@ -255,9 +255,9 @@ def test_the_papers_formula_is_broken_and_ours_is_held(heads):
 
 
 def test_false_certificates_of_predictions(runs, monkeypatch, no_picture):
-    honest, honest_tokens = mlp_cifar.certified_radii, verify_lipschitz.certified_tokens
+    honest, honest_tokens = mlp_cifar.certified_radii, verify_lipschitz.shakespeare.certified_tokens
     monkeypatch.setattr(mlp_cifar, "certified_radii", lambda *a: 30 * honest(*a))
-    monkeypatch.setattr(verify_lipschitz, "certified_tokens",
+    monkeypatch.setattr(verify_lipschitz.shakespeare, "certified_tokens",
                         lambda *a: {rho: torch.ones_like(kept_N) for rho, kept_N in honest_tokens(*a).items()})
     search = Config(budget=0.3, images=60, windows=8)
     assert status(runs / "mlp", search)[2]["test images predictions right within 1"] == "BROKEN"
