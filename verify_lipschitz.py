@@ -1,14 +1,14 @@
 """Recomputes every number that a training run claims, and attacks its certificates.
 
-WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes none.
-From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and compares them
-with what the files of the run say. Then it looks for the pair: sublayer by sublayer and end to end, in
-the norm and inside the ball for which a bound is claimed. What it finds is a lower bound on the true
-constant: found / certified above 1 is a bug, below 1 the tightness.
+WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes
+none. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and compares
+them with what the files of a run say. Then it looks for the pair: sublayer by sublayer and end to end,
+in the norm and the ball for which a bound is claimed. What it finds is a lower bound on the constant:
+found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
-    python verify_lipschitz.py runs/NAME [...]      # run folders, folders of them, published .npz files
-    python verify_lipschitz.py                      # all of runs/
+    python verify_lipschitz.py runs/NAME [...]     # run folders, folders of them, published .npz files
+    python verify_lipschitz.py                     # all of runs/
     python verify_lipschitz.py runs/NAME --budget 20               # search twenty times as long
 
 RESULT: a table, verify.json and verify.png in the run's folder, and an exit status:
@@ -17,7 +17,7 @@ RESULT: a table, verify.json and verify.png in the run's folder, and an exit sta
     2  could not be checked in full: a file, a value or the data are missing (without summary.json:
        nothing claimed). A published .npz claims nothing itself: attacks alone decide.
 
-ANCESTRY. Projected gradient attacks: Madry et al. (2018), with the margin of Carlini and Wagner (2017).
+ANCESTRY. Projected gradient attacks: Madry et al. (2018); margin: Carlini and Wagner (2017).
 """
 
 import argparse
@@ -39,8 +39,8 @@ from mlp_cifar import UserError
 from old_interface import nanogpt_lipschitz, shakespeare  # until they have the new one: remove it then
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
-# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads. Attacks
-# are in float64: a claim about real numbers is not to be tried with errors of the size looked for.
+# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
+# Attacks are in float64: claims about real numbers are not tried with errors of the size looked for.
 
 
 # ==== Config ======================================================================================
@@ -49,7 +49,7 @@ ERRORS = (UserError, shakespeare.UserError, nanogpt_lipschitz.UserError)
 TUNED = {"shakespeare": dict(search=20)}  # how the certificate in summary.json was made
 FLAGS = dict(budget="multiplies the steps of every search", images="test images to attack",
              windows="windows of validation text, a quarter of which is attacked",
-             data="where the run's own data are now, if not where they were", seed="of the searches")
+             data="where the run's own data are now, if they moved", seed="of the searches")
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ def parse_arguments(argv=None):
     """(run folders and files, Config) of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders, folders of those, published .npz [runs]")
+    parser.add_argument("runs", nargs="*", help="run folders, folders of those, .npz files [runs]")
     for f in dataclasses.fields(Config):
         parser.add_argument(f"--{f.name}", type=f.type, default=f.default,
                             help=f"{FLAGS[f.name]} [{f.default}]")
@@ -81,9 +81,9 @@ def parse_arguments(argv=None):
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
 # So any such quotient is a lower bound on L, at any distance (not only d -> 0: where f is piecewise
 # linear, its Jacobian gives no direction in which to move x). With d = h w and rms(w_t) = 1:
-#   1. w moves towards the gradient of how far an output token moved, normalised token by token. Whole
-#      steps are power iteration for linear f, but then x, w and the patterns of several heads do not
-#      find each other: they are 0.3 until, in the last third, x rests where it was best.
+#   1. w moves towards the gradient of how far an output token moved, normalised token by token.
+#      Whole steps are power iteration for linear f, but then x, w and the patterns of several heads
+#      do not find each other: they are 0.3 until, in the last third, x rests where it was best.
 #   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
 #   3. Each search has its own output token (the one that moves most is one of the first, which see
 #      few others) and its own h, from 1e-6 to 0.5 of the radius.
@@ -101,7 +101,9 @@ def unit(x):
 
 def into_ball(x, radius):
     """Each vector scaled back to an RMS of at most radius."""
-    return x if radius == math.inf else x * (radius / rms(x).clamp(min=max(radius, 1e-300)))[..., None]
+    if radius == math.inf:
+        return x
+    return x * (radius / rms(x).clamp(min=max(radius, 1e-300)))[..., None]
 
 
 def directions(*shape, seed):
@@ -181,10 +183,10 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 #      is a thousand times that, and less than any digit printed.
 #   2. A tuned bound, or a share certified with it, may be claimed weaker than it is here: that is
 #      true as well. It may not be claimed stronger.
-#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), rounded by every machine in its
-#      own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere, and a margin or
-#      a loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ by
-#      the mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
+#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), and each machine rounds in its
+#      own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere; a margin or a
+#      loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ by the
+#      mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
 ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-12)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
@@ -192,11 +194,11 @@ LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hour
 MISSING = object()
 NORM = "max-token RMS->max-token RMS"
 # Settings that say where, not what: they may differ between the files of a run.
-PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "resume",
-          "launcher", "sample", "prepare", "compile"}
+PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch",
+          "resume", "launcher", "sample", "prepare", "compile"}
 # What a run did and its weights do not tell.
-HISTORY = {"train_seconds", "ms_per_step", "device", "dtype", "torch", "largest_activation", "spikes",
-           "tokens_per_second", "utilisation", "update_share", "memory_gib", "processes"}
+HISTORY = {"train_seconds", "ms_per_step", "device", "dtype", "torch", "largest_activation",
+           "spikes", "tokens_per_second", "utilisation", "update_share", "memory_gib", "processes"}
 
 
 def holds(claim, low, high):
@@ -209,8 +211,8 @@ def holds(claim, low, high):
 
 
 def shares(certified):
-    """{name: range of the share} of {radius: predictions certified}."""
-    found = {str(name): certified_N.double().mean().item() for name, certified_N in certified.items()}
+    """{name: range of the share} of {name: predictions certified}."""
+    found = {str(name): kept_N.double().mean().item() for name, kept_N in certified.items()}
     return {name: (share, 0.0, share) for name, share in found.items()}
 
 
@@ -255,9 +257,10 @@ class Table:
             claimed = dict(enumerate(claimed)) if isinstance(claimed, list) else claimed
             claimed = claimed if isinstance(claimed, dict) else {}
             for key in [*expected, *(claimed.keys() - expected.keys() - HISTORY - PLACES)]:
-                self.claim(where, f"{name} {key}".strip(), claimed.get(key, MISSING), expected.get(key, MISSING))
+                values = (source.get(key, MISSING) for source in (claimed, expected))
+                self.claim(where, f"{name} {key}".strip(), *values)
         elif claimed is MISSING or claimed is None and isinstance(expected, (float, tuple)):
-            self.add("claim", where, name, None, None, "not claimed")  # (nor does null claim anything)
+            self.add("claim", where, name, None, None, "not claimed")  # (null claims nothing)
         elif expected is MISSING:
             self.add("claim", where, name, str(claimed), None, "not checked: nothing recomputes it")
         else:
@@ -265,8 +268,9 @@ class Table:
             if isinstance(expected, (float, tuple)):
                 expected, low, high = expected if isinstance(expected, tuple) else (expected,) * 3
                 agrees = holds(claimed, low, high)
-            excuse = self.excuse if name.split(" ")[0] in self.of_data else ""
-            self.add("claim", where, name, claimed, expected, "agrees" if agrees else excuse or "BROKEN")
+            excused = self.excuse and name.split(" ")[0] in self.of_data
+            verdict = "agrees" if agrees else self.excuse if excused else "BROKEN"
+            self.add("claim", where, name, claimed, expected, verdict)
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE, log=False):
         """A bound (or its log10) and what was found against it, a number."""
@@ -280,15 +284,13 @@ class Table:
         return climb(f, x_STD, radius, self.steps, self.seed).max().item()
 
     def attack_predictions(self, where, norm, certified, logits, x, y_N, length, steps, restarts=1):
-        """Every prediction certified at a radius, which is `length` RMS, must survive an attack at it."""
+        """Every prediction certified at a radius (`length` of it is the RMS) must survive there."""
+        steps = max(2, int(steps * self.config.budget))
         for radius, certified_N in certified.items():
-            stands_N = withstands(logits, x, y_N, radius * length, max(2, int(steps * self.config.budget)),
-                                  restarts if radius else 1, self.seed)
-            certified_N = certified_N[:len(y_N)]
-            verdict = "BROKEN" if (certified_N & ~stands_N).any() else "held"
-            self.add("share", where, f"predictions right within {radius:.3g}", norm=norm, radius=radius,
-                     claimed=certified_N.double().mean().item(), found=stands_N.double().mean().item(),
-                     verdict=verdict)
+            stands_N = withstands(logits, x, y_N, radius * length, steps, restarts if radius else 1, self.seed)
+            kept_N, what = certified_N[:len(y_N)], f"predictions right within {radius:.3g}"
+            self.add("share", where, what, kept_N.double().mean().item(), stands_N.double().mean().item(),
+                     "BROKEN" if (kept_N & ~stands_N).any() else "held", norm=norm, radius=radius)
 
     def verdict(self):
         """Of the whole run."""
@@ -307,9 +309,9 @@ def evaluation_data(table, script, run, model, trained_on):
         if script is nanogpt_lipschitz:
             run.shards = 1  # (no more of the training text than must be)
         _, data, *vocabulary, table.data_name = script.load_data(run)
-        if vocabulary in ([], [getattr(model, "vocabulary", "")]):
-            return data.read(0, min(len(data), run.val_tokens + 1)) if hasattr(data, "read") else data
-        raise UserError(f"--data {run.data}: has other characters than the run's text; give that")
+        if vocabulary and vocabulary[0] != model.vocabulary:
+            raise UserError(f"--data {run.data}: has other characters than the run's text; give that")
+        return data.read(0, min(len(data), run.val_tokens + 1)) if script is nanogpt_lipschitz else data
     except ERRORS:
         if table.config.data:
             raise
@@ -336,7 +338,7 @@ def verify_mlp(table, script, run, model, trained_on):
     found = table.climb(network, starts)
     table.bound("network", "product", bound["product"] * to_rms, found, "RMS->RMS")
     table.bound("network", "tight certificate", bound["tight"] * to_rms, found, "RMS->RMS")
-    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits, each in units of its certificate
+    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits, in units of the certificate
     aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
     aim_SK = aim_SK / bound["pairs_KK"][y_S, j_S].clamp(min=1e-300)[:, None] / 3072**0.5
     found = table.climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
@@ -349,10 +351,9 @@ def verify_mlp(table, script, run, model, trained_on):
     table.bound("network", "test images, two by two", bound["tight"], found, "l2->l2")
 
     radius_N = mlp_cifar.certified_radii(model, bound["pairs_KK"], images_NP, labels_N)
-    radii = dict(mlp_cifar.RADII, clean=0.0)
-    table.attack_predictions(
-        "test images", "l2 radius, pixels in [0, 1]", {r: radius_N > r for r in sorted(radii.values())},
-        model, x_NP, labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
+    certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
+    table.attack_predictions("test images", "l2 radius, pixels in [0, 1]", certified, model, x_NP,
+                             labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
     few_NP = (images_NP[:500].double() / 255).requires_grad_()  # (as in the script's report)
     rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
     batches = zip(images_NP.split(2000), labels_N.split(2000))
@@ -384,12 +385,13 @@ def verify_transformer(table, script, run, model, trained_on):
             dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
         batches = shakespeare.windows(tokens_N, T, batch=max(1, 8192 // T))
         table.of_data = evaluation(model, batches, run.loss_temperature, dtype)
-    if getattr(run, "baseline", False):  # (norm layers: it promises nothing that an attack could reach)
+    if getattr(run, "baseline", False):  # (norm layers: no promise that an attack could reach)
         return
     head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
     attack_bounds(table, script, run, model, head, bound, tokens_N)
     if len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
-        whole, n = script is shakespeare, min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T
+        whole = script is shakespeare
+        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions to attack
         certified = script.certified_tokens(model, tokens_N if whole else tokens_N[:n + 1])
         x_WT = tokens_N[:n].view(-1, T)
         documents = {} if whole else dict(docs_BT=model.embed(x_WT, torch.float64)[1])
@@ -437,15 +439,17 @@ def attack_layers(table, script, run, model, bound, real_STD):
         where, R, R_mlp = f"block {i + 1}", row["radius"], row["radius_mlp"]
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)]).detach()
-        single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])]).detach()
+        single = torch.cat([x[:, -4:].detach().reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
+        attention = row["value"] + row["pattern"] * R**2
         for what, f, x_STD, radius, alone, with_stream in (
-                ("attention", block.attention, starts, R, row["value"] + row["pattern"] * R**2, row["attention"]),
+                ("attention", block.attention, starts, R, attention, row["attention"]),
                 ("MLP", block.mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
             table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
             found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
             table.bound(where, f"{what} + stream", with_stream, found, NORM)
         if hasattr(block, "q"):
-            table.bound(where, "attention logits", *attention_logits(script, run, block, R, starts), "abs")
+            certified, found = attention_logits(script, run, block, R, starts)
+            table.bound(where, "attention logits", certified, found, "abs")
 
     # The ball: ascent of the largest token at the end.
     radii = [row[key] for row in bound["rows"] for key in ("radius", "radius_mlp")] + [bound["radius"]]
@@ -462,7 +466,7 @@ def attack_layers(table, script, run, model, bound, real_STD):
 
 
 def split_tokens(block, heads, T, R):
-    """Inputs that break a count without heads: each finds its slice of the value in its own token."""
+    """Inputs that break a bound without heads: each finds its slice of the value in its own token."""
     v_HED = block.v.detach().unflatten(0, (heads, -1))
     first_HD = torch.linalg.svd(v_HED, full_matrices=False)[2][:, 0]
     return R * unit(torch.stack([first_HD[(torch.arange(T) + s) % heads] for s in range(8)]))
@@ -484,57 +488,47 @@ def attention_logits(script, run, block, R, x_STD):
 
 
 # ==== Main: the files of a run, the report ========================================================
-def read(path):
-    """What a JSON file holds, None if it is not there."""
-    try:
-        return json.loads(path.read_text()) if path.is_file() else None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: cannot be read ({problem}); restore it or train again") from problem
-
-
 def verify(config, path):
     """The table of one run folder or file."""
     table = Table(config)
     if path.suffix == ".npz":
-        run, model = shakespeare.load_published(path)  # (does not say what its weights were held to)
+        run, model = shakespeare.load_published(path)  # (says not what its weights were held to)
         verify_transformer(table, shakespeare, run, model.double(), "")
         return table
     try:
+        summary, written = (json.loads(file.read_text()) if file.is_file() else None
+                            for file in (path / "summary.json", path / "config.json"))
         saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
         script, settings = SCRIPTS[saved["script"]], dict(saved["config"])
-    except Exception as problem:  # a file may be wrong in dozens of ways
-        raise UserError(f"{path}/checkpoint.pt: cannot be used ({shakespeare.one_line(problem)}); give "
-                        f"the folder of a run of {', '.join(SCRIPTS)}") from problem
-    settings = {name: value for name, value in settings.items() if name not in PLACES}
-    table.claim("config.json", "", read(path / "config.json"), settings)
-    try:
+        table.claim("config.json", "", written, {k: settings[k] for k in settings if k not in PLACES})
         run, model, state = script.load_checkpoint(path)
-        limits = dataclasses.replace(run, constraint="none").limits()  # (runs no code that a file names)
-        step, trained_on, last = state["step"], str(state["data"]), state.get("log", [{}])[-1]
-    except ERRORS:
+        limits = dataclasses.replace(run, constraint="none").limits()  # (no code of a file is run)
+        step, trained_on, last = state["step"], str(state["data"]), dict(state.get("log", [{}])[-1])
+    except Exception as problem:  # a file may be wrong in dozens of ways
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
             return table
-        raise
+        raise UserError(f"cannot be used ({shakespeare.one_line(problem)}); give the folder of a run of "
+                        f"{', '.join(SCRIPTS)}.py, or an .npz file") from problem
     if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
         table.bound(bad[0], "is not finite", math.nan, math.nan, "")
         return table
-
     verify_script = verify_mlp if script is mlp_cifar else verify_transformer
     verify_script(table, script, run, model.double(), trained_on)
     norms = table.of_weights["norms"]
     caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
-    for key, norm in norms.items() if run.constraint in LIMITING else ():
-        table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
-    expected = {name: settings[name] for name in ("preset", "seed", "loss_temperature", "baseline")
-                if name in settings}
-    expected.update(
-        table.of_weights, script=script.SCRIPT, steps=step, data=trained_on, **table.of_data,
+    if run.constraint in LIMITING:
+        for key, norm in norms.items():
+            table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
+    names = settings.keys() & {"preset", "seed", "loss_temperature", "baseline"}
+    expected = dict(
+        {name: settings[name] for name in names},
+        script=script.SCRIPT, steps=step, data=trained_on, **table.of_weights, **table.of_data,
         params=sum(p.numel() for p in model.parameters()),
         max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
         w_max=None if run.constraint == "none" else limits)
     if not config.data and table.data_name != trained_on:
         table.excuse = "not checked: its data are not here"
-    table.claim("summary.json", "", read(path / "summary.json"), expected)
+    table.claim("summary.json", "", summary, expected)
     names = last.keys() & expected.keys()  # (what is printed after every evaluation)
     table.claim("checkpoint's log", "", {n: last[n] for n in names}, {n: expected[n] for n in names})
     return table
