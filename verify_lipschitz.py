@@ -1,15 +1,15 @@
 """Recomputes every number that a training run claims, and attacks its certificates.
 
 WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes
-none. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and compares
-them with what the files of a run say. Then it looks for the pair: sublayer by sublayer and end to end,
-in the norm and the ball for which a bound is claimed. What it finds is a lower bound on the constant:
-found / certified above 1 is a bug, below 1 the tightness.
+none. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and holds
+them against what the files of a run say. Then it looks for the pair: sublayer by sublayer and end to
+end, in the norm and the ball for which a bound is claimed. What it finds is a lower bound on the
+constant: found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
-    python verify_lipschitz.py runs/NAME [...]     # run folders, folders of them, published .npz files
-    python verify_lipschitz.py                     # all of runs/
-    python verify_lipschitz.py runs/NAME --budget 20               # search twenty times as long
+    python verify_lipschitz.py runs/NAME [...]        # run folders, folders of them, published .npz
+    python verify_lipschitz.py                        # all of runs/
+    python verify_lipschitz.py runs/NAME --budget 20  # search twenty times as long
 
 RESULT: a table, verify.json and verify.png in the run's folder, and an exit status:
     0  held: every claim was recomputed and agrees, and no attack succeeded
@@ -36,11 +36,11 @@ import torch.nn.functional as F
 
 import mlp_cifar
 from mlp_cifar import UserError
-from old_interface import nanogpt_lipschitz, shakespeare  # until they have the new one: remove it then
+from old_interface import nanogpt_lipschitz, shakespeare  # (goes when both have the new one)
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
 # vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
-# Attacks are in float64: claims about real numbers are not tried with errors of the size looked for.
+# Attacks are in float64: real numbers are claimed, and float32 errs by the size looked for.
 
 
 # ==== Config ======================================================================================
@@ -163,7 +163,7 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
     logits  (N, K) of inputs like x, each vector of which may move by an RMS of at most radius
     """
     stands_N = torch.ones(len(y_N), dtype=torch.bool)
-    for restart in range(restarts):  # (the first starts at x)
+    for restart in range(restarts if radius else 1):  # (the first starts at x)
         d = radius * directions(*x.shape, seed=seed + restart) * (restart > 0)
         for _ in range(steps + 1):
             d.requires_grad_()
@@ -183,10 +183,10 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 #      is a thousand times that, and less than any digit printed.
 #   2. A tuned bound, or a share certified with it, may be claimed weaker than it is here: that is
 #      true as well. It may not be claimed stronger.
-#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), and each machine rounds in its
-#      own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere; a margin or a
-#      loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ by the
-#      mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
+#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), and each machine rounds in
+#      its own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere; a margin
+#      or a loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ
+#      by the mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
 ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-12)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
@@ -220,7 +220,6 @@ def log10(x):
     return math.nan if math.isnan(x) else math.log10(x) if x > 0 else -math.inf
 
 
-@torch.no_grad()
 def evaluation(logits, batches, hot=1.0, dtype=torch.float32):
     """Ranges of both losses and the accuracy over all batches; logits(x, dtype) is (..., K)."""
     sums, count = torch.zeros(6, dtype=torch.float64), 0
@@ -287,10 +286,11 @@ class Table:
         """Every prediction certified at a radius (`length` of it is the RMS) must survive there."""
         steps = max(2, int(steps * self.config.budget))
         for radius, certified_N in certified.items():
-            stands_N = withstands(logits, x, y_N, radius * length, steps, restarts if radius else 1, self.seed)
+            stands_N = withstands(logits, x, y_N, radius * length, steps, restarts, self.seed)
             kept_N, what = certified_N[:len(y_N)], f"predictions right within {radius:.3g}"
-            self.add("share", where, what, kept_N.double().mean().item(), stands_N.double().mean().item(),
-                     "BROKEN" if (kept_N & ~stands_N).any() else "held", norm=norm, radius=radius)
+            shares = [part_N.double().mean().item() for part_N in (kept_N, stands_N)]
+            verdict = "BROKEN" if (kept_N & ~stands_N).any() else "held"
+            self.add("share", where, what, *shares, verdict, norm=norm, radius=radius)
 
     def verdict(self):
         """Of the whole run."""
@@ -306,12 +306,11 @@ def evaluation_data(table, script, run, model, trained_on):
     there = "stand-in" if trained_on.startswith("stand-in") else run.data
     run = dataclasses.replace(run, data=table.config.data or there)
     try:
-        if script is nanogpt_lipschitz:
-            run.shards = 1  # (no more of the training text than must be)
+        run.shards = 1  # (nanogpt's: no more of the training text than must be)
         _, data, *vocabulary, table.data_name = script.load_data(run)
         if vocabulary and vocabulary[0] != model.vocabulary:
-            raise UserError(f"--data {run.data}: has other characters than the run's text; give that")
-        return data.read(0, min(len(data), run.val_tokens + 1)) if script is nanogpt_lipschitz else data
+            raise UserError(f"--data {run.data}: has other characters than the run's text; give it")
+        return data.read(0, min(len(data), run.val_tokens + 1)) if hasattr(data, "read") else data
     except ERRORS:
         if table.config.data:
             raise
@@ -338,17 +337,16 @@ def verify_mlp(table, script, run, model, trained_on):
     found = table.climb(network, starts)
     table.bound("network", "product", bound["product"] * to_rms, found, "RMS->RMS")
     table.bound("network", "tight certificate", bound["tight"] * to_rms, found, "RMS->RMS")
-    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of two logits, in units of the certificate
+    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of logits, in units of the certificate
     aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
     aim_SK = aim_SK / bound["pairs_KK"][y_S, j_S].clamp(min=1e-300)[:, None] / 3072**0.5
     found = table.climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
                         x_NP[torch.arange(len(y_S)) % len(x_NP), None])
     table.bound("network", "two logits / their certificate", 1.0, found, "l2->abs")
-    with torch.no_grad():
-        other_NP = x_NP.roll(1, 0)
-        ratio_N = (model(x_NP) - model(other_NP)).norm(dim=1) / (x_NP - other_NP).norm(dim=1)
-    found = ratio_N.nan_to_num(0).max().item()
-    table.bound("network", "test images, two by two", bound["tight"], found, "l2->l2")
+    other_NP = x_NP.roll(1, 0)
+    ratio_N = (model(x_NP) - model(other_NP)).norm(dim=1) / (x_NP - other_NP).norm(dim=1)
+    table.bound("network", "test images, two by two", bound["tight"],
+                ratio_N.nan_to_num(0).max().item(), "l2->l2")
 
     radius_N = mlp_cifar.certified_radii(model, bound["pairs_KK"], images_NP, labels_N)
     certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
@@ -374,7 +372,7 @@ def verify_mlp(table, script, run, model, trained_on):
 def verify_transformer(table, script, run, model, trained_on):
     bound = script.certificate(model, **TUNED.get(script.SCRIPT, {}))
     tokens_N = evaluation_data(table, script, run, model, trained_on)
-    embedding_VD, T = model.embedding_VD.detach(), run.seq_len
+    embedding_VD, T = model.embedding_VD, run.seq_len
     table.of_weights = dict(
         norms=bound["norms"], lipschitz_log10=(bound["log10"], bound["log10"], math.inf),
         lipschitz_product_log10=bound["product_log10"],
@@ -391,7 +389,7 @@ def verify_transformer(table, script, run, model, trained_on):
     attack_bounds(table, script, run, model, head, bound, tokens_N)
     if len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
         whole = script is shakespeare
-        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions to attack
+        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions
         certified = script.certified_tokens(model, tokens_N if whole else tokens_N[:n + 1])
         x_WT = tokens_N[:n].view(-1, T)
         documents = {} if whole else dict(docs_BT=model.embed(x_WT, torch.float64)[1])
@@ -410,7 +408,7 @@ def attack_bounds(table, script, run, model, head, bound, tokens_N):
     windows = tokens_N[start_3W[..., None] + torch.arange(T)]
     t_W, swapped = torch.randint(T, (64,), generator=generator), windows[0].clone()
     swapped[torch.arange(64), t_W] = windows[1, torch.arange(64), t_W]
-    x, y, real, swapped = F.embedding(torch.cat([windows, swapped[None]]), model.embedding_VD).detach()
+    x, y, real, swapped = F.embedding(torch.cat([windows, swapped[None]]), model.embedding_VD)
     attack_layers(table, script, run, model, bound, real[:8])
     found = table.climb(head, directions(8, 1, run.width, seed=table.seed))
     table.bound("head", "norm", bound["norms"]["head"] * run.final_scale, found, NORM)
@@ -419,8 +417,7 @@ def attack_bounds(table, script, run, model, head, bound, tokens_N):
     found = table.climb(lambda x: head(model.body(x)), starts, R)
     table.bound("network", "certificate", bound["log10"], found, NORM, log=True)
     for what, other in (("real windows, two by two", y), ("one token swapped", swapped)):
-        with torch.no_grad():
-            apart_W = rms(head(model.body(x) - model.body(other))).amax(-1)
+        apart_W = rms(head(model.body(x) - model.body(other))).amax(-1)
         found = (apart_W / rms(x - other).amax(-1).clamp(min=1e-300)).max().item()
         table.bound("network", what, bound["log10"], found, NORM, log=True)
 
@@ -438,8 +435,8 @@ def attack_layers(table, script, run, model, bound, real_STD):
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
         where, R, R_mlp = f"block {i + 1}", row["radius"], row["radius_mlp"]
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
-                            split_tokens(block, run.heads, T, R)]).detach()
-        single = torch.cat([x[:, -4:].detach().reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
+                            split_tokens(block, run.heads, T, R)])
+        single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
         attention = row["value"] + row["pattern"] * R**2
         for what, f, x_STD, radius, alone, with_stream in (
                 ("attention", block.attention, starts, R, attention, row["attention"]),
@@ -466,13 +463,12 @@ def attack_layers(table, script, run, model, bound, real_STD):
 
 
 def split_tokens(block, heads, T, R):
-    """Inputs that break a bound without heads: each finds its slice of the value in its own token."""
+    """Inputs that break a bound without heads: each has its slice of the value in its own token."""
     v_HED = block.v.detach().unflatten(0, (heads, -1))
     first_HD = torch.linalg.svd(v_HED, full_matrices=False)[2][:, 0]
     return R * unit(torch.stack([first_HD[(torch.arange(T) + s) % heads] for s in range(8)]))
 
 
-@torch.no_grad()
 def attention_logits(script, run, block, R, x_STD):
     """(bound s sigma(q_h) sigma(k_h) R^2 D of the largest head, largest logit found)."""
     H, D, s = run.heads, run.width, run.logit_scale * run.heads / run.width
@@ -480,9 +476,10 @@ def attention_logits(script, run, block, R, x_STD):
     sigma_H = torch.linalg.matrix_norm(q_HED, ord=2) * torch.linalg.matrix_norm(k_HED, ord=2)
     U, _, Vh = torch.linalg.svd(q_HED.mT @ k_HED)
     found, aligned_HTD = 0.0, R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
-    turn = script.rotate if getattr(run, "positions", "rope") == "rope" else lambda x: x
+    turned = getattr(run, "positions", "rope") == "rope"
     for x in (into_ball(x_STD, R), aligned_HTD):
-        q, k = (turn(F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2)) for W in (block.q, block.k))
+        q, k = (F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2) for W in (block.q, block.k))
+        q, k = (script.rotate(q), script.rotate(k)) if turned else (q, k)
         found = max(found, (s * q @ k.mT).abs().max().item())
     return s * sigma_H.max().item() * R * R * D * (1 + 1e-9), found
 
@@ -493,7 +490,7 @@ def verify(config, path):
     table = Table(config)
     if path.suffix == ".npz":
         run, model = shakespeare.load_published(path)  # (says not what its weights were held to)
-        verify_transformer(table, shakespeare, run, model.double(), "")
+        verify_transformer(table, shakespeare, run, model.double().requires_grad_(False), "")
         return table
     try:
         summary, written = (json.loads(file.read_text()) if file.is_file() else None
@@ -507,21 +504,20 @@ def verify(config, path):
     except Exception as problem:  # a file may be wrong in dozens of ways
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
             return table
-        raise UserError(f"cannot be used ({shakespeare.one_line(problem)}); give the folder of a run of "
-                        f"{', '.join(SCRIPTS)}.py, or an .npz file") from problem
+        raise UserError(f"cannot be used ({shakespeare.one_line(problem)}); give the folder of a run "
+                        f"of {', '.join(SCRIPTS)}, or an .npz file") from problem
     if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
         table.bound(bad[0], "is not finite", math.nan, math.nan, "")
         return table
     verify_script = verify_mlp if script is mlp_cifar else verify_transformer
-    verify_script(table, script, run, model.double(), trained_on)
+    verify_script(table, script, run, model.double().requires_grad_(False), trained_on)
     norms = table.of_weights["norms"]
     caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
     if run.constraint in LIMITING:
         for key, norm in norms.items():
             table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
-    names = settings.keys() & {"preset", "seed", "loss_temperature", "baseline"}
     expected = dict(
-        {name: settings[name] for name in names},
+        {k: settings[k] for k in ("preset", "seed", "loss_temperature", "baseline") if k in settings},
         script=script.SCRIPT, steps=step, data=trained_on, **table.of_weights, **table.of_data,
         params=sum(p.numel() for p in model.parameters()),
         max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
@@ -530,7 +526,7 @@ def verify(config, path):
         table.excuse = "not checked: its data are not here"
     table.claim("summary.json", "", summary, expected)
     names = last.keys() & expected.keys()  # (what is printed after every evaluation)
-    table.claim("checkpoint's log", "", {n: last[n] for n in names}, {n: expected[n] for n in names})
+    table.claim("checkpoint's log", "", *({n: d[n] for n in names} for d in (last, expected)))
     return table
 
 
@@ -538,7 +534,7 @@ def print_report(path, table, seconds):
     print(f"\n{path}, data: {table.data_name}\n  {'':58} {'claimed or':>12} {'recomputed':>12}\n"
           f"  {'where':17} {'what':40} {'certified':>12} {'or attacked':>12}  verdict, found / certified")
     for row in table.rows:
-        if row["verdict"] != "agrees" or row["where"] == "summary.json":  # (the rest is in verify.json)
+        if row["verdict"] != "agrees" or row["where"] == "summary.json":  # (verify.json has all)
             values, note = [row["claimed"], row["found"]], ""
             if row["kind"] == "bound":
                 values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
@@ -554,8 +550,8 @@ def draw(path, table):
 
     figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    bounds = [r for r in table.rows if r["kind"] == "bound" and math.isfinite(r["claimed"] + r["found"])]
-    radii = [row for row in table.rows if row["kind"] == "share"]
+    bounds, radii = ([row for row in table.rows if row["kind"] == kind and math.isfinite(row["claimed"])
+                      and math.isfinite(row["found"])] for kind in ("bound", "share"))
     for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
         left.plot([row[key] for row in bounds], range(len(bounds)), mark, label=label)
         right.plot([row["radius"] for row in radii], [100 * row[key] for row in radii], "o-", label=label)
