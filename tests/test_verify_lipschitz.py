@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import mlp_cifar
+import nanogpt_lipschitz
 import shakespeare
 import verify_lipschitz
 from matrices import sigma_limit, with_spectrum
@@ -24,21 +25,25 @@ FAST = Config(budget=0.01, images=20, windows=4)  # what is recomputed does not 
 MLP = dict(data="stand-in", steps=30, batch=64, width=16, evals=1, lowpass=6, loss_temperature=5.0)
 GPT = dict(data="stand-in", width=16, blocks=2, heads=2, hidden=32, seq_len=24, steps=30, batch=4, evals=1,
            length=1)
+NANO = ("--data stand-in --vocab 256 --width 16 --blocks 2 --heads 2 --hidden 32 --seq_len 32 --window 32 --batch 2 "
+        "--micro_batch 2 --val_tokens 2000 --steps 4 --evals 1 --residual_scale 1").split()
 POSITION = {**GPT, **shakespeare.SMALL, "blocks": 2, "hidden": 32, "residual_scale": 2.0, "steps": 30}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with three small finished runs, on little data, which stay in place for the module."""
+    """A folder with four small finished runs, on little data, which stay in place for the module."""
     sets, text, patch = mlp_cifar.stand_in(600, 200), shakespeare.stand_in(20_000), pytest.MonkeyPatch()
+    patch.setattr(nanogpt_lipschitz, "stand_in", lambda: text)
     patch.setattr(mlp_cifar, "stand_in", lambda: sets)
     patch.setattr(shakespeare, "stand_in", lambda: text)
-    for script in (mlp_cifar, shakespeare):
+    for script in (mlp_cifar, shakespeare, nanogpt_lipschitz):
         patch.setattr(script, "draw", lambda *arguments: None)
     folder = tmp_path_factory.mktemp("runs")
     mlp_cifar.main(mlp_cifar.Config(**MLP, out=str(folder / "mlp")))
     shakespeare.main(shakespeare.Config(**GPT, out=str(folder / "content")))
     shakespeare.main(shakespeare.Config(**POSITION, out=str(folder / "position")))
+    nanogpt_lipschitz.main(nanogpt_lipschitz.parse_arguments([*NANO, "--out", str(folder / "nano")]))
     yield folder
     patch.undo()
 
@@ -75,8 +80,9 @@ class Files:
 # ---- what is true is held ----------------------------------------------------------------------------
 def test_true_runs_are_held(runs, capsys):
     assert verify_lipschitz.main([str(runs)], Config(budget=0.3, images=60, windows=8)) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "3 held"
+    assert capsys.readouterr().out.splitlines()[-1] == "4 held"
     for name, wheres in (("mlp", {"layer 1", "layer 3", "network", "weights", "test images", "config.json"}),
+                         ("nano", {"block 2", "head", "network", "stream", "validation text"}),
                          ("content", {"block 1", "block 2", "head", "network", "stream", "validation text"}),
                          ("position", {"block 1", "weights", "head", "network", "checkpoint's log"})):
         result = json.loads((runs / name / "verify.json").read_text())
@@ -208,6 +214,12 @@ TAMPERED = [  # run, what was done, and a row that has to report it
     ("content", "embedding", put("weights", "embedding_VD", lambda W: 1.1 * W), "weights limit on embedding"),
     ("content", "NaN", put("weights", "head_VD", lambda W: W * math.nan), "head_VD is not finite"),
     ("mlp", "NaN in the mean", put("weights", "mean_P", lambda W: W * math.nan), "mean_P is not finite"),
+    ("nano", "bound", lowered("lipschitz_log10", "RMS"), "summary.json lipschitz_log10"),
+    ("nano", "norm", put("summary", "norms/q", lambda x: 1.01 * x), "summary.json norms q"),
+    ("nano", "accuracy", put("summary", "val_accuracy", lambda x: x + 0.1), "summary.json val_accuracy"),
+    ("nano", "matrix", larger_matrix("blocks.1.v"), "summary.json w_max v"),
+    *[("nano", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
+        heads=4, final_scale=0.5, logit_scale=0.5, attention_scale=0.1, residual_scale=0.5, constraint="none").items()],
     *[("content", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
         heads=4, final_scale=0.5, logit_scale=0.5, attention_scale=0.1, residual_scale=0.5,
         activation="maxmin", constraint="none", positions="bias", loss_temperature=2.0).items()],
