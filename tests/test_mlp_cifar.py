@@ -20,9 +20,9 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mlp_cifar
-from constraints import CONSTRAINTS
+from constraints import CONSTRAINTS, ellipsoid_layer, ellipsoid_norm
 from muon import Muon
-from mlp_cifar import MLP, Config, UserError, certificate, certified_radii
+from mlp_cifar import MLP, Config, UserError, certificate, certified_radii, follow
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(data="stand-in", steps=6, batch=64, width=16, evals=2, lowpass=6)
@@ -95,16 +95,30 @@ def steepest_pair(model, seed=0, steps=60):
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_certificates_hold_and_are_ordered(case):
     model = random_model(**case)
-    bound = certificate(model)
-    assert bound["product"] == pytest.approx(math.prod(singular_values(W.data).max().item() for W in model.weights), rel=1e-8)
-    assert bound["tight"] <= bound["product"]
-    if case["kind"] == "random" and case["depth"] > 1 and "activation" not in case:
-        assert bound["tight"] < 0.98 * bound["product"]  # (orthogonal weights reach the product)
+    untuned, tuned = certificate(model), certificate(model, steps=20)
+    product = 10 ** untuned["product_log10"]
+    assert product == pytest.approx(math.prod(singular_values(W.data).max().item() for W in model.weights), rel=1e-8)
+    assert tuned["product_log10"] == untuned["product_log10"] >= untuned["tight_log10"] >= tuned["tight_log10"]
+    tight = 10 ** tuned["tight_log10"]
+    if case["kind"] == "random" and case["depth"] > 1:
+        assert tight < 0.97 * product  # (orthogonal weights reach the product)
     images = torch.randint(0, 256, (64, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     found = max(largest_jacobian_norm(model, images), steepest_pair(model))
-    assert 0.05 * bound["tight"] < found <= bound["tight"]
+    assert 0.05 * tight < found <= tight
     if case["depth"] == 1:
-        assert found >= 0.999 * bound["tight"]
+        assert found >= 0.999 * tight
+
+
+@pytest.mark.parametrize("activation", ["relu", "maxmin"])
+def test_any_free_weights_give_a_true_certificate(activation):
+    model = random_model(width=24, depth=4, lowpass=3, activation=activation)
+    found = steepest_pair(model)
+    for seed in range(10):
+        free, generator = {}, torch.Generator().manual_seed(seed)
+        follow(model, free)
+        free = {name: 3 * torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in free.items()}
+        S, log = follow(model, free)
+        assert found <= ellipsoid_norm(S, log, torch.eye(10).double()).exp()
 
 
 @pytest.mark.parametrize("activation", ["relu", "maxmin"])
@@ -124,33 +138,40 @@ def test_step_by_step_inequalities_of_the_tight_certificate(activation):
         p, q = h @ W.T + b, g @ W.T + b
         z, h, g = p - q, model.activation(p), model.activation(q)
         assert inside(S, z)
-        if activation == "relu":
-            assert (((h - g) - z / 2).abs() <= z.abs() / 2 + 1e-12).all()  # step 2
-            lam = 2 / torch.linalg.matrix_norm(S, ord=2)  # as ECLipsE-Fast writes it
-            after = W_next @ torch.linalg.inv(lam * torch.eye(len(S)).double() - lam**2 * S / 4) @ W_next.T
-        else:
-            assert ((h - g).norm(dim=1) <= z.norm(dim=1) * (1 + 1e-12)).all()  # step 3
-            after = torch.linalg.matrix_norm(S, ord=2) * W_next @ W_next.T
-        sigma, sigma_next = (torch.linalg.matrix_norm(A, ord=2) for A in (S, after))
-        assert sigma_next <= sigma * torch.linalg.matrix_norm(W_next, ord=2) ** 2 * (1 + 1e-9)  # step 4
-        S = after
-    assert certificate(model)["tight"] ** 2 == pytest.approx(torch.linalg.eigvalsh(S).max().item(), rel=1e-8)
-    for a, c in ((0, 1), (3, 9)):  # step 5
+        F_NM, A, B = torch.eye(z.shape[1]).double(), W_next / 2, W_next / 2
+        if activation == "maxmin":
+            (first, second), (P, Q) = F_NM.chunk(2), W_next.chunk(2, 1)
+            F_NM, A, B = (first - second) / 2**0.5, (P + Q) @ (first + second) / 2, (P - Q) / 2**0.5
+        v = 2 * (h - g) - z  # steps 2 and 3
+        if activation == "maxmin":
+            v = ((h - g).chunk(2, 1)[0] - (h - g).chunk(2, 1)[1]) / 2**0.5
+        assert (v.abs() <= (z @ F_NM.T).abs() + 1e-12).all()
+        torch.testing.assert_close((h - g) @ W_next.T, z @ A.T + v @ B.T)
+        S, log = ellipsoid_layer(S, 0.0, F_NM, A, B)
+        S = S * log.exp()
+    bound, to_e = certificate(model), math.log(10)
+    ours = torch.linalg.eigvalsh(S).max().log().item() / 2
+    assert ours <= bound["product_log10"] * to_e or activation == "maxmin"
+    assert bound["tight_log10"] * to_e == pytest.approx(min(ours, bound["product_log10"] * to_e), abs=1e-8)
+    for a, c in ((0, 1), (3, 9)):  # step 5: the smaller one of ellipsoid and product
         v = torch.zeros(10, dtype=torch.float64)
         v[a], v[c] = 1, -1
-        assert certificate(model)["pairs_KK"][a, c].item() ** 2 == pytest.approx((v @ S @ v).item(), rel=1e-7)
+        last = (v @ model.weights[-1]).norm() * math.prod(torch.linalg.matrix_norm(W, ord=2).item() for W in model.weights[:-1])
+        expected = min((v @ S @ v).sqrt().item(), last.item())
+        assert 10 ** bound["pairs_log10_KK"][a, c].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["relu", "maxmin"])
 def test_pair_constants_bound_gradients_of_margins(activation):
     model = random_model(norm=3.0, activation=activation)
-    pairs = certificate(model)["pairs_KK"]
+    bound = certificate(model, steps=10)
+    pairs = 10 ** bound["pairs_log10_KK"]
     x = torch.rand(40, 3072, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     logits = model(x)
     for y, j in ((0, 1), (4, 7), (9, 2)):
         gradient, = torch.autograd.grad((logits[:, y] - logits[:, j]).sum(), x, retain_graph=True)
         assert gradient.norm(dim=1).max() <= pairs[y, j]
-    assert (pairs <= 2**0.5 * certificate(model)["tight"] * (1 + 1e-9)).all()
+    assert (pairs <= 2**0.5 * 10 ** bound["product_log10"] * (1 + 1e-8)).all()
 
 
 def test_certified_radius_survives_attack_and_is_exact_for_a_linear_model():
@@ -158,7 +179,7 @@ def test_certified_radius_survives_attack_and_is_exact_for_a_linear_model():
     images = torch.randint(0, 256, (50, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     labels = model(images.double() / 255).argmax(1)
     labels[0] = (labels[0] + 1) % 10
-    radius = certified_radii(model, certificate(model)["pairs_KK"], images, labels)
+    radius = certified_radii(model, certificate(model)["pairs_log10_KK"], images, labels)
     assert radius[0] < 0 < radius[1:].min()
     # For a linear model the nearest image of another class is known: just inside the radius right, just outside wrong.
     x = images.double() / 255
@@ -175,13 +196,44 @@ def test_certified_radius_survives_attack_and_is_exact_for_a_linear_model():
             assert (model(moved[None]).argmax() == labels[i]).item() == right
 
 
-def test_zero_network_has_constant_zero():
+@pytest.mark.parametrize("steps", [0, 3])
+def test_zero_network_has_constant_zero(steps):
     model = random_model()
     model.weights[1].data.zero_()
-    assert certificate(model)["tight"] == 0 == certificate(model)["product"]
-    model.weights[0].data.fill_(math.nan)
+    bound = certificate(model, steps)
+    assert bound["tight_log10"] == -math.inf == bound["product_log10"]
+    assert (bound["pairs_log10_KK"] == -math.inf).all()
+
+
+@pytest.mark.parametrize("where", ["weights.0", "biases.1", "mean_P"])
+def test_what_is_not_finite_is_refused(where):
+    model = random_model()
+    model.state_dict()[where].view(-1)[0] = math.nan
     with pytest.raises(UserError, match="not finite"):
         certificate(model)
+
+
+@pytest.mark.parametrize("norm, depth, activation", [(0.4, 390, "relu"), (0.1, 1000, "maxmin"), (30.0, 400, "relu")])
+def test_deep_networks_leave_the_range_of_float64_and_the_certificate_does_not(norm, depth, activation):
+    """0.4^390 and its squares, 0.1^1000 and 30^400: in logarithms, between the exact product and half of it a layer."""
+    model = random_model(kind="orthogonal", norm=norm, depth=depth, width=10, lowpass=2, activation=activation)
+    bound = certificate(model)
+    exact = sum(math.log10(torch.linalg.matrix_norm(W.double(), ord=2).item()) for W in model.weights)
+    assert bound["product_log10"] == pytest.approx(exact, rel=1e-6)
+    assert bound["product_log10"] - depth * math.log10(2) <= bound["tight_log10"] <= bound["product_log10"]
+    assert bound["pairs_log10_KK"][0, 1].isfinite()
+
+
+def test_exact_ties_are_not_certified():
+    model = random_model()
+    for parameter in (model.weights[-1], model.biases[-1]):
+        parameter.data[1] = parameter.data[0]
+    model.biases[-1].data[:2] = model.biases[-1].data.max() + 0.5
+    images = torch.randint(0, 256, (200, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    logits = model(images.double() / 255)
+    tied = logits.argmax(1) <= 1  # (some images, not all)
+    radius = certified_radii(model, certificate(model)["pairs_log10_KK"], images, logits.argmax(1))
+    assert tied.any() and not tied.all() and (radius[tied] <= 0).all() and (radius[~tied] > 0).all()
 
 
 def test_lowpass_is_an_orthogonal_projection():
