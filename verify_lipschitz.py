@@ -92,7 +92,9 @@ TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smalles
 
 
 def rms(x):
-    return x.square().mean(-1).sqrt()
+    """Root mean square of each vector, also where squares overflow."""
+    scale = x.detach().abs().amax(-1).clamp(min=1e-300)
+    return scale * (x / scale[..., None]).square().mean(-1).sqrt()
 
 
 def unit(x):
@@ -270,12 +272,11 @@ class Table:
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE, log=False):
         """A bound (or its log10) and what was found against it, a number."""
-        certified = certified if log else log10(certified)
-        found = math.inf if math.isnan(found) else log10(found)
-        held = found <= certified + math.log10(1 + slack)
-        tightness = 10 ** (found - certified) if math.isfinite(found - certified) else 0.0
-        self.add("bound", where, what, certified, found, "held" if held else "BROKEN",
-                 norm=norm, tightness=tightness)
+        certified, overflow = certified if log else log10(certified), math.isnan(found)
+        found = log10(found)
+        verdict = "held" if found <= certified + math.log10(1 + slack) else "BROKEN"
+        self.add("bound", where, what, certified, found, "not checked: overflow" if overflow else verdict,
+                 norm=norm, tightness=10 ** min(9.0, found - certified) if math.isfinite(found) else 0.0)
 
     def climb(self, f, x_STD, radius=math.inf):
         return climb(f, x_STD, radius, self.steps, self.seed).max().item()
@@ -343,9 +344,9 @@ def verify_mlp(table, script, run, model, trained_on):
                         x_NP[torch.arange(len(y_S)) % len(x_NP), None])
     table.bound("network", "two logits / their certificate", 1.0, found, "l2->abs")
     other_NP = x_NP.roll(1, 0)
-    ratio_N = (model(x_NP) - model(other_NP)).norm(dim=1) / (x_NP - other_NP).norm(dim=1)
-    table.bound("network", "test images, two by two", bound["tight_log10"],
-                ratio_N.nan_to_num(0).max().item(), "l2->l2", log=True)
+    distance_N = (x_NP - other_NP).norm(dim=1).clamp(min=1e-300)
+    found = ((model(x_NP) - model(other_NP)).norm(dim=1) / distance_N).max().item()
+    table.bound("network", "test images, two by two", bound["tight_log10"], found, "l2->l2", log=True)
 
     radius_N = mlp_cifar.certified_radii(model, bound["pairs_log10_KK"], images_NP, labels_N)
     certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
@@ -427,13 +428,13 @@ def attack_layers(table, script, run, model, bound, real_STD):
         parts = [f for block in model.blocks for f in (block.attention, block.mlp)]
         return list(accumulate(parts, lambda x, f: torch.lerp(x, f(x), model.mix), initial=x_STD))
 
-    real = streams(real_STD)
+    real = [x_STD.nan_to_num(0, 0, 0) for x_STD in streams(real_STD)]
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
-        where, R, R_mlp = f"block {i + 1}", row["radius"], row["radius_mlp"]
+        where, R, R_mlp = f"block {i + 1}", min(1e60, row["radius"]), min(1e60, row["radius_mlp"])
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)])
         single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
-        attention = row["value"] + row["pattern"] * R**2
+        attention = row["value"] + row["pattern"] * row["radius"] * row["radius"]
         for what, f, x_STD, radius, alone, with_stream in (
                 ("attention", block.attention, starts, R, attention, row["attention"]),
                 ("MLP", block.mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
@@ -503,7 +504,7 @@ def verify(config, path):
         raise UserError(f"cannot be used ({shakespeare.one_line(problem)}); give the folder of a run "
                         f"of {', '.join(SCRIPTS)}, or an .npz file") from problem
     if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
-        table.bound(bad[0], "is not finite", 0.0, math.nan, "")
+        table.bound(bad[0], "is not finite", 0.0, math.inf, "")
         return table
     verify_script = verify_mlp if script is mlp_cifar else verify_transformer
     verify_script(table, script, run, model.double().requires_grad_(False), trained_on)
