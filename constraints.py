@@ -454,8 +454,9 @@ def tune(goal, free: dict, steps: int, lr: float = 0.1):
             least, best = value.item(), copy.deepcopy(free)
         optimizer.zero_grad()
         value.backward()
-        for tensor in free.values():  # (a zero matrix may give NaN)
-            tensor.grad.nan_to_num_(0, 0, 0)
+        for tensor in free.values():
+            if tensor.grad is not None:  # (the last block's tokens move nothing)
+                tensor.grad.nan_to_num_(0, 0, 0)  # (a zero matrix gives NaN)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / (steps + 1))
         optimizer.step()
     free.update({name: tensor.detach().requires_grad_(False) for name, tensor in best.items()})
