@@ -200,8 +200,9 @@ NORM = "max-token RMS->max-token RMS"
 PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch",
           "resume", "launcher", "sample", "prepare", "compile"}
 # What a run did and its weights do not tell.
-HISTORY = {"train_seconds", "ms_per_step", "device", "dtype", "torch", "largest_activation",
-           "spikes", "tokens_per_second", "utilisation", "update_share", "memory_gib", "processes"}
+HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "spikes",
+           "largest_activation", "activations", "tokens_per_second", "utilisation", "update_share",
+           "memory_gib", "processes"}
 
 
 def holds(claim, low, high):
@@ -219,19 +220,20 @@ def shares(certified):
     return {name: (share, 0.0, share) for name, share in found.items()}
 
 
-def evaluation(logits, batches, hot=1.0, dtype=torch.float32):
-    """Ranges of both losses and the accuracy over all batches; logits(x, dtype) is (..., K)."""
-    sums, count = torch.zeros(6, dtype=torch.float64), 0
+def evaluation(logits, batches, hot=None, dtype=torch.float32):
+    """Ranges of the losses (at temperature `hot` too, if any) and the accuracy over all batches."""
+    temperatures = [1.0] if hot is None else [1.0, hot]
+    sums, count = 0.0, 0
     for x, y in batches:
         exact_NK, y_N = logits(x, torch.float64).flatten(0, -2), y.flatten()
         e_N = 8 * (exact_NK - logits(x, dtype).flatten(0, -2)).abs().amax(1)
         margin_N = margins(exact_NK, y_N)
-        losses = [F.cross_entropy(t * exact_NK, y_N, reduction="sum") for t in (1.0, hot)]
-        sums += torch.stack([*losses, e_N.sum(), *((margin_N > at).sum() for at in (0, e_N, -e_N))])
-        count += len(y_N)
-    loss, hot_loss, off, right, low, high = (sums / count).tolist()
-    return dict(val_loss=(loss, loss - off, loss + off), val_accuracy=(right, low, high),
-                val_loss_at_temperature=(hot_loss, hot_loss - hot * off, hot_loss + hot * off))
+        losses = [F.cross_entropy(t * exact_NK, y_N, reduction="sum") for t in temperatures]
+        rights = [(margin_N > at).sum() for at in (0, e_N, -e_N)]
+        sums, count = sums + torch.stack([e_N.sum(), *rights, *losses]), count + len(y_N)
+    off, right, low, high, *losses = (sums / count).tolist()
+    found = [(loss, loss - t * off, loss + t * off) for loss, t in zip(losses, temperatures)]
+    return dict(zip(("val_loss", "val_loss_at_temperature"), found), val_accuracy=(right, low, high))
 
 
 class Table:
@@ -356,7 +358,6 @@ def verify_mlp(table, script, run, model, trained_on):
     rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
     batches = zip(images_NP.split(2000), labels_N.split(2000))
     table.of_data = evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches)
-    del table.of_data["val_loss_at_temperature"]  # (which this script does not print)
     table.of_data.update(
         largest_jacobian_l2=torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item(),
         certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
@@ -379,7 +380,7 @@ def verify_transformer(table, script, run, model, trained_on):
         if script is nanogpt_lipschitz:  # (auto was bfloat16, if that was fast)
             dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
         batches = shakespeare.windows(tokens_N, T, batch=max(1, 8192 // T))
-        table.of_data = evaluation(model, batches, run.loss_temperature, dtype)
+        table.of_data = evaluation(model, batches, getattr(run, "loss_temperature", None), dtype)
     if getattr(run, "baseline", False):  # (norm layers: no promise that an attack could reach)
         return
     head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
@@ -514,7 +515,8 @@ def verify(config, path):
         for key, norm in norms.items():
             table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
     expected = dict(
-        {k: settings[k] for k in ("preset", "seed", "loss_temperature", "baseline") if k in settings},
+        {k: settings[k] for k in ("preset", "seed", "baseline") if k in settings},
+        loss_temperature=settings.get("loss_temperature", 1.0),
         script=script.SCRIPT, steps=step, data=trained_on, **table.of_weights, **table.of_data,
         params=sum(p.numel() for p in model.parameters()),
         max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
