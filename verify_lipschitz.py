@@ -1,19 +1,23 @@
-"""Attacks every certificate of a training run, from its checkpoint alone. Exit status 0: all held; 1: one is broken.
+"""Recomputes every number that a training run claims, and attacks its certificates.
 
-WHAT IT SHOWS. A certificate is a claim that no pair of inputs exceeds a number. This script computes the
-numbers again, in float64, and then looks for the pair: layer by layer, block by block and end to end, in
-the norm in which each is claimed and inside the ball for which it is claimed. What it finds is a lower
-bound on the true constant; found / certified is the tightness. Above 1 is a bug. Besides: weight norms
-against their limits, activations against the radius, certified predictions against attacks.
+WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes
+none. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and holds
+them against what the files of a run say. Then it looks for the pair: sublayer by sublayer and end to
+end, in the norm and the ball for which a bound is claimed. What it finds is a lower bound on the
+constant: found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
-    python verify_lipschitz.py runs/NAME [...]      # run folders, folders of them, or published .npz files
-    python verify_lipschitz.py                      # all of runs/; if there is none, trains two small models
-    python verify_lipschitz.py runs/NAME --budget 20                        # search twenty times as long
+    python verify_lipschitz.py runs/NAME [...]        # run folders, folders of them, published .npz
+    python verify_lipschitz.py                        # all of runs/
+    python verify_lipschitz.py runs/NAME --budget 20  # search twenty times as long
 
-RESULT. Every preset of the three tutorials held, in 10 s to two minutes each on two cores (results/).
+RESULT: a table, verify.json and verify.png in the run's folder, and an exit status:
+    0  held: every claim was recomputed and agrees, and no attack succeeded
+    1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
+    2  could not be checked in full: a file, a value or the data are missing (without summary.json:
+       nothing claimed). A published .npz claims nothing itself: attacks alone decide.
 
-ANCESTRY. Projected gradient attacks: Madry et al. (2018), with the margin of Carlini and Wagner (2017).
+ANCESTRY. Projected gradient attacks: Madry et al. (2018); margin: Carlini and Wagner (2017).
 """
 
 import argparse
@@ -24,632 +28,571 @@ import json
 import math
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import mlp_cifar
-import nanogpt_lipschitz
-import shakespeare
-from constraints import exact_norm
+from constraints import log10
+from mlp_cifar import UserError
+from old_interface import nanogpt_lipschitz, shakespeare  # (goes when both have the new one)
+
+# Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
+# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
+# Attacks are in float64: real numbers are claimed, and float32 errs by the size looked for.
 
 
 # ==== Config ======================================================================================
-def flag(default, text, low, high):
-    """A field: its default, its help and its range."""
-    return dataclasses.field(default=default, metadata=dict(help=text, range=(low, high)))
+SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
+ERRORS = (UserError, shakespeare.UserError, nanogpt_lipschitz.UserError)
+TUNED = dict(mlp_cifar=dict(steps=30), shakespeare=dict(search=20))  # as for summary.json
+FLAGS = dict(budget="multiplies the steps of every search", images="test images to attack",
+             windows="windows of validation text, a quarter of which is attacked",
+             data="where the run's own data are now, if they moved", seed="of the searches")
 
 
 @dataclasses.dataclass
 class Config:
-    budget: float = flag(1.0, "multiplies the steps of every search", 1e-6, 1e4)
-    images: int = flag(300, "test images to attack", 1, 10_000)
-    windows: int = flag(24, "windows of validation text to attack", 1, 10_000)
-    data: str = flag("", "data to take these from; default: as in training", "", "\U0010ffff")
-    seed: int = flag(0, "seed of the searches", 0, 2**31 - 1)
-
-
-class UserError(Exception):
-    """What the user can mend, in one line. Exit status 2."""
-
-
-ERRORS = (UserError, mlp_cifar.UserError, shakespeare.UserError, nanogpt_lipschitz.Refusal)
+    budget: float = 1.0
+    images: int = 300
+    windows: int = 24
+    data: str = ""
+    seed: int = 0
 
 
 def parse_arguments(argv=None):
     """(run folders and files, Config) of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("RESULT")[0], allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders, folders of run folders, published .npz [runs]")
+    parser.add_argument("runs", nargs="*", help="run folders, folders of those, .npz files [runs]")
     for f in dataclasses.fields(Config):
-        parser.add_argument("--" + f.name, type=f.type, default=f.default, help=f"{f.metadata['help']} [{f.default}]")
+        parser.add_argument(f"--{f.name}", type=f.type, default=f.default,
+                            help=f"{FLAGS[f.name]} [{f.default}]")
     given = vars(parser.parse_args(argv))
-    runs, config = given.pop("runs"), Config(**given)
-    for f in dataclasses.fields(Config):
-        low, high = f.metadata["range"]
-        if not low <= getattr(config, f.name) <= high:
-            parser.error(f"--{f.name} {getattr(config, f.name)}: must be from {low} to {high}")
-    return runs, config
+    for name, low in dict(budget=1e-6, images=1, windows=1, seed=0).items():
+        if not low <= given[name] < 2**31:
+            parser.error(f"--{name} {given[name]}: must be from {low} to 2147483647")
+    return given.pop("runs"), Config(**given)
 
 
-# Shapes: S searches side by side, T tokens (1 for an image), D dimension of a token's vector, O of an output's, N images
-# or positions, P pixels, K classes, V characters. Everything here is float64 and on the CPU: a claim about real numbers
-# is not to be tried in an arithmetic that makes errors of the size looked for.
-TOLERANCE = 1e-8  # what rounding can add to a quotient of differences at the smallest distance below, relative
-
-
-# ==== SEARCH: two inputs whose outputs are as far apart as possible for their distance ============
+# ==== Search: two inputs whose outputs are as far apart as possible for their distance ============
 # A map f of sequences has constant L on a ball if for all x, d with x + d and x - d in the ball
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
-# So any such quotient is a lower bound on L, whatever the distance, and the Jacobian is the case of d -> 0. Differences at
-# finite distance are searched, not Jacobians: where f is piecewise linear (ReLU, MaxMin) a Jacobian does not change with x,
-# and gives no direction in which to move x. For d = h w with rms(w_t) = 1 at every token and output token t:
-#   1. u = (f(x + d) - f(x - d))_t, made of length 1, is the direction in which that output moved.
-#   2. v = d/dw <u, f(x + h w)_t - f(x - h w)_t>; the w that maximises <v, w> is v, normalised token by token.
-#      With x fixed, f linear and one token this is power iteration; it never gets worse.
-#   3. Each token of x follows the gradient of the same quantity, by steps that shrink to 0, and stays in the ball; w goes
-#      0.3 of the way to v only, or x, w and the patterns of attention do not find each other (with several heads).
-# Each search has an output token of its own to move (following whichever moved most, all end in the first ones, which
-# see few others), and a distance h of its own, from 1e-6 to 0.5 of the ball's radius. In the last third x rests where it was
-# best, h is small, and w takes the whole steps of 2.
+# So any such quotient is a lower bound on L, at any distance (not only d -> 0: where f is piecewise
+# linear, its Jacobian gives no direction in which to move x). With d = h w and rms(w_t) = 1:
+#   1. w moves towards the gradient of how far an output token moved, normalised token by token.
+#      Whole steps are power iteration for linear f, but then x, w and the patterns of several heads
+#      do not find each other: they are 0.3 until, in the last third, x rests where it was best.
+#   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
+#   3. Each search has its own output token (the one that moves most is one of the first, which see
+#      few others) and its own h, from 1e-6 to 0.5 of the radius.
+TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smallest distance
+
+
 def rms(x):
-    return x.square().mean(-1).sqrt()
+    """Root mean square of each vector, also where squares overflow."""
+    scale = x.detach().abs().amax(-1).clamp(min=1e-300)
+    return scale * (x / scale[..., None]).square().mean(-1).sqrt()
 
 
-def into_ball(x_STD, radius):
-    """Each token scaled back to an RMS of at most radius."""
-    return x_STD * (radius / rms(x_STD).clamp(min=radius))[..., None] if math.isfinite(radius) else x_STD
+def unit(x):
+    """Each vector at RMS 1 (0 stays 0)."""
+    return x / rms(x).clamp(min=1e-300)[..., None]
 
 
-def climb(f, x_STD, radius=math.inf, steps=80, seed=0, aim_SO=None, w_STD=None):
-    """The largest quotient found, (S,): max_t rms(f(x + d) - f(x - d))_t / (2 max_t rms(d_t)), both ends in the ball.
+def into_ball(x, radius):
+    """Each vector scaled back to an RMS of at most radius."""
+    if radius == math.inf:
+        return x
+    return x * (radius / rms(x).clamp(min=max(radius, 1e-300)))[..., None]
+
+
+def directions(*shape, seed):
+    """Random vectors of RMS 1."""
+    generator = torch.Generator().manual_seed(seed)
+    return unit(torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
+    """(S,) largest quotients found, max_t rms(f(x + d) - f(x - d))_t / (2 max_t rms(d_t)).
 
     f       maps (S, T, D) to (S, T, O), each of S by itself
-    x_STD   where to start (put into the ball); w_STD likewise for the direction, random if not given
+    x_STD   where to start (put into the ball)
     radius  of the ball, in RMS at every token; infinite for maps whose constant is global
-    aim_SO  instead of the rms of the output, look at |<aim, output>| * sqrt(1 / D): for a single linear function of it
     """
-    generator = torch.Generator().manual_seed(seed)
-    S, T, _ = x_STD.shape
-    scale = radius if math.isfinite(radius) else 1.0
-    h_S = scale * torch.logspace(-6, math.log10(0.5), S, dtype=torch.float64)[torch.randperm(S, generator=generator)]
-    x_STD = into_ball(x_STD.double(), radius)
-    w_STD = torch.randn(x_STD.shape, generator=generator, dtype=torch.float64) if w_STD is None else w_STD
-    own_S = T - 1 - torch.arange(S) % T
-    best_S, best = torch.zeros(S, dtype=torch.float64), [x_STD.clone(), w_STD.clone()]
-    moving = steps * 2 // 3
+    (S, T, _), moving, scale = x_STD.shape, steps * 2 // 3, radius if radius < math.inf else 1.0
+    order_S = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
+    h_S = scale * torch.logspace(-6, math.log10(0.5), S, dtype=torch.float64)[order_S]
+    x_STD, w_STD = x_STD.double(), directions(*x_STD.shape, seed=seed)
+    best_S, best = torch.zeros(S, dtype=torch.float64), (x_STD, w_STD)
     for step in range(steps):
-        if step == moving:  # from here on w alone is improved, where it was best, at a small distance
-            x_STD, w_STD = best
-            h_S = torch.full_like(h_S, 1e-4 * scale)
-        x_STD = into_ball(x_STD, radius - h_S.max().item() if step >= moving else radius)
-        x, w = x_STD.detach().requires_grad_(), (w_STD / rms(w_STD).clamp(min=1e-300)[..., None]).detach().requires_grad_()
+        if step == moving:
+            (x_STD, w_STD), h_S = best, torch.full_like(h_S, 1e-4 * scale)
+        room = h_S.max().item() if step >= moving else 0.0
+        x = into_ball(x_STD, radius - room).detach().requires_grad_()
+        w = w_STD.detach().requires_grad_()
         d = h_S[:, None, None] * w
-        if math.isfinite(radius):  # both ends inside, or the claim is not about them
-            ends = [into_ball(x + d, radius), into_ball(x - d, radius)]
-        else:
-            ends = [x + d, x - d]
+        ends = into_ball(x + d, radius), into_ball(x - d, radius)  # (the claim is about no others)
         apart_STO = f(ends[0]) - f(ends[1])
+        moved_ST = rms(apart_STO.detach())
         distance_S = rms((ends[0] - ends[1]).detach()).amax(-1).clamp(min=1e-300)
-        if aim_SO is None:
-            length_ST = rms(apart_STO.detach())
-            found_S = length_ST.amax(-1) / distance_S
-            t_S = own_S if step < moving else length_ST.argmax(-1)
-            u_SO = apart_STO.detach()[torch.arange(S), t_S]
-        else:
-            t_S = torch.zeros(S, dtype=torch.int64)
-            u_SO = aim_SO
-            found_S = (apart_STO.detach()[:, 0] * u_SO).sum(-1).abs() / distance_S / x_STD.shape[-1] ** 0.5
-        better = found_S > best_S
-        best_S = torch.where(better, found_S, best_S)
-        best = [torch.where(better[:, None, None], new, old) for new, old in zip((x.detach(), w.detach()), best)]
-        u_SO = u_SO / u_SO.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-        gain = (apart_STO[torch.arange(S), t_S] * u_SO).sum()
-        x_gradient, w_gradient = torch.autograd.grad(gain, (x, w), allow_unused=True, materialize_grads=True)
+        found_S = moved_ST.amax(-1) / distance_S
+        better_S11 = (found_S > best_S)[:, None, None]
+        best_S = torch.maximum(best_S, found_S)
+        best = [torch.where(better_S11, new.detach(), old) for new, old in zip((x, w), best)]
+        t_S = T - 1 - torch.arange(S) % T if step < moving else moved_ST.argmax(-1)
+        length = apart_STO[torch.arange(S), t_S].norm(dim=-1).sum()
+        u_STD, v_STD = torch.autograd.grad(length, (x, w), allow_unused=True, materialize_grads=True)
         # (a token that the output does not see has no gradient: it keeps its direction)
-        silent_ST = rms(w_gradient) < 1e-12 * rms(w_gradient).amax(-1, keepdim=True).clamp(min=1e-300)
-        w_STD = torch.where(silent_ST[..., None], w.detach(), w_gradient / rms(w_gradient).clamp(min=1e-300)[..., None])
+        silent_ST = rms(v_STD) < 1e-12 * rms(v_STD).amax(-1, keepdim=True).clamp(min=1e-300)
+        w_STD = torch.where(silent_ST[..., None], w.detach(), unit(v_STD))
         if step < moving:
-            w_STD = 0.7 * w.detach() + 0.3 * w_STD
-            x_STD = x.detach() + 0.15 * scale * (1 - step / moving) * x_gradient / rms(x_gradient).clamp(min=1e-300)[..., None]
+            w_STD = unit(0.7 * w.detach() + 0.3 * w_STD)
+            x_STD = x.detach() + 0.15 * scale * (1 - step / moving) * unit(u_STD)
     return best_S
 
 
-class Table:
-    """The claims and what was found against them."""
-
-    def __init__(self):
-        self.rows = []
-
-    def add(self, where, what, certified, found, norm, slack=TOLERANCE):
-        """One row; broken if found is above certified by more than a relative `slack`. Logarithms may be given as Log."""
-        certified, found = log10(certified), log10(found)
-        broken = math.isnan(certified) or math.isnan(found) or found > certified + math.log10(1 + slack)
-        tightness = 10 ** (found - certified) if math.isfinite(found) and certified < math.inf else 0.0
-        self.rows.append(dict(where=where, what=what, norm=norm, certified_log10=certified, found_log10=found,
-                              tightness=tightness, broken=broken))
-
-    def add_shares(self, where, what, attacked_N, certified_N, norm):
-        """Predictions that survived an attack, and those certified: the share of the second is at most that of the first,
-        and no prediction that fell may be among the certified."""
-        attacked, certified = attacked_N.double().mean().item(), certified_N.double().mean().item()
-        self.rows.append(dict(where=where, what=what, norm=norm, certified_log10=log10(certified), found_log10=log10(attacked), share=True,
-                              tightness=certified / max(attacked, 1e-300), broken=(certified_N & ~attacked_N).any().item()))
-
-    def broken(self):
-        return [row for row in self.rows if row["broken"]]
+def margins(logits_NK, y_N):
+    """(N,) logit of the right class minus the largest other one."""
+    right_N1 = logits_NK.gather(1, y_N[:, None])
+    return (right_N1 - logits_NK.scatter(1, y_N[:, None], -math.inf)).amin(1)
 
 
-class Log(float):
-    """A number given by its logarithm to base 10, as it may overflow."""
+def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
+    """(N,) bool: predicted right, and still so all along a descent of the margin by its gradient.
 
-
-def log10(x):
-    return float(x) if isinstance(x, Log) else math.nan if math.isnan(x) else math.log10(x) if x > 0 else -math.inf
-
-
-# ==== MLP: an image is one token, so that the same search serves. RMS->RMS = l2->l2 * sqrt(3072 / 10) 
-HELD_EVERY_STEP = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # constraints that promise a limit, whatever the optimizer
-SLACK = 1e-4  # of that promise, in float32: see constraints.py
-
-
-def promised(config):
-    return config.constraint in HELD_EVERY_STEP or (config.constraint, getattr(config, "optimizer", "muon")) == ("weight_decay", "muon")
-
-
-def verify_mlp(config, run, model, state, claim):
-    """(table, extras) of a checkpoint of mlp_cifar.py."""
-    table, model = Table(), model.double()
-    if not finite(table, model):
-        return table, {}
-    bound = mlp_cifar.certificate(model)
-    steps = max(6, int(120 * config.budget))
-    images_NP, labels_N, data_name = test_images(config, run, state)
-    x_NP = images_NP.double() / 255
-
-    for i, (W, norm, limit) in enumerate(zip(model.weights, bound["norms"], run.limits())):
-        if promised(run):
-            table.add(f"layer {i + 1}", "limit on the weights", limit, exact_norm(W).item(), "RMS->RMS", SLACK)
-        start = torch.randn(8, 1, W.shape[1], generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
-        table.add(f"layer {i + 1}", "norm", norm, climb(lambda x, W=W: F.linear(x, W), start, steps=steps,
-                                                        seed=config.seed).max().item(), "RMS->RMS")
-
-    def network(x_STP):
-        return model(x_STP.flatten(0, 1)).view(*x_STP.shape[:2], 10)
-
-    noise = torch.rand(8, 1, 3072, generator=torch.Generator().manual_seed(config.seed), dtype=torch.float64)
-    found = climb(network, torch.cat([x_NP[:24, None], noise]), steps=steps, seed=config.seed).max().item()
-    to_rms = mlp_cifar.RMS_PER_L2
-    table.add("network", "product", bound["product"] * to_rms, found, "RMS->RMS")
-    table.add("network", "tight certificate", bound["tight"] * to_rms, found, "RMS->RMS")
-    if claim is not None:
-        table.add("network", "as printed in summary.json", Log(claim), found, "RMS->RMS")
-    # a difference of two logits; and images, two by two
-    y_S, j_S = torch.triu_indices(10, 10, 1)
-    aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
-    found_S = climb(network, x_NP[torch.arange(len(y_S)) % len(x_NP), None], steps=steps, seed=config.seed, aim_SO=aim_SK)
-    certified_S = bound["pairs_KK"][y_S, j_S]
-    worst = (found_S / certified_S).nan_to_num(0).argmax()
-    table.add("network", f"logit {y_S[worst]} - logit {j_S[worst]}, the worst pair", certified_S[worst].item(),
-              found_S[worst].item(), "l2->abs")
-    with torch.no_grad():
-        a, b = x_NP[:len(x_NP) // 2], x_NP[len(x_NP) // 2:len(x_NP) // 2 * 2]
-        ratio = (model(a) - model(b)).norm(dim=1) / (a - b).norm(dim=1).clamp(min=1e-300)
-    table.add("network", "test images, two by two", bound["tight"], ratio.max().item() if len(ratio) else 0.0, "l2->l2")
-
-    # Every image with a certified radius above eps must survive an attack at eps.
-    radius_N = mlp_cifar.certified_radii(model, bound["pairs_KK"], images_NP, labels_N)
-    curve = []
-    for eps in (0.0, *mlp_cifar.RADII.values()):
-        stands_N, certified_N = withstands(model, x_NP, labels_N, eps, config), radius_N > eps
-        curve.append(dict(radius=eps, certified=certified_N.double().mean().item(), attacked=stands_N.double().mean().item()))
-        table.add_shares("test images", f"share of predictions right within {eps:.3g}", stands_N, certified_N, "l2")
-    return table, dict(curve=curve, curve_norm="l2 radius, pixels in [0, 1]", data=data_name)
-
-
-def test_images(config, run, state):
-    run.data = config.data or ("stand-in" if state["data"].startswith("stand-in") else run.data)
-    _, (images_NP, labels_N), name = mlp_cifar.load_data(run)
-    return images_NP[:config.images], labels_N[:config.images], name
-
-
-def withstands(model, x_NP, labels_N, eps, config, restarts=4):
-    """(N,) bool: classified right, and still after projected gradient descent of the margin within eps (l2)."""
-    generator = torch.Generator().manual_seed(config.seed)
-    steps = max(2, int(20 * config.budget))
-
-    def margin(x):
-        logits = model(x)
-        right = logits.gather(1, labels_N[:, None])
-        return (right - logits.scatter(1, labels_N[:, None], -math.inf)).amin(1)
-
-    with torch.no_grad():
-        stands_N = margin(x_NP) > 0
-    for restart in range(restarts if eps else 0):
-        d = torch.randn(x_NP.shape, generator=generator, dtype=torch.float64) * (restart > 0)
-        d = eps * d / d.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        for step in range(steps):
+    logits  (N, K) of inputs like x, each vector of which may move by an RMS of at most radius
+    """
+    stands_N = torch.ones(len(y_N), dtype=torch.bool)
+    for restart in range(restarts if radius else 1):  # (the first starts at x)
+        d = radius * directions(*x.shape, seed=seed + restart) * (restart > 0)
+        for _ in range(steps + 1):
             d.requires_grad_()
-            m = margin(x_NP + d)
-            gradient, = torch.autograd.grad(m.sum(), d)
-            stands_N &= (m > 0).detach()
-            d = d.detach() - 2.5 * eps / steps**0.5 * gradient / gradient.norm(dim=1, keepdim=True).clamp(min=1e-300)
-            d = d * (eps / d.norm(dim=1, keepdim=True).clamp(min=eps))
-        with torch.no_grad():
-            stands_N &= margin(x_NP + d) > 0
+            margin_N = margins(logits(x + d), y_N)
+            stands_N &= (margin_N > 0).detach()
+            size_N = margin_N.detach().abs()
+            weight_N = stands_N / (size_N + 1e-3 * size_N.mean() + 1e-300)  # (those near the edge)
+            gradient, = torch.autograd.grad((weight_N * margin_N).sum(), d)
+            d = into_ball(d.detach() - 2.5 * radius / steps**0.5 * unit(gradient), radius)
     return stands_N
 
 
-# ==== TRANSFORMER: sublayers, blocks and the whole, inside the ball that the certificate speaks of 
-SEARCH = {"shakespeare": dict(search=20), "nanogpt_lipschitz": {}}  # how each certificate is made
-VOCABULARY = 1024  # above this, single predictions are not attacked: pairs of tokens would fill the memory
+# ==== Claims: what the files of a run say, beside what the weights give ===========================
+# A claimed number has to be the recomputed one, or in the range of a tuple (recomputed, low, high).
+#   1. Norms and products are functions of the weights in float64. The largest singular value has a
+#      relative error of about n 2^-52 (7e-13 at n = 3072), a product of 1000 layers 7e-10. ROUNDING
+#      is a thousand times that, and less than any digit printed. Tuning adds 1e-12 (1 and 2 threads).
+#   2. A tuned bound, or a share certified with it, may be claimed weaker than it is here: that is
+#      true as well. It may not be claimed stronger.
+#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), and each machine rounds in
+#      its own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere; a margin
+#      or a loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ
+#      by the mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
+ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-9)
+SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
+LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
+LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
+MISSING = object()
+NORM = "max-token RMS->max-token RMS"
+# Settings that say where, not what: they may differ between the files of a run.
+PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch",
+          "resume", "launcher", "sample", "prepare", "compile"}
+# What a run did and its weights do not tell.
+HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "spikes",
+           "largest_activation", "activations", "tokens_per_second", "utilisation", "update_share",
+           "memory_gib", "processes"}
 
 
-def verify_transformer(config, script, run, model, claim, data_of_run):
-    """(table, extras) of a model of shakespeare.py or nanogpt_lipschitz.py."""
-    table, model, baseline = Table(), model.double(), getattr(run, "baseline", False)
-    if not finite(table, model):
-        return table, {}
-    bound = script.certificate(model, **SEARCH[script.SCRIPT])
-    steps, D, T = max(6, int(120 * config.budget)), run.width, min(32, run.seq_len)
-    norm = "max-token RMS->RMS"
-    tokens_N, data_name = validation_text(config, script, run, model, data_of_run)
-
-    limits = script.limits(run) if script is nanogpt_lipschitz else run.limits()
-    for name, role, W in named_matrices(model):
-        if promised(run):
-            table.add(name, "limit on the weights", limits[role], exact_norm(W).item(), "RMS->RMS", SLACK)
-    if not baseline:
-        table.add("embedding", "largest RMS of a stored vector", 1.0, rms(model.embedding_VD).max().item(), "RMS", 1e-6)
-
-    generator = torch.Generator().manual_seed(config.seed)
-    start_W = torch.randint(len(tokens_N) - T, (8,), generator=generator)
-    with torch.no_grad():
-        real_STD = F.embedding(tokens_N[start_W[:, None] + torch.arange(T)], model.embedding_VD)  # the stream, on real text
-    head_VD, R0 = run.final_scale * model.head_VD, rms(model.embedding_VD).max().item() * (1 + 1e-9)
-    random_STD = torch.randn(8, T, D, generator=generator, dtype=torch.float64)
-    starts = torch.cat([real_STD, R0 * random_STD / rms(random_STD)[..., None]])
-
-    def network(x_STD):
-        stream = model.body(x_STD)
-        return model.logits(stream) if baseline else F.linear(stream, head_VD)
-
-    if not baseline:  # (whose norm layers have a slope of up to 1000: nothing to learn from single layers)
-        verify_layers(table, config, script, run, model, bound, real_STD, steps)
-        found = climb(lambda x: F.linear(x, head_VD), random_STD[:, :1], steps=2 * steps, seed=config.seed).max().item()
-        table.add("head", "norm", bound["norms"]["head"] * run.final_scale, found, norm)
-    found = climb(network, starts, R0, steps, config.seed).max().item()
-    table.add("network", "embeddings to logits", Log(bound["log10"]), found, norm)
-    if claim is not None:
-        table.add("network", "as printed in summary.json", Log(claim), found, norm)
-    for what, ratio in pairs_of_windows(model, network, tokens_N, config, T):
-        table.add("network", what, Log(bound["log10"]), ratio, norm)
-    extras = dict(data=data_name)
-    if script is shakespeare:
-        extras["reference_formula_log10"] = reference_formula(model)
-    if len(model.embedding_VD) <= VOCABULARY and not baseline:
-        extras.update(curve=attacked_tokens(table, script, model, tokens_N, config), curve_norm="rho: RMS at every embedding")
-    return table, extras
+def holds(claim, low, high):
+    """Whether a claimed number is in a range. (JSON has no infinity: it is a word.)"""
+    try:
+        claim = float(claim)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return low <= claim <= high or any(math.isclose(claim, end, **ROUNDING) for end in (low, high))
 
 
-@torch.no_grad()
-def reference_terms(model, block, R):
-    """(attention's derivative, its gain, the MLP's of both) as the paper's code has them: no heads.
-
-    True for one head, too small for several; the MLP's divides by 1.1289 once too often. To compare with.
-    """
-    sigma = {role: shakespeare.sigma(W).item() for role, W in block.matrices()}
-    gain = block.attention_scale * sigma["o"] * sigma["v"]
-    pattern = 2 * model.config.logit_scale * sigma.get("q", 0.0) * sigma.get("k", 0.0) * R * R
-    scale = shakespeare.GELU_SCALE if model.config.activation == "gelu" else 1
-    return gain * (1 + pattern), gain, sigma["in"] * sigma["out"] / scale
+def shares(certified):
+    """{name: range of the share} of {name: predictions certified}."""
+    found = {str(name): kept_N.double().mean().item() for name, kept_N in certified.items()}
+    return {name: (share, 0.0, share) for name, share in found.items()}
 
 
-def reference_formula(model):
-    """log10 of the whole constant by that formula."""
-    R, total, a = rms(model.embedding_VD).max().item(), 0.0, model.mix
-    for block in model.blocks:
-        derivative, gain, mlp = reference_terms(model, block, R)
-        total += log10((1 - a) + a * derivative) + log10((1 - a) + a * mlp)
-        R *= ((1 - a) + a * gain) * ((1 - a) + a * mlp)
-    return total + log10(exact_norm(model.head_VD).item() * model.config.final_scale)
+def evaluation(logits, batches, hot=None, dtype=torch.float32):
+    """Ranges of the losses (at temperature `hot` too, if any) and the accuracy over all batches."""
+    temperatures = [1.0] if hot is None else [1.0, hot]
+    sums, count = 0.0, 0
+    for x, y in batches:
+        exact_NK, y_N = logits(x, torch.float64).flatten(0, -2), y.flatten()
+        e_N = 8 * (exact_NK - logits(x, dtype).flatten(0, -2)).abs().amax(1)
+        margin_N = margins(exact_NK, y_N)
+        losses = [F.cross_entropy(t * exact_NK, y_N, reduction="sum") for t in temperatures]
+        rights = [(margin_N > at).sum() for at in (0, e_N, -e_N)]
+        sums, count = sums + torch.stack([e_N.sum(), *rights, *losses]), count + len(y_N)
+    off, right, low, high, *losses = (sums / count).tolist()
+    found = [(loss, loss - t * off, loss + t * off) for loss, t in zip(losses, temperatures)]
+    return dict(zip(("val_loss", "val_loss_at_temperature"), found), val_accuracy=(right, low, high))
 
 
-def sublayers(model, block):
-    """(attention, mlp) of a block, as functions of the stream."""
-    if hasattr(block, "mlp"):
-        return block.attention, block.mlp
-    return functools.partial(model.attention, block), functools.partial(model.mlp, block)
+class Table:
+    """Rows: claims and what was recomputed; bounds (log10) and shares, and what attacks found."""
+
+    def __init__(self, config):
+        self.config, self.seed, self.steps = config, config.seed, max(6, int(120 * config.budget))
+        self.rows, self.data_name, self.excuse = [], "", ""
+        self.of_weights, self.of_data = {}, {}  # what was recomputed, by the names of summary.json
+
+    def add(self, kind, where, what, claimed, found, verdict, **more):
+        self.rows.append(dict(kind=kind, where=where, what=what, claimed=claimed, found=found,
+                              verdict=verdict, **more))
+
+    def claim(self, where, name, claimed, expected):
+        """Compare a file (no name), or a value of it, with what was recomputed."""
+        if claimed is None and not name:
+            verdict = "nothing claimed" if where == "summary.json" else "not there"
+            self.add("claim", where, "the file", None, None, verdict)
+        elif isinstance(expected, dict):
+            claimed = dict(enumerate(claimed)) if isinstance(claimed, list) else claimed
+            claimed = claimed if isinstance(claimed, dict) else {}
+            for key in [*expected, *(claimed.keys() - expected.keys() - HISTORY - PLACES)]:
+                values = (source.get(key, MISSING) for source in (claimed, expected))
+                self.claim(where, f"{name} {key}".strip(), *values)
+        elif claimed is MISSING or claimed is None and isinstance(expected, (float, tuple)):
+            self.add("claim", where, name, None, None, "not claimed")  # (null claims nothing)
+        elif expected is MISSING:
+            self.add("claim", where, name, str(claimed), None, "not checked: nothing recomputes it")
+        else:
+            agrees = claimed == expected
+            if isinstance(expected, (float, tuple)):
+                expected, low, high = expected if isinstance(expected, tuple) else (expected,) * 3
+                agrees = holds(claimed, low, high)
+            excused = self.excuse and name.split(" ")[0] in self.of_data
+            verdict = "agrees" if agrees else self.excuse if excused else "BROKEN"
+            self.add("claim", where, name, claimed, expected, verdict)
+
+    def bound(self, where, what, certified, found, norm, slack=TOLERANCE, log=False):
+        """A bound (or its log10) and what was found against it, a number."""
+        certified, overflow = certified if log else log10(certified), math.isnan(found)
+        found = log10(found)
+        verdict = "held" if found <= certified + math.log10(1 + slack) else "BROKEN"
+        self.add("bound", where, what, certified, found, "not checked: overflow" if overflow else verdict,
+                 norm=norm, tightness=10 ** min(9.0, found - certified) if math.isfinite(found) else 0.0)
+
+    def climb(self, f, x_STD, radius=math.inf):
+        return climb(f, x_STD, radius, self.steps, self.seed).max().item()
+
+    def attack_predictions(self, where, norm, certified, logits, x, y_N, length, steps, restarts=1):
+        """Every prediction certified at a radius (`length` of it is the RMS) must survive there."""
+        steps = max(2, int(steps * self.config.budget))
+        for radius, certified_N in certified.items():
+            stands_N = withstands(logits, x, y_N, radius * length, steps, restarts, self.seed)
+            kept_N, what = certified_N[:len(y_N)], f"predictions right within {radius:.3g}"
+            shares = [part_N.double().mean().item() for part_N in (kept_N, stands_N)]
+            verdict = "BROKEN" if (kept_N & ~stands_N).any() else "held"
+            self.add("share", where, what, *shares, verdict, norm=norm, radius=radius)
+
+    def verdict(self):
+        """Of the whole run."""
+        seen = {row["verdict"] for row in self.rows}
+        for worst in ("BROKEN", "nothing claimed"):
+            if worst in seen:
+                return worst
+        return "held" if seen <= {"held", "agrees"} else "could not be checked in full"
 
 
-def verify_layers(table, config, script, run, model, bound, real_STD, steps):
-    """Each sublayer, alone and with the stream, and the ball it is to stay in."""
-    norm, generator = "max-token RMS->RMS", torch.Generator().manual_seed(config.seed)
-    _, T, D = real_STD.shape
-    with torch.no_grad():
-        stream_STD = real_STD
-        streams = []
-        for block in model.blocks:
-            for f in sublayers(model, block):
-                streams.append(stream_STD)
-                stream_STD = torch.lerp(stream_STD, f(stream_STD), model.mix)
+def evaluation_data(table, script, run, model, trained_on):
+    """The run's own test images and labels, or validation tokens; others if those are not here."""
+    there = "stand-in" if trained_on.startswith("stand-in") else run.data
+    run = dataclasses.replace(run, data=table.config.data or there)
+    try:
+        run.shards = 1  # (nanogpt's: no more of the training text than must be)
+        _, data, *vocabulary, table.data_name = script.load_data(run)
+        if vocabulary and vocabulary[0] != model.vocabulary:
+            raise UserError(f"--data {run.data}: has other characters than the run's text; give it")
+        return data.read(0, min(len(data), run.val_tokens + 1)) if hasattr(data, "read") else data
+    except ERRORS:
+        if table.config.data:
+            raise
+    table.data_name, generator = "random, not the run's", torch.Generator().manual_seed(table.seed)
+    if script is mlp_cifar:
+        return mlp_cifar.stand_in()[1]
+    return torch.randint(len(model.embedding_VD), (20 * run.seq_len + 1,), generator=generator)
+
+
+# ==== MLP: an image is one token, so that the same search serves ==================================
+def verify_mlp(table, script, run, model, trained_on):
+    bound, to_rms = mlp_cifar.certificate(model, **TUNED[script.SCRIPT]), log10(mlp_cifar.RMS_PER_L2)
+    tight, product = bound["tight_log10"] + to_rms, bound["product_log10"] + to_rms  # RMS->RMS
+    images_NP, labels_N = evaluation_data(table, script, run, model, trained_on)
+    x_NP = images_NP[:table.config.images].double() / 255
+
+    def network(x_STP):
+        return model(x_STP.flatten(0, 1)).unflatten(0, x_STP.shape[:2])
+
+    for i, (W, norm) in enumerate(zip(model.weights, bound["norms"])):
+        layer = functools.partial(F.linear, weight=W)
+        start = directions(8, 1, W.shape[1], seed=table.seed)
+        table.bound(f"layer {i + 1}", "norm", norm, table.climb(layer, start), "RMS->RMS")
+    starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
+    found = table.climb(network, starts)
+    table.bound("network", "product", product, found, "RMS->RMS", log=True)
+    table.bound("network", "tight certificate", tight, found, "RMS->RMS", log=True)
+    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of logits, in units of the certificate
+    aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
+    aim_SK = aim_SK / 10 ** bound["pairs_log10_KK"][y_S, j_S, None].clamp(min=-300) / 3072**0.5
+    found = table.climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
+                        x_NP[torch.arange(len(y_S)) % len(x_NP), None])
+    table.bound("network", "two logits / their certificate", 1.0, found, "l2->abs")
+    other_NP = x_NP.roll(1, 0)
+    distance_N = (x_NP - other_NP).norm(dim=1).clamp(min=1e-300)
+    found = ((model(x_NP) - model(other_NP)).norm(dim=1) / distance_N).max().item()
+    table.bound("network", "test images, two by two", bound["tight_log10"], found, "l2->l2", log=True)
+
+    radius_N = mlp_cifar.certified_radii(model, bound["pairs_log10_KK"], images_NP, labels_N)
+    certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
+    table.attack_predictions("test images", "l2 radius, pixels in [0, 1]", certified, model, x_NP,
+                             labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
+    few_NP = (images_NP[:500].double() / 255).requires_grad_()  # (as in the script's report)
+    rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
+    batches = zip(images_NP.split(2000), labels_N.split(2000))
+    table.of_data = evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches)
+    table.of_data.update(
+        largest_jacobian_l2=torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item(),
+        certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
+    table.of_weights = dict(
+        norms=dict(enumerate(bound["norms"])), lipschitz_log10=(tight, tight, math.inf),
+        lipschitz_product_log10=product, lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
+
+
+# ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
+def verify_transformer(table, script, run, model, trained_on):
+    bound = script.certificate(model, **TUNED.get(script.SCRIPT, {}))
+    tokens_N = evaluation_data(table, script, run, model, trained_on)
+    embedding_VD, T = model.embedding_VD, run.seq_len
+    table.of_weights = dict(
+        norms=bound["norms"], lipschitz_log10=(bound["log10"], bound["log10"], math.inf),
+        lipschitz_product_log10=bound["product_log10"],
+        lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
+    if sum(W.numel() for W in model.parameters()) * len(tokens_N) < LARGEST:
+        dtype = torch.float32
+        if script is nanogpt_lipschitz:  # (auto was bfloat16, if that was fast)
+            dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
+        batches = shakespeare.windows(tokens_N, T, batch=max(1, 8192 // T))
+        table.of_data = evaluation(model, batches, getattr(run, "loss_temperature", None), dtype)
+    if getattr(run, "baseline", False):  # (norm layers: no promise that an attack could reach)
+        return
+    head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
+    attack_bounds(table, script, run, model, head, bound, tokens_N)
+    if len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
+        whole = script is shakespeare
+        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions
+        certified = script.certified_tokens(model, tokens_N if whole else tokens_N[:n + 1])
+        x_WT = tokens_N[:n].view(-1, T)
+        documents = {} if whole else dict(docs_BT=model.embed(x_WT, torch.float64)[1])
+        table.attack_predictions(
+            "validation text", "rho: RMS at every embedding", certified,
+            lambda x: head(model.body(x, **documents)).flatten(0, 1), F.embedding(x_WT, embedding_VD),
+            tokens_N[1:n + 1], length=1, steps=10)
+        if whole:
+            table.of_data["certified_token_accuracy"] = shares(certified)
+
+
+def attack_bounds(table, script, run, model, head, bound, tokens_N):
+    """Sublayers, blocks, the head, and the whole from embeddings to logits."""
+    T, generator = min(32, run.seq_len), torch.Generator().manual_seed(table.seed)
+    start_3W = torch.randint(len(tokens_N) - T, (3, 64), generator=generator)
+    windows = tokens_N[start_3W[..., None] + torch.arange(T)]
+    t_W, swapped = torch.randint(T, (64,), generator=generator), windows[0].clone()
+    swapped[torch.arange(64), t_W] = windows[1, torch.arange(64), t_W]
+    x, y, real, swapped = F.embedding(torch.cat([windows, swapped[None]]), model.embedding_VD)
+    attack_layers(table, script, run, model, bound, real[:8])
+    found = table.climb(head, directions(8, 1, run.width, seed=table.seed))
+    table.bound("head", "norm", bound["norms"]["head"] * run.final_scale, found, NORM)
+    R = bound["norms"]["embedding"] * (1 + 1e-9)
+    starts = torch.cat([real[:8], R * directions(8, T, run.width, seed=table.seed)])
+    found = table.climb(lambda x: head(model.body(x)), starts, R)
+    table.bound("network", "certificate", bound["log10"], found, NORM, log=True)
+    for what, other in (("real windows, two by two", y), ("one token swapped", swapped)):
+        apart_W = rms(head(model.body(x) - model.body(other))).amax(-1)
+        found = (apart_W / rms(x - other).amax(-1).clamp(min=1e-300)).max().item()
+        table.bound("network", what, bound["log10"], found, NORM, log=True)
+
+
+def attack_layers(table, script, run, model, bound, real_STD):
+    """Each sublayer, alone and with the stream; and the ball that the stream is to stay in."""
+    (_, T, D), seed = real_STD.shape, table.seed
+
+    def streams(x_STD):
+        """The stream before each sublayer, and at the end."""
+        parts = [f for block in model.blocks for f in (block.attention, block.mlp)]
+        return list(accumulate(parts, lambda x, f: torch.lerp(x, f(x), model.mix), initial=x_STD))
+
+    real = [x_STD.nan_to_num(0, 0, 0) for x_STD in streams(real_STD)]
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
-        where, R = f"block {i + 1}", row["radius"]
-        random_STD = torch.randn(8, T, D, generator=generator, dtype=torch.float64)
-        starts = torch.cat([streams[2 * i], R * random_STD / rms(random_STD)[..., None], split_tokens(block, run.heads, T, R)])
-        attention, mlp = sublayers(model, block)
-
-        def with_stream(f):
-            return lambda x: torch.lerp(x, f(x), model.mix)
-
-        for what, f, certified, radius, x_STD in (
-                ("attention", attention, row["value"] + row["pattern"] * R**2, R, starts),
-                ("attention + stream", with_stream(attention), row["attention"], R, starts),
-                ("MLP", mlp, row["mlp_derivative"], row["radius_mlp"], starts[:, -4:].reshape(-1, 1, D)),
-                ("MLP + stream", with_stream(mlp), row["mlp"], row["radius_mlp"], streams[2 * i + 1][:, -8:].reshape(-1, 1, D))):
-            table.add(where, what, certified, climb(f, x_STD, radius, steps, config.seed).max().item(), norm)
+        where, R, R_mlp = f"block {i + 1}", min(1e60, row["radius"]), min(1e60, row["radius_mlp"])
+        starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
+                            split_tokens(block, run.heads, T, R)])
+        single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
+        attention = row["value"] + row["pattern"] * row["radius"] * row["radius"]
+        for what, f, x_STD, radius, alone, with_stream in (
+                ("attention", block.attention, starts, R, attention, row["attention"]),
+                ("MLP", block.mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
+            table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
+            found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
+            table.bound(where, f"{what} + stream", with_stream, found, NORM)
         if hasattr(block, "q"):
-            table.add(where, "attention logits (largest)", *logits_of_attention(script, model, block, R, starts), "abs")
+            certified, found = attention_logits(script, run, block, R, starts)
+            table.bound(where, "attention logits", certified, found, "abs")
 
-    R0 = bound["rows"][0]["radius"]
-    random_STD = torch.randn(8, T, D, generator=generator, dtype=torch.float64)
-    starts = torch.cat([real_STD, R0 * random_STD / rms(random_STD)[..., None]])
-    seen = largest_activations(model, starts, R0, steps)
-    for i, row in enumerate(bound["rows"]):
-        table.add(f"block {i + 1}", "radius: largest RMS before attention", row["radius"], seen[2 * i], "max-token RMS")
-        table.add(f"block {i + 1}", "radius: largest RMS before the MLP", row["radius_mlp"], seen[2 * i + 1], "max-token RMS")
-    table.add("stream", "radius: largest RMS at the end", bound["radius"], seen[-1], "max-token RMS")
-
-
-def named_matrices(model):
-    for i, block in enumerate(model.blocks):
-        for role, W in block.matrices():
-            yield f"block {i + 1} {role}", role, W
-    yield "head", "head", model.head_VD
-
-
-def validation_text(config, script, run, model, data_of_run):
-    run.data = config.data or ("stand-in" if data_of_run.startswith("stand-in") else run.data)
-    if script is nanogpt_lipschitz:
-        _, validation, name = script.load_data(run)
-        return validation.read(0, min(len(validation), 200_000)), name
-    _, validation_N, vocabulary, name = shakespeare.load_data(run)
-    if vocabulary != model.vocabulary:
-        raise UserError(f"{name} has {len(vocabulary)} different characters, and the model was trained on {len(model.vocabulary)} "
-                      "others; give the text it was trained on with --data")
-    return validation_N, name
+    # The ball: ascent of the largest token at the end.
+    radii = [row[key] for row in bound["rows"] for key in ("radius", "radius_mlp")] + [bound["radius"]]
+    x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
+    for _ in range(table.steps):
+        x_STD = into_ball(x_STD, radii[0]).detach().requires_grad_()
+        rms_ST = [rms(x) for x in streams(x_STD)]
+        seen = [max(largest, r_ST.max().item()) for largest, r_ST in zip(seen, rms_ST)]
+        gradient, = torch.autograd.grad(rms_ST[-1].amax(-1).sum(), x_STD)
+        largest_S11 = rms(gradient).amax(-1).clamp(min=1e-300)[:, None, None]
+        x_STD = x_STD.detach() + 0.3 * radii[0] * gradient / largest_S11
+    for i, (radius, largest) in enumerate(zip(radii, seen)):
+        table.bound("stream", f"radius after {i} sublayers", radius, largest, "max-token RMS")
 
 
 def split_tokens(block, heads, T, R):
-    """Inputs that break a count without heads: each head finds its slice of the value in a token of its own."""
-    D = block.v.shape[1]
-    _, _, Vh = torch.linalg.svd(block.v.detach().view(heads, D // heads, D), full_matrices=False)
-    x_STD = torch.stack([torch.stack([Vh[(t + s) % heads, 0] for t in range(T)]) for s in range(8)])
-    return R * x_STD / rms(x_STD)[..., None]
+    """Inputs that break a bound without heads: each has its slice of the value in its own token."""
+    v_HED = block.v.detach().unflatten(0, (heads, -1))
+    first_HD = torch.linalg.svd(v_HED, full_matrices=False)[2][:, 0]
+    return R * unit(torch.stack([first_HD[(torch.arange(T) + s) % heads] for s in range(8)]))
 
 
-@torch.no_grad()
-def logits_of_attention(script, model, block, R, x_STD):
-    """(bound s sigma(q_h) sigma(k_h) R^2 D of the largest head, largest logit found on x and on aligned singular vectors)."""
-    H, D = model.config.heads, model.config.width
-    s = model.config.logit_scale / (D // H)
-    q_HED, k_HED = block.q.view(H, D // H, D), block.k.view(H, D // H, D)
-    bound_H = s * script.sigma(q_HED) * script.sigma(k_HED) * R * R * D * (1 + 1e-9)
+def attention_logits(script, run, block, R, x_STD):
+    """(bound s sigma(q_h) sigma(k_h) R^2 D of the largest head, largest logit found)."""
+    H, D, s = run.heads, run.width, run.logit_scale * run.heads / run.width
+    q_HED, k_HED = (W.unflatten(0, (H, -1)) for W in (block.q, block.k))
+    sigma_H = torch.linalg.matrix_norm(q_HED, ord=2) * torch.linalg.matrix_norm(k_HED, ord=2)
     U, _, Vh = torch.linalg.svd(q_HED.mT @ k_HED)
-    crafted_HTD = R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
-    found = 0.0
-    for x in (into_ball(x_STD, R), crafted_HTD):
-        q, k = (F.linear(x, W).view(*x.shape[:2], H, D // H).transpose(1, 2) for W in (block.q, block.k))
-        if model.config.positions == "rope":
-            q, k = script.rotate(q), script.rotate(k)
+    found, aligned_HTD = 0.0, R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
+    turned = getattr(run, "positions", "rope") == "rope"
+    for x in (into_ball(x_STD, R), aligned_HTD):
+        q, k = (F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2) for W in (block.q, block.k))
+        q, k = (script.rotate(q), script.rotate(k)) if turned else (q, k)
         found = max(found, (s * q @ k.mT).abs().max().item())
-    return bound_H.max().item(), found
+    return s * sigma_H.max().item() * R * R * D * (1 + 1e-9), found
 
 
-def largest_activations(model, x_STD, radius, steps):
-    """Largest RMS of a token before each sublayer and at the end, by ascent of that at the end over the embeddings' ball."""
-    seen = [0.0] * (2 * len(model.blocks) + 1)
-    for step in range(steps):
-        x_STD = into_ball(x_STD, radius).detach().requires_grad_()
-        stream, points = x_STD, [x_STD]
-        for block in model.blocks:
-            for f in sublayers(model, block):
-                points.append(torch.lerp(points[-1], f(points[-1]), model.mix))
-        seen = [max(a, rms(p.detach()).max().item()) for a, p in zip(seen, points)]
-        gradient, = torch.autograd.grad(rms(points[-1]).amax(-1).sum(), stream)
-        x_STD = x_STD.detach() + 0.3 * radius * gradient / rms(gradient).amax(-1).clamp(min=1e-300)[:, None, None]
-    return seen
-
-
-@torch.no_grad()
-def pairs_of_windows(model, network, tokens_N, config, T):
-    """[(what, largest quotient)] of real windows, two by two, and of windows with one character swapped for another."""
-    generator = torch.Generator().manual_seed(config.seed)
-    start_SB = torch.randint(len(tokens_N) - T, (2, 64), generator=generator)
-    a, b = tokens_N[start_SB[..., None] + torch.arange(T)]
-    swapped = a.clone()
-    place = torch.randint(T, (64,), generator=generator)
-    swapped[torch.arange(64), place] = b[torch.arange(64), place]
-    for what, other in (("real windows, two by two", b), ("one character swapped", swapped)):
-        x, y = F.embedding(a, model.embedding_VD), F.embedding(other, model.embedding_VD)
-        distance = rms(x - y).amax(-1)
-        ratio = rms(network(x) - network(y)).amax(-1) / distance.clamp(min=1e-300)
-        yield what, ratio[distance > 0].amax().item() if (distance > 0).any() else 0.0
-
-
-def attacked_tokens(table, script, model, tokens_N, config):
-    """Every prediction certified at rho must survive an attack on all embeddings at rho. Returns the curve."""
-    D, T = model.config.width, model.config.seq_len
-    head_VD = model.config.final_scale * model.head_VD
-    text_N = tokens_N[:config.windows // 4 * T + T + 1]
-    curve, steps = [], max(2, int(10 * config.budget))
-    stands_up_to_N = shakespeare.token_margins(model, text_N)
-    x_WT, y_WT = (torch.cat(parts) for parts in zip(*((x, y) for x, y in shakespeare.windows(text_N, T) if x.shape[1] == T)))
-    clean_WTD = F.embedding(x_WT, model.embedding_VD).detach()
-    stands_up_to_N = stands_up_to_N[:y_WT.numel()]
-    for rho in shakespeare.RHOS:
-        certified_N = stands_up_to_N > rho * 10 ** min(300.0, script.certificate(model, rho, **SEARCH[script.SCRIPT])["body_log10"])
-        d, right_N = torch.zeros_like(clean_WTD), torch.ones(y_WT.numel(), dtype=torch.bool)
-        for step in range(steps):
-            d.requires_grad_()
-            logits_NV = F.linear(model.body(clean_WTD + d), head_VD).flatten(0, 1)
-            y_N1 = y_WT.flatten()[:, None]
-            margin_N = (logits_NV.gather(1, y_N1) - logits_NV.scatter(1, y_N1, -math.inf)).amin(1)
-            right_N &= (margin_N > 0).detach()
-            # tokens still right, those nearest to the edge first
-            weight_N = (margin_N > 0).detach() / (margin_N.detach().abs() + 1e-3 * margin_N.detach().abs().mean())
-            gradient, = torch.autograd.grad((weight_N * margin_N).sum(), d)
-            d = d.detach() - 0.5 * rho * gradient / rms(gradient)[..., None].clamp(min=1e-300)
-            d = d * (rho / rms(d).clamp(min=rho))[..., None]
-        curve.append(dict(radius=rho, certified=certified_N.double().mean().item(), attacked=right_N.double().mean().item()))
-        table.add_shares("validation text", f"share of predictions right within {rho:g}", right_N, certified_N, "RMS, tokens")
-    return curve
-
-
-# ==== MAIN: runs, the report ======================================================================
-def finite(table, model):
-    """Whether all weights are finite; if not, a row that says which are not."""
-    for name, W in model.named_parameters():
-        if not W.isfinite().all():
-            table.add(name, "is not finite", math.nan, math.nan, "")
-    return not table.rows
-
-
-def find_runs(names):
-    """Paths to verify: run folders, folders of them, .npz. Without names those of runs/, or two small ones trained now."""
-    if not names:
-        found = sorted(p.parent for p in Path("runs").glob("*/checkpoint.pt"))
-        return found or [small_run(mlp_cifar, steps=150, width=64), small_run(shakespeare, steps=60, width=64, hidden=128, seq_len=64)]
-    paths = []
-    for name in map(Path, names):
-        inside = sorted(p.parent for p in name.glob("*/checkpoint.pt")) if name.is_dir() and not (name / "checkpoint.pt").exists() else []
-        paths += inside or [name]
-    return paths
-
-
-def small_run(script, **changes):
-    """Train the smallest model of a script for seconds, on data that are built in."""
-    out = Path("runs") / f"verify_{script.SCRIPT}"
-    print(f"runs/ is empty: training a small model of {script.SCRIPT}.py first", flush=True)
-    script.main(script.Config(data="stand-in", out=str(out), evals=1, **changes))
-    return out
-
-
+# ==== Main: the files of a run, the report ========================================================
 def verify(config, path):
-    """(table, extras) of one run folder or file."""
-    claim = None
+    """The table of one run folder or file."""
+    table = Table(config)
     if path.suffix == ".npz":
-        run, model = shakespeare.load_published(path)
-        run.constraint = "none"  # (the file does not say what its weights were held to)
-        return verify_transformer(config, shakespeare, run, model, claim, "")
-    summary = path / "summary.json"
-    if summary.is_file():
-        try:
-            claim = float(json.loads(summary.read_text())["lipschitz_log10"])
-        except (ValueError, KeyError, TypeError) as problem:
-            raise UserError(f"{summary}: cannot be read ({problem}); remove it, or train again") from problem
-    problems = []
-    for script in (mlp_cifar, shakespeare):
-        try:
-            run, model, state = script.load_checkpoint(path)
-        except script.UserError as problem:
-            problems.append(str(problem))
-            continue
-        if script is mlp_cifar:
-            return verify_mlp(config, run, model, state, claim)
-        return verify_transformer(config, script, run, model, claim, state["data"])
+        run, model = shakespeare.load_published(path)  # (says not what its weights were held to)
+        verify_transformer(table, shakespeare, run, model.double().requires_grad_(False), "")
+        return table
     try:
-        state = nanogpt_lipschitz.load_checkpoint(path)
-    except nanogpt_lipschitz.Refusal:
-        raise UserError(problems[0]) from None
-    run, model = nanogpt_lipschitz.model_from_checkpoint(state)
-    return verify_transformer(config, nanogpt_lipschitz, run, model, claim, state["data"])
+        summary, written = (json.loads(file.read_text()) if file.is_file() else None
+                            for file in (path / "summary.json", path / "config.json"))
+        saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
+        script, settings = SCRIPTS[saved["script"]], dict(saved["config"])
+        table.claim("config.json", "", written, {k: settings[k] for k in settings if k not in PLACES})
+        run, model, state = script.load_checkpoint(path)
+        limits = dataclasses.replace(run, constraint="none").limits()  # (no code of a file is run)
+        step, trained_on, last = state["step"], str(state["data"]), dict(state.get("log", [{}])[-1])
+    except Exception as problem:  # a file may be wrong in dozens of ways
+        if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
+            return table
+        raise UserError(f"cannot be used ({shakespeare.one_line(problem)}); give the folder of a run "
+                        f"of {', '.join(SCRIPTS)}, or an .npz file") from problem
+    if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
+        table.bound(bad[0], "is not finite", 0.0, math.inf, "")
+        return table
+    verify_script = verify_mlp if script is mlp_cifar else verify_transformer
+    verify_script(table, script, run, model.double().requires_grad_(False), trained_on)
+    norms = table.of_weights["norms"]
+    caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
+    if run.constraint in LIMITING:
+        for key, norm in norms.items():
+            table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
+    expected = dict(
+        {k: settings[k] for k in ("preset", "seed", "baseline") if k in settings},
+        loss_temperature=settings.get("loss_temperature", 1.0),
+        script=script.SCRIPT, steps=step, data=trained_on, **table.of_weights, **table.of_data,
+        params=sum(p.numel() for p in model.parameters()),
+        max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
+        w_max=None if run.constraint == "none" else limits)
+    if not config.data and table.data_name != trained_on:
+        table.excuse = "not checked: its data are not here"
+    table.claim("summary.json", "", summary, expected)
+    names = last.keys() & expected.keys()  # (what is printed after every evaluation)
+    table.claim("checkpoint's log", "", *({n: d[n] for n in names} for d in (last, expected)))
+    return table
 
 
-def number(log):
-    """To read: of a logarithm."""
-    return "0" if log == -math.inf else "nan" if math.isnan(log) else f"{10**log:.5g}" if -5 < log < 7 else f"10^{log:.2f}"
+def print_report(path, table, seconds):
+    print(f"\n{path}, data: {table.data_name}\n  {'':58} {'claimed or':>12} {'recomputed':>12}\n"
+          f"  {'where':17} {'what':40} {'certified':>12} {'or attacked':>12}  verdict, found / certified")
+    for row in table.rows:
+        if row["verdict"] != "agrees" or row["where"] == "summary.json":  # (verify.json has all)
+            values, note = [row["claimed"], row["found"]], ""
+            if row["kind"] == "bound":
+                values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
+                note = f"{row['tightness']:.4f}  {row['norm']}"
+            left, right = (f"{x:.5g}" if isinstance(x, float) else str(x)[:12] for x in values)
+            print(f"  {row['where']:17} {row['what']:40} {left:>12} {right:>12}  {row['verdict']}  {note}")
+    print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
 
 
-def print_report(path, table, extras, seconds):
-    print(f"\n{path}" + (f", data: {extras['data']}" if extras else ""))
-    for share, third, fourth in ((False, "found", "tightness"), (True, "attacked", "quotient")):
-        rows = [row for row in table.rows if row.get("share", False) == share]
-        if rows:
-            print(f"  {'where':17} {'what':46} {'certified':>11} {third:>11} {fourth:>9}  norm")
-        for row in rows:
-            print(f"  {row['where']:17} {row['what']:46} {number(row['certified_log10']):>11} {number(row['found_log10']):>11} "
-                  f"{row['tightness']:9.4f}  {row['norm']}" + "   <-- BROKEN" * row["broken"])
-    if "reference_formula_log10" in extras:
-        print(f"  (the formula of the paper's code, which misses heads: {number(extras['reference_formula_log10'])})")
-    broken = table.broken()
-    print(f"  {'BROKEN: ' + ', '.join(r['where'] + ' (' + r['what'] + ')' for r in broken) if broken else 'held'}, "
-          f"{len(table.rows)} claims, {seconds:.0f} s")
+def draw(path, table):
+    """The picture: what was certified and what attacks found."""
+    from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
 
-
-def draw(path, table, extras, curves):
-    """certified against found, row by row; the curves of all runs verified together; low precision."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    a, b = figure.subplots(1, 2, width_ratios=(2, 1))
-    figure.suptitle(f"verify_lipschitz, {path.name}")
-    rows = [r for r in table.rows if math.isfinite(r["certified_log10"]) and math.isfinite(r["found_log10"]) and "share" not in r]
-    place = range(len(rows))
-    a.plot([r["certified_log10"] for r in rows], place, "|", ms=12, label="certified")
-    a.plot([r["found_log10"] for r in rows], place, ".", label="found")
-    a.set_yticks(place, [f"{r['where']}: {r['what']}" for r in rows], fontsize=6)
-    a.invert_yaxis()
-    a.set(title="certified and found", xlabel="log10")
-    a.legend()
-    for i, (name, curve) in enumerate(curves):
-        r = [p["radius"] for p in curve]
-        b.plot(r, [100 * p["attacked"] for p in curve], "o--", color=f"C{i}", label=f"{name}: attacked")
-        b.plot(r, [100 * p["certified"] for p in curve], "-", color=f"C{i}", label=f"{name}: certified")
-    b.set(title="accuracy", xlabel=extras.get("curve_norm", ""), ylabel="%", ylim=(0, None))
-    b.legend(fontsize=6)
-    buffer = io.BytesIO()
+    figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    bounds, radii = ([row for row in table.rows if row["kind"] == kind and math.isfinite(row["claimed"])
+                      and math.isfinite(row["found"])] for kind in ("bound", "share"))
+    for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
+        left.plot([row[key] for row in bounds], range(len(bounds)), mark, label=label)
+        right.plot([row["radius"] for row in radii], [100 * row[key] for row in radii], "o-", label=label)
+    left.set_yticks(range(len(bounds)), [f"{r['where']}: {r['what']}" for r in bounds], fontsize=6)
+    left.set(title=f"{path.name}: bounds, log10")
+    right.set(title="predictions right, %", xlabel=radii[0]["norm"] if radii else "", ylim=(0, None))
+    right.legend()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
-def main(runs, config):
+def main(names, config):
     """Verify all; returns the exit status."""
-    done, unchecked = [], 0
-    for path in find_runs(runs):
+    verdicts, paths = [], []
+    for path in map(Path, names or ["runs"]):  # (a run, or a folder of runs)
+        inside = [] if (path / "checkpoint.pt").exists() else path.glob("*/checkpoint.pt")
+        paths += sorted(p.parent for p in inside) or [path]
+    for path in paths:
         began = time.perf_counter()
         try:
-            table, extras = verify(config, path)
-        except ERRORS as refusal:
-            print(f"verify_lipschitz.py: {path}: could not be checked: {refusal}", file=sys.stderr)
-            unchecked += 1
+            table = verify(config, path)
+        except ERRORS as problem:
+            print(f"verify_lipschitz.py: {path}: could not be checked: {problem}", file=sys.stderr)
+            verdicts.append("could not be checked")
             continue
-        print_report(path, table, extras, time.perf_counter() - began)
-        sys.stdout.flush()
-        done.append((path, table, extras))
-    for path, table, extras in done:
+        print_report(path, table, time.perf_counter() - began)
+        verdicts.append(table.verdict())
         folder = path if path.is_dir() else Path("runs") / f"verify_{path.stem}"
         folder.mkdir(parents=True, exist_ok=True)
-        same = [(p.name, e["curve"]) for p, _, e in done if e.get("curve_norm") == extras.get("curve_norm") and "curve" in e]
-        result = dict(held=not table.broken(), rows=table.rows, **extras)
-        mlp_cifar.write(folder / "verify.json", json.dumps(result, indent=1).replace("NaN", "null"))
-        if extras:
-            mlp_cifar.write(folder / "verify.png", draw(path, table, extras, same))
-        print(f"Table and picture are in {folder}/verify.json and verify.png.")
-    broken = [path for path, table, _ in done if table.broken()]
-    print(f"{len(done)} verified: {len(done) - len(broken)} held, {len(broken)} broken" + f"; {unchecked} could not be checked" * (unchecked > 0))
-    return 1 if broken else 2 if unchecked or not done else 0
+        result = dict(verdict=table.verdict(), data=table.data_name, rows=table.rows)
+        mlp_cifar.write(folder / "verify.json", json.dumps(result, indent=1))
+        mlp_cifar.write(folder / "verify.png", draw(path, table))
+        print(f"Table and picture: {folder}/verify.json and verify.png", flush=True)
+    print("; ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
+    return 1 if "BROKEN" in verdicts else 0 if set(verdicts) == {"held"} else 2
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(*parse_arguments()))
-    except ERRORS as refusal:
-        print(f"verify_lipschitz.py: {refusal}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as problem:
-        print(f"verify_lipschitz.py: {problem}; mend that and start again", file=sys.stderr)
+    except (*ERRORS, OSError) as problem:
+        print(f"verify_lipschitz.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nverify_lipschitz.py: interrupted", file=sys.stderr)

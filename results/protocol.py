@@ -1,19 +1,24 @@
-"""Loss and accuracy of transformers as the code of the paper measures them, beside those on the whole text.
+"""Loss, accuracy and bound of transformers as the code of the paper has them, beside ours.
 
     python results/protocol.py runs/NAME ...         # run folders of shakespeare.py
     python results/protocol.py runs/NAME --data FILE
 
 That is 20 batches of 512 windows that start one character apart: the first 20 * 512 + 256 characters of the
 validation text, most of them counted 256 times. They are easier than the rest.
+
+The paper's bound uses the norms of whole matrices, where heads have to be counted: true for one head,
+too small for several. (And it divides GeLU's 1.1289 out twice.)
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shakespeare  # noqa: E402
+from constraints import exact_norm  # noqa: E402
 
 
 def paper_protocol(model, tokens_N, windows=20 * 512):
@@ -22,6 +27,22 @@ def paper_protocol(model, tokens_N, windows=20 * 512):
     batches = ((window_BT[:, :-1], window_BT[:, 1:]) for window_BT in window_WT.split(32))
     loss, *_, accuracy = shakespeare.evaluate(model, batches)
     return loss, accuracy
+
+
+def paper_formula(model):
+    """log10 of the constant from embeddings to logits by the formula of the paper's code."""
+    config, a, total = model.config, model.mix, 0.0
+    R = model.embedding_VD.square().mean(1).sqrt().max().item()
+    for block in model.blocks:
+        sigma = {role: shakespeare.sigma(W.double()).item() for role, W in block.matrices()}
+        gain = block.attention_scale * sigma["o"] * sigma["v"]
+        pattern = 2 * config.logit_scale * sigma.get("q", 0.0) * sigma.get("k", 0.0) * R * R
+        mlp = sigma["in"] * sigma["out"] / (shakespeare.GELU_SCALE if config.activation == "gelu" else 1)
+        factors = (1 - a) + a * gain * (1 + pattern), (1 - a) + a * mlp
+        total += sum(math.log10(factor) if factor > 0 else -math.inf for factor in factors)
+        R *= ((1 - a) + a * gain) * ((1 - a) + a * mlp)
+    head = exact_norm(model.head_VD).item() * config.final_scale
+    return total + (math.log10(head) if head > 0 else -math.inf)
 
 
 def main(argv=None):
@@ -37,7 +58,8 @@ def main(argv=None):
         whole = shakespeare.evaluate(model, shakespeare.windows(validation_N, config.seq_len))
         loss, accuracy = paper_protocol(model, validation_N)
         print(f"{folder}: whole text {100 * whole[-1]:.2f} %, loss {whole[0]:.4f}; the paper's protocol "
-              f"{100 * accuracy:.2f} %, loss {loss:.4f}", flush=True)
+              f"{100 * accuracy:.2f} %, loss {loss:.4f}; its formula for the bound "
+              f"10^{paper_formula(model):.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -163,6 +163,14 @@ def test_precision_and_protocol(tmp_path, capsys):
     assert whole == pytest.approx(100 * summary["val_accuracy"], abs=0.01) and 0 <= paper <= 100
 
 
+def test_the_papers_formula():
+    """One head, norms 1, a = 1/2: (1/2 + 1/2 (1/3) (1 + 2)) (1/2 + 1/2) = 1. Four heads: no difference."""
+    for heads in (1, 4):
+        config = shakespeare.Config(width=16, blocks=1, heads=heads, hidden=32, activation="maxmin")
+        model = shakespeare.Transformer(config, shakespeare.VOCABULARY)
+        assert protocol.paper_formula(model) == pytest.approx(0, abs=1e-6)
+
+
 def test_benchmark(monkeypatch, capsys):
     """Each function is called once, but for the slowest."""
     def call_once(functions, **how):
