@@ -846,9 +846,9 @@ def main(config):
     except Exception as problem:
         raise UserError(f"--device {config.device}: cannot be used here ({one_line(problem)}); try cpu, "
                         "or fewer processes than GPUs") from problem
-    cuda, dtype = device.type == "cuda", getattr(torch, config.dtype, None) or fast_dtype(device)
+    cuda = device.type == "cuda"
     if config.sample:
-        return sample(load_checkpoint(config.sample)[1].to(device), config, dtype)
+        return sample(load_checkpoint(config.sample)[1].to(device), config)
 
     # ---- load: rank 0 the run that goes on, each rank its data
     begun = [go_on(config) if rank == 0 else None]
@@ -871,6 +871,7 @@ def main(config):
     if config.batch % (world_size * config.micro_batch):
         raise UserError(f"--batch {config.batch}: must be a multiple of processes x --micro_batch, "
                         f"{world_size} x {config.micro_batch}")
+    dtype = getattr(torch, config.dtype, None) or fast_dtype(device)
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if not flex and config.seq_len > DENSE:
         raise UserError(f"--seq_len {config.seq_len}: must be at most {DENSE} where attention needs a T x T "
@@ -997,6 +998,8 @@ def main(config):
 
 def power(exponent):
     """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
+    if not math.isfinite(exponent):
+        return "0" if exponent < 0 else "infinite"
     return f"{10**exponent * 1.0005:.4g}" if abs(exponent) < 6 else f"10^{exponent + 0.05:.1f}"
 
 
@@ -1035,7 +1038,7 @@ def report(config, model, out, log, data_name, dtype, world_size):
     draw(config, out, log, losses, bound)
     print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
     try:
-        sample(load_checkpoint(out)[1].to(model.head_XD.device), config, dtype)  # (not what is compiled)
+        sample(load_checkpoint(out)[1].to(model.head_XD.device), config)  # (not what is compiled)
     except UserError as problem:
         print(problem)
     print(f"{'-' * 80}\nPicture, log and checkpoint are in {out}. Sample again: python {SCRIPT}.py "
@@ -1069,16 +1072,17 @@ def draw(config, out, log, losses, bound):
 
 
 @torch.no_grad()
-def sample(model, config, dtype):
+def sample(model, config):
     """Print the prompt and `length` tokens more; each sees up to 1024 tokens before it."""
-    generator, encoding, tokens = torch.Generator().manual_seed(config.seed), None, config.prompt.encode()
-    tokens = list(tokens or b"\n")
+    generator, encoding = torch.Generator().manual_seed(config.seed), None
+    device, tokens = model.head_XD.device, list(config.prompt.encode() or b"\n")
+    dtype = getattr(torch, model.config.dtype, None) or fast_dtype(device)
     if model.config.vocab != 256:  # (else tokens are bytes)
         encoding = gpt2()
         tokens = [encoding.eot_token, *encoding.encode_ordinary(config.prompt)]
     print(config.prompt, end="")
     for _ in range(config.length):
-        window_BT = torch.tensor([tokens[-min(model.config.seq_len, 1024):]], device=model.head_XD.device)
+        window_BT = torch.tensor([tokens[-min(model.config.seq_len, 1024):]], device=device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double() * model.config.loss_temperature
         if config.top_k:
             least = logits_V.topk(min(config.top_k, len(logits_V))).values[-1]
