@@ -1,30 +1,30 @@
-"""Tutorial 3: a GPT on web text, within a Lipschitz constant at every step, by torchrun on any GPUs.
+"""Tutorial 3: a GPT on web text, within a Lipschitz constant at every step, on any number of GPUs.
 
-WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338, the NanoGPT section): 162M parameters
-trained on FineWeb without layer norm, QK norm or softcapping, because every weight matrix is kept
-within a norm. New against shakespeare.py: processes that own shares of the matrices; documents and
-sliding windows in attention.
+WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338, the NanoGPT section): 162M weights
+trained on FineWeb without layer norm, QK norm or softcapping, as every weight matrix is kept within
+a norm. New against shakespeare.py: processes that own shares of the matrices, documents and sliding
+windows in attention.
 
 COMMANDS
-    python nanogpt_lipschitz.py                                       # minutes on a laptop, no network
+    python nanogpt_lipschitz.py                                      # minutes on a laptop, no network
     torchrun --standalone --nproc_per_node 8 nanogpt_lipschitz.py --preset cap1   # the paper's run
-    torchrun --standalone --nproc_per_node 2 nanogpt_lipschitz.py --micro_batch 8  # the small run
+    torchrun --standalone --nproc_per_node 2 nanogpt_lipschitz.py --micro_batch 8
     python nanogpt_lipschitz.py --sample runs/NAME --prompt "def " --temperature 0.8
-    python nanogpt_lipschitz.py --prepare SOURCE --data DIR           # token shards of a text of yours
-    --out DIR: if DIR holds a stopped run, it goes on, on any number of processes. With it, torchrun
-    --max-restarts 3 brings back what was killed (several nodes: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    python nanogpt_lipschitz.py --prepare SOURCE --data DIR          # token shards of a text of yours
+    --out DIR: if DIR holds a stopped run, it goes on, on any number of processes. With it, torchrun's
+    --max-restarts revives what was killed (several nodes: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
 
-RESULT (bytes of Python's library; two cores of a CPU, torch 2.13, one seed, a minute and a half each)
+RESULT (bytes of Python's library; two cores of a CPU, torch 2.13, one seed, 100 seconds each)
     RESULT_LINE
     The CUDA path is tested as far as a CPU allows, and unmeasured.
 
-WHERE IT DIFFERS FROM THE AUTHORS' RUN, on purpose: softmax and limit of the head are over the 50257 real
-tokens, not 50304 rows, so the first loss is ln 50257 = 10.825; msign never exceeds 1; a constraint
-waits some steps where the limit is certain to hold; embeddings have an RMS of at most 1; validation
-sequences are as long as those of training. The presets tight and tiny_tight are ours.
+WHERE IT DIFFERS FROM THE AUTHORS', on purpose: softmax and limit of the head are over 50257 real
+tokens, not 50304 rows, so the first loss is 10.825; msign never exceeds 1; a constraint waits some
+steps where the limit is sure to hold; embeddings have an RMS of at most 1; validation sequences are
+as long as those of training. The presets tight and tiny_tight are ours.
 
-ANCESTRY. The experiment is the authors', its shape that of modded-nanogpt (Jordan et al.), the format
-of token shards Karpathy's. None of their code is used.
+ANCESTRY. The experiment is the authors', its shape that of modded-nanogpt (Jordan et al.), the
+format of token shards Karpathy's. None of their code is used.
 """
 
 import argparse
@@ -40,7 +40,6 @@ import re
 import sys
 import sysconfig
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -60,13 +59,14 @@ BLOCK = 128  # positions that attention takes or skips together
 DENSE = 8192  # the longest sequence for which a T x T mask is made
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
-# V tokens in the vocabulary, X something wide, N positions, C a chunk of them, Q blocks of positions.
+# V tokens in the vocabulary, X something wide, N positions, C a chunk of them, Q blocks of them.
 
 
 # ==== Config: every field is a flag ===============================================================
 def flag(default, text, low=None, high=math.inf, choices=None):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    return dataclasses.field(default=default, metadata=dict(help=text, range=(low, high), choices=choices))
+    metadata = dict(help=text, range=(low, high), choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class UserError(Exception):
@@ -77,8 +77,8 @@ class UserError(Exception):
 class Config:
     preset: str = flag("tiny", "named settings, see the end of this help; other flags override")
     # data
-    data: str = flag("fineweb", "fineweb (GPT-2 tokens, downloaded), stand-in (bytes of Python's library), "
-                     "or a folder of shards: *.bin with the word train or val in their names")
+    data: str = flag("fineweb", "fineweb (GPT-2 tokens, downloaded), stand-in (Python's library), or "
+                     "a folder of shards: *.bin with the word train or val in their names")
     shards: int = flag(0, "training shards to read; 0: all, of fineweb as many as the run needs", 0)
     shuffle: bool = flag(False, "sequences in random order; web text is shuffled already")
     vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
@@ -88,19 +88,19 @@ class Config:
     blocks: int = flag(12, "blocks, each of attention and an MLP", 1, 1000)
     heads: int = flag(6, "attention heads H, each of dimension D / H", 1, 2**10)
     hidden: int = flag(3072, "neurons of an MLP", 1, 2**17)
-    window: int = flag(1792, "tokens that attention sees at the end, in whole blocks of 128; it grows to "
-                       "there from 128; half of it in all layers but 4", 1, 2**20)
+    window: int = flag(1792, "tokens that attention sees at the end, in blocks of 128; grows to there "
+                       "from 128; half of it in all layers but 4", 1, 2**20)
     activation: str = flag("gelu", "gelu / 1.1289, or maxmin on pairs", choices=("gelu", "maxmin"))
-    logit_scale: float = flag(24.0, "on the attention logits q.k / (D / H); 0: attention by position "
-                              "alone, learned, which costs no Lipschitz constant", 0)
+    logit_scale: float = flag(24.0, "on the attention logits q.k / (D / H); 0: attention by "
+                              "position alone, learned, which costs no Lipschitz constant", 0)
     attention_scale: float = flag(1 / 3, "factor on the output of attention; 0: 1 / sqrt(H)", 0)
     residual_scale: float = flag(1.0, "2 * blocks * a in x <- (1 - a) x + a block(x)", 0)
     final_scale: float = flag(1.0, "fixed factor on the logits, counted in bounds", 0)
     w_max: str = flag("1", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
-    baseline: bool = flag(False, "unconstrained peer: RMSNorm, QK norm, softcap, x + block(norm(x))")
+    baseline: bool = flag(False, "unconstrained, with RMSNorm, QK norm, softcap, whole residuals")
     # training
-    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, stiefel, "
-                           "hammer, soft_cap, hard_cap (constraints.py), or yours as FILE.py:NAME")
+    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
+                           "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(6200, "training steps", 1)
     batch: int = flag(8, "sequences a step, over all processes", 1, 2**20)
@@ -112,19 +112,19 @@ class Config:
     bias_lr: float = flag(0.1, "learning rate of attention by position (Adam)", 0)
     momentum: float = flag(0.95, "Muon's momentum, after a rise from 0.85", 0, 0.9999)
     momentum_warmup: int = flag(300, "steps of that rise", 0)
-    cooldown: float = flag(0.4, "last part of the steps, where learning rates fall linearly ...", 0, 1)
+    cooldown: float = flag(0.4, "last part of the steps, in which learning rates fall ...", 0, 1)
     final_lr: float = flag(0.1, "... to this share of what they were", 0)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     # run
     seed: int = flag(0, "of initialisation, order of the data, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of forward and backward; weights are float32 (float64: those too); auto: "
-                      "what is fast", choices=("auto", "float32", "bfloat16", "float64"))
-    device: str = flag("auto", "auto, cpu, cuda or mps; auto: cuda if there is one, a GPU a process")
+    dtype: str = flag("auto", "of forward and backward; auto: what is fast (float64: of weights, too)",
+                      choices=("auto", "float32", "bfloat16", "float64"))
+    device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
     evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
     # instead of training; the sample
-    prepare: str = flag("", "make shards in --data DIR of: a text file, a folder of .txt, .jsonl, .parquet "
-                        "(column text), or a data set on the Hub (NAME or NAME:CONFIGURATION)")
+    prepare: str = flag("", "make shards in --data DIR of a text file, a folder of .txt, .jsonl, "
+                        ".parquet (column text), or a data set on the Hub (NAME or NAME:CONFIG)")
     sample: str = flag("", "a run folder: only sample from it")
     prompt: str = flag("", "text that the sample continues; default: the start of a document")
     length: int = flag(300, "tokens to sample", 1)
@@ -147,7 +147,7 @@ class Config:
     def limits(self):
         """w_max of each role of matrix. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
-            value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
+            value, choices, (low, high) = getattr(self, f.name), *map(f.metadata.get, ("choices", "range"))
             if choices and value not in choices:
                 raise UserError(f"--{f.name} {value}: must be one of {', '.join(choices)}")
             if low is not None and not (low <= value <= high and value < math.inf):
@@ -159,8 +159,8 @@ class Config:
                 ("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks"),
                 ("hidden", self.hidden % 2 == 0 or self.activation == "gelu", "even for maxmin"),
                 ("micro_batch", self.batch % self.micro_batch == 0, f"a divisor of the batch, {self.batch}"),
-                ("baseline", peer or not self.baseline, "without constraint, with content, temperature 1"),
-                ("data", self.data not in ("fineweb", "stand-in") or not self.prepare, "a new folder")):
+                ("baseline", peer or not self.baseline, "without constraint, with content, at temperature 1"),
+                ("data", not self.prepare or self.data not in ("fineweb", "stand-in"), "a new folder")):
             if not ok:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
         try:
@@ -173,13 +173,13 @@ class Config:
                 return {role: float(w) for role, w in zip(ROLES, limits)}
         except ValueError:
             pass
-        raise UserError(f"--w_max {self.w_max}: must be a finite number above 0, or 7: 1,1,1,1,1,1,2")
+        raise UserError(f"--w_max {self.w_max}: must be a number above 0, or 7: 1,1,1,1,1,1,2")
 
 
 POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, w_max="1", final_scale=40.0)
-TINY = dict(data="stand-in", shuffle=True, vocab=256, width=128, blocks=4, heads=4, hidden=512,
-            seq_len=256, window=256, batch=16, micro_batch=16, steps=300, w_max="3", logit_scale=1.0,
-            lr=0.1, head_lr=0.1, embed_lr=0.02, momentum_warmup=30, evals=6)
+TINY = dict(data="stand-in", shuffle=True, vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
+            seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0, lr=0.1,
+            head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
 PRESETS = {
     "tiny": TINY,
     "tiny_tight": {**TINY, **POSITION, "hidden": 640, "residual_scale": 4.0},
@@ -209,26 +209,28 @@ GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its sl
 
 
 def maxmin(z):
-    """(max, min) of pairs of neurons, i of the first half and i of the second (Anil et al. 2019)."""
+    """(max, min) of pairs of neurons, of the first half and the second (Anil et al. 2019)."""
     a, b = z.chunk(2, -1)
     excess = (a - b).relu()  # (maximum and minimum take twice the time backward)
     return torch.cat([b + excess, a - excess], -1)
 
 
-def rms_norm(x):
-    return F.rms_norm(x, (x.shape[-1],), eps=1e-6)  # (of the baseline)
+def norm(x):
+    return F.rms_norm(x, x.shape[-1:])  # (of the baseline)
 
 
 def rotate(x_BHTE, speeds=None):
-    """RoPE: at position t turn a head's pair (i, i + E/2) by t speeds[i] radians, in float32 at least.
+    """RoPE: at position t turn the pair (i, i + E/2) by t speeds[i] radians, in float32 at least.
 
-    Default speeds: modded-nanogpt's, 1 to 1/1024 for half of the pairs, 0 for the others.
+    Default: modded-nanogpt's speeds, 1 to 1/1024 for half of the pairs, 0 for the others.
     """
     T, E = x_BHTE.shape[-2:]
-    x_BHTE = x_BHTE.to(torch.promote_types(low := x_BHTE.dtype, torch.float32))
+    low, device = x_BHTE.dtype, x_BHTE.device
+    x_BHTE = x_BHTE.to(torch.promote_types(low, torch.float32))
     if speeds is None:
-        speeds = torch.cat([1024 ** -torch.linspace(0, 1, E // 4), torch.zeros(E // 4)])
-    angle_TE = torch.arange(T, device=x_BHTE.device, dtype=x_BHTE.dtype)[:, None] * speeds.to(x_BHTE)
+        i = torch.arange(E // 2, device=device, dtype=x_BHTE.dtype)
+        speeds = torch.where(i < E // 4, 1024 ** (-i / max(1, E // 4 - 1)), 0)
+    angle_TE = torch.arange(T, device=device, dtype=x_BHTE.dtype)[:, None] * speeds
     cos, sin, (first, second) = angle_TE.cos(), angle_TE.sin(), x_BHTE.chunk(2, -1)
     return torch.cat([cos * first + sin * second, cos * second - sin * first], -1).to(low)
 
@@ -243,8 +245,8 @@ def dense_mask(docs_BT, blocks):
 def block_mask(docs_BT, blocks):
     """The same for flex_attention, without ever looking at T x T positions.
 
-    Numbers of documents rise along a sequence: blocks of queries and keys can have one in common only if
-    their ranges overlap. Within blocks `sees` decides: of no window, so that a new one compiles nothing.
+    Numbers of documents rise along a sequence, so blocks have one in common only if their ranges
+    overlap. `sees` decides within blocks. It knows no window: so a new one compiles nothing anew.
     """
     B, T = docs_BT.shape
     low_BQ, high_BQ = docs_BT.view(B, -1, BLOCK)[..., 0], docs_BT.view(B, -1, BLOCK)[..., -1]
@@ -253,7 +255,7 @@ def block_mask(docs_BT, blocks):
     some_BQQ = (back_QQ >= 0) & (back_QQ < blocks) & (low_BQ[:, :, None] <= high_BQ[:, None, :])
     whole_BQQ = some_BQQ & (back_QQ > 0) & (low_BQ[:, None, :] == high_BQ[:, :, None])
     lists = []
-    for x_BQQ in (some_BQQ & ~whole_BQQ, whole_BQQ):  # how many blocks of keys, and which: those first
+    for x_BQQ in (some_BQQ & ~whole_BQQ, whole_BQQ):  # how many blocks of keys, and which
         order_BQQ = torch.argsort(x_BQQ.int(), dim=-1, descending=True, stable=True)
         lists += [x_BQQ.sum(-1, dtype=torch.int32)[:, None], order_BQQ.int()[:, None]]
 
@@ -283,12 +285,12 @@ class Block(torch.nn.Module):
         self.w_in = Parameter(torch.zeros(config.hidden, D))
         self.w_out = Parameter(torch.zeros(D, config.hidden))
         if config.logit_scale == 0:
-            # Attention by position: the logit of head h is a sum of E/2 waves in the distance x = t - j,
-            # sum_i a_i cos(speed_i x) + b_i sin(speed_i x). It starts as about -2 |x - h step| / step,
-            # and -16 far from there, by |x| = 2/pi integral (1 - cos(s x)) / s^2 ds.
+            # Attention by position: the logit of head h is a sum of waves in the distance x = t - j,
+            # sum_i a_i cos(speed_i x) + b_i sin(speed_i x). It starts at about -2 |x - h step| / step,
+            # far away -16, as |x| = 2/pi integral (1 - cos(s x)) / s^2 ds.
             step, waves = 2 ** min(index, 5), D // config.heads // 2
             ratio = math.log(4 * config.window) / waves
-            self.speeds = 2 * torch.exp(-ratio * torch.arange(waves))
+            self.register_buffer("speeds", 2 * torch.exp(-ratio * torch.arange(waves)), persistent=False)
             size = 4 / math.pi * ratio * step * self.speeds / ((step * self.speeds) ** 2 + 1 / 64)
             phase_HE = step * torch.arange(config.heads)[:, None] * self.speeds
             self.query_HE = Parameter(torch.cat([size * phase_HE.cos(), size * phase_HE.sin()], -1))
@@ -310,20 +312,21 @@ class Block(torch.nn.Module):
         *qk, v_BHTE = (part.view(B, T, H, -1).transpose(1, 2) for part in parts_BTX.split(D, -1))
         if content:
             scale = self.config.logit_scale / (D // H)
-            qk = [rotate(rms_norm(x) if self.config.baseline else x) for x in qk]
+            qk = [rotate(norm(x) if self.config.baseline else x) for x in qk]
         else:
-            # The same query (a, b) and key (1, 0) for all tokens, turned by their positions. (Not a table
-            # by distance: its gradient would be 2e9 atomic additions in a step of cap1's size.)
+            # Query (a, b) and key (1, 0) are the same for all tokens, and turned by position. (Not a
+            # table by distance: its gradient would be 2e9 atomic additions in a step like cap1's.)
             scale, key_HE = 1.0, torch.zeros_like(self.query_HE)
             key_HE[:, :D // H // 2] = 1
             qk = [rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(dtype).expand(B, H, T, -1)
                   for x_HE in (self.query_HE, key_HE)]
         if isinstance(mask, BlockMask):
             # (torch 2.13, compiled for a CPU, is wrong if v is a view into a longer tensor)
-            y_BHTE = flex_attention(*(x.contiguous() for x in (*qk, v_BHTE)), block_mask=mask, scale=scale)
+            whole = (x.contiguous() for x in (*qk, v_BHTE))
+            y_BHTE = flex_attention(*whole, block_mask=mask, scale=scale)
         else:
-            y_BHTE = F.scaled_dot_product_attention(*qk, v_BHTE, None if mask is None else mask[:, None],
-                                                    is_causal=mask is None, scale=scale)
+            causal, mask = mask is None, mask if mask is None else mask[:, None]
+            y_BHTE = F.scaled_dot_product_attention(*qk, v_BHTE, mask, is_causal=causal, scale=scale)
         y_BTD = y_BHTE.transpose(1, 2).reshape(B, T, D)
         return F.linear(y_BTD, (self.attention_scale * self.o).to(dtype))
 
@@ -338,8 +341,8 @@ class Block(torch.nn.Module):
 
     def forward(self, x_BTD, mask=None):
         if self.config.baseline:
-            x_BTD = x_BTD + self.attention(rms_norm(x_BTD), mask)
-            return x_BTD + self.mlp(rms_norm(x_BTD))
+            x_BTD = x_BTD + self.attention(norm(x_BTD), mask)
+            return x_BTD + self.mlp(norm(x_BTD))
         x_BTD = torch.lerp(x_BTD, self.attention(x_BTD, mask), self.mix)
         return torch.lerp(x_BTD, self.mlp(x_BTD), self.mix)
 
@@ -356,17 +359,18 @@ class Transformer(torch.nn.Module):
         self.mix = config.residual_scale / (2 * config.blocks)
         self.flex = False  # flex_attention, which CUDA can compile, in the place of a T x T mask
         generator = torch.Generator().manual_seed(config.seed)
-        embedding_VD = torch.randn(config.vocab, config.width, generator=generator)
-        self.embedding_VD = torch.nn.Parameter(embedding_VD if config.baseline else cap_rows(embedding_VD))
+        table_VD = torch.randn(config.vocab, config.width, generator=generator)
+        self.embedding_VD = torch.nn.Parameter(table_VD if config.baseline else cap_rows(table_VD))
         self.blocks = torch.nn.ModuleList(Block(config, i) for i in range(config.blocks))
-        rows = math.ceil(config.vocab / 128) * 128  # (a round number is faster; those from V on stay 0)
+        rows = math.ceil(config.vocab / 128) * 128  # (a round number is faster; others stay 0)
         self.head_XD = torch.nn.Parameter(torch.zeros(rows, config.width))
         limits, stiefel = config.limits(), config.constraint == "stiefel"
         for role, W in self.matrices():
-            # Where blocks make up half of the stream, zeros would lose the signal; stiefel allows none.
+            # If blocks make up half of the stream, zeros would lose the signal; stiefel allows none.
             if role != "head" and (role not in ("o", "out") or stiefel or self.mix >= 0.4):
                 torch.nn.init.orthogonal_(W, generator=generator)
-                W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
+                norm_of_W = limits[role] if stiefel else min(1.0, limits[role])
+                W.data.mul_(sigma_per_norm(W) * norm_of_W)
         if config.dtype == "float64":
             self.double()
 
@@ -386,7 +390,7 @@ class Transformer(torch.nn.Module):
         return x_BTD, (tokens_BT == self.config.vocab - 1).cumsum(1)
 
     def body(self, x_BTD, docs_BT=None, window=None, seen=None):
-        """The end of the stream. docs_BT: None: one document; seen: list for the largest entries."""
+        """The end of the stream. docs_BT None: one document; seen: list for the largest entries."""
         if docs_BT is None:
             docs_BT = torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device)
         blocks, n = math.ceil((window or self.config.window) / BLOCK), len(self.blocks)
@@ -396,17 +400,17 @@ class Transformer(torch.nn.Module):
             x_BTD = block(x_BTD, far if i in (0, n // 3, n - 1 - n // 3, n - 1) else near)
             if seen is not None:
                 seen.append(x_BTD.detach().abs().max().float())
-        return rms_norm(x_BTD) if self.config.baseline else x_BTD
+        return norm(x_BTD) if self.config.baseline else x_BTD
 
     def logits(self, x_ND, head_XD=None):
-        """(..., V) of the end of the stream, in float32 at least; the baseline's between -15 and 15."""
+        """(..., V) of the end of the stream, in float32 at least; the baseline's within 15."""
         head_XD = self.config.final_scale * (self.head_XD if head_XD is None else head_XD)
         z_NV = F.linear(x_ND, head_XD.to(x_ND.dtype))[..., :self.config.vocab]
         z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
         return 15 * torch.tanh(z_NV / 15) if self.config.baseline else z_NV
 
     def loss(self, x_ND, head_XD, y_N):
-        """Sum of the cross-entropies. (The temperature is taken to the head: smaller than the logits.)"""
+        """Sum of the cross-entropies. (The temperature is taken to the head, the smallest factor.)"""
         logits_NV = self.logits(x_ND, self.config.loss_temperature * head_XD)
         return F.cross_entropy(logits_NV, y_N, reduction="sum")
 
@@ -416,10 +420,7 @@ class Transformer(torch.nn.Module):
 
 
 def head_gradients(model, loss_of, x_ND, y_N, chunk=8192):
-    """(loss, its gradient by x_ND); that by the head is added to head_XD.grad.
-
-    In chunks of tokens: 48k x 50k logits and their gradient would be 20 GB.
-    """
+    """(loss, its gradient by x_ND); that by the head is added to head_XD.grad. Chunk by chunk."""
     total, parts, head_XD = 0.0, [], model.head_XD
     for x_CD, y_C in zip(x_ND.detach().split(chunk), y_N.split(chunk)):
         loss = loss_of(x_CD.requires_grad_(), head_XD, y_C)
@@ -430,21 +431,20 @@ def head_gradients(model, loss_of, x_ND, y_N, chunk=8192):
 
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
-# The derivation is that of shakespeare.py, where each inequality is proved and attacked. In short, within
-# the ball rms(x_t) <= R, with C_h = o_h v_h and any t_h > 0, attention's derivative is at most value +
-# pattern R^2. Q is q, its rows of head h times t_h sigma(k_h), and of each line the least counts:
+# The derivation is that of shakespeare.py, where each inequality is proved and attacked. In short,
+# in the ball rms(x_t) <= R, with C_h = o_h v_h and any t_h > 0, the derivative of attention is at most
+# value + pattern R^2. Q is q, its rows of head h times t_h sigma(k_h); of each line the least counts:
 #     value    beta sigma([C_h/t_h]) |t|, beta sigma(o) |sigma(v_h)|, beta sum sigma(C_h)
 #     pattern  beta 2 s D sigma([C_h/t_h]) sigma(Q), beta 2 s D sigma(o) sigma(Q at t = sigma(v))
-# Documents and windows take tokens out of an average and do not move: they change nothing. Nor do logits
-# by position, which have no pattern. Norm layers are not what bounds are made of: infinity.
+# Documents and windows take tokens out of an average and do not move: they change nothing. Logits by
+# position do not move: no pattern. Norm layers are not what bounds are made of: infinity.
 @torch.no_grad()
 def certificate(model, rho=0.0):
     """Certified constants from embedded tokens to logits (max-token RMS both), float64, rounded up.
 
-    rho: how far (RMS) the embeddings may be from those of the table.
-    Returns a dict: rows (radii, terms, factors of each block), body_log10 (to the end of the stream),
-    log10 (to the logits), product_log10 (at present the same), radius (of the stream at the end), norms
-    ({role: largest RMS->RMS norm}).
+    rho: how far (RMS) the embeddings may be from those of the table. Returns a dict: rows (radii,
+    terms, factors of each block), body_log10 (to the end of the stream), log10 (to the logits),
+    product_log10 (at present the same), radius (at the end), norms ({role: largest RMS->RMS norm}).
     """
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("the model has weights that are not finite: there is nothing to certify")
@@ -452,8 +452,10 @@ def certificate(model, rho=0.0):
     for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
     norms["embedding"] = model.embedding_VD.cpu().double().square().mean(1).sqrt().max().item()
-    R, body = (math.inf, math.inf) if model.config.baseline else (norms["embedding"] * up + rho, 0.0)
-    for block in [] if model.config.baseline else model.blocks:
+    R, body, blocks = norms["embedding"] * up + rho, 0.0, model.blocks
+    if model.config.baseline:
+        R, body, blocks = math.inf, math.inf, []
+    for block in blocks:
         row = dict(radius=R, **block_terms(copy.deepcopy(block).cpu().double()))
         row["attention"] = (1 - a) + a * (row["value"] + row["pattern"] * R * R)
         row["radius_mlp"] = R * ((1 - a) + a * row["value"]) * up
@@ -475,8 +477,8 @@ def sigma(W):
 
 
 def block_terms(block):
-    """value and pattern of step 3; mlp_derivative, mlp_gain, mlp (steps 7 and 8 of shakespeare.py)."""
-    H, D, a, eye = block.config.heads, block.config.width, block.mix, torch.eye(block.config.width).double()
+    """value, pattern, and of the MLP derivative, gain, and the factor with the stream (mlp)."""
+    H, D, a, eye = block.config.heads, block.config.width, block.mix, torch.eye(len(block.o)).double()
     v_HED, o_HDE = block.v.view(H, D // H, D), block.o.view(D, H, D // H).transpose(0, 1)
     C_HDD, v_H, o = o_HDE @ v_HED, sigma(v_HED), sigma(block.o)
     C_H, tiny = sigma(C_HDD), 1e-9 * (1 + v_H.max())
@@ -498,21 +500,21 @@ def block_terms(block):
         (in_1, in_2), (out_1, out_2) = block.w_in.chunk(2, 0), block.w_out.chunk(2, 1)
         middle = sigma((1 - a) * eye + a * (out_1 + out_2) @ (in_1 + in_2) / 2)
         together = middle + a * sigma(out_1 - out_2) * sigma(in_1 - in_2) / 2
-    return dict(value=beta * value.item(), pattern=beta * pattern.item(), mlp_derivative=derivative.item(),
-                mlp_gain=gain.item(), mlp=min((1 - a) + a * derivative.item(), together.item()))
+    mlp = min((1 - a) + a * derivative.item(), together.item())
+    return dict(value=beta * value.item(), pattern=beta * pattern.item(), mlp=mlp,
+                mlp_derivative=derivative.item(), mlp_gain=gain.item())
 
 
-# ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ===
+# ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==
 MAGIC, VERSION, HEADER = 20240520, 1, 256
 SHARD = 100_000_000  # tokens of a shard that --prepare writes
 
 
+@dataclasses.dataclass
 class Tokens:
-    """Shards as one long text, of which only what is asked for is read (memory-mapped)."""
-
-    def __init__(self, shards, vocab):
-        """shards: [(name, uint16 array)]"""
-        self.shards, self.vocab = shards, vocab
+    """Shards, [(name, uint16 array)], as one long text, of which only what is asked for is read."""
+    shards: list
+    vocab: int
 
     def __len__(self):
         return sum(len(tokens) for _, tokens in self.shards)
@@ -523,14 +525,14 @@ class Tokens:
         for name, tokens in self.shards:
             piece = tokens[max(0, start):max(0, start + count)].astype(np.int64)
             if piece.size and piece.max() >= self.vocab:
-                raise UserError(f"{name}: holds token {piece.max()}, and --vocab is {self.vocab}; give "
-                                "the vocabulary it was made with, or make it again with --prepare")
+                raise UserError(f"{name}: holds token {piece.max()}, and --vocab is {self.vocab}; "
+                                "give the vocabulary it was made with")
             pieces.append(piece)
             start -= len(tokens)
         return torch.from_numpy(np.concatenate(pieces))
 
     def sequences(self, step, rows, config):
-        """(B, T + 1) for sequences `rows` of a step: one after the other in the text, or shuffled."""
+        """(B, T + 1): sequences `rows` of a step, one after the other in the text, or shuffled."""
         T, whole, windows = config.seq_len, (len(self) - 1) // config.seq_len, []
         for row in rows:
             epoch, place = divmod(step * config.batch + row, whole)
@@ -542,17 +544,17 @@ class Tokens:
 
 
 def read_shard(path):
-    """(name, uint16 tokens) of a shard, memory-mapped; a UserError that says what is wrong with it."""
+    """(name, uint16 tokens) of a shard, memory-mapped."""
     try:
-        size, header = path.stat().st_size, np.fromfile(path, dtype=np.int32, count=HEADER)
-        if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
-            raise ValueError(f"begins with {header[:2].tolist()}, so it is no token shard")
-        if header[2] <= 0 or size != 4 * HEADER + 2 * int(header[2]):
-            raise ValueError(f"speaks of {header[2]} tokens, of which it has not all, or more (cut off?)")
-        return str(path), np.memmap(path, np.uint16, "r", 4 * HEADER, (int(header[2]),))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: {problem}; needed are {HEADER} int32 ({MAGIC}, {VERSION}, count, ...), "
-                        "then count uint16; --prepare makes such files") from problem
+        header = np.fromfile(path, dtype=np.int32, count=HEADER).tolist()
+        if header[:2] != [MAGIC, VERSION]:
+            raise ValueError(f"begins with {header[:2]}, so it is no token shard")
+        if path.stat().st_size != 4 * HEADER + 2 * header[2]:
+            raise ValueError(f"speaks of {header[2]} tokens and has not as many (cut off?)")
+        return str(path), np.memmap(path, np.uint16, "r", 4 * HEADER, (header[2],))
+    except (OSError, ValueError, IndexError) as problem:
+        raise UserError(f"{path}: {problem}; needed are {HEADER} int32 ({MAGIC}, {VERSION}, count, "
+                        "...), then count uint16; --prepare makes such files") from problem
 
 
 def load_data(config):
@@ -565,16 +567,15 @@ def load_data(config):
     else:
         files = fineweb(config) if name == "fineweb" else sorted(Path(name).glob("*.bin"))
         words = {path: re.split("[^a-z]+", path.stem.lower()) for path in files}
-        train = [read_shard(path) for path in files if "train" in words[path]][:config.shards or None]
-        validation = [read_shard(path) for path in files if "val" in words[path]]
+        train = [read_shard(path) for path in files if "train" in words[path]]
+        train, validation = train[:config.shards or None], [read_shard(p) for p in files if "val" in words[p]]
         if len(train) < max(1, config.shards) or not validation:
             raise UserError(f"--data {name}: has {len(train)} files *.bin with the word train in their "
-                            f"names and {len(validation)} with val; needed are {config.shards or 1} and 1; "
-                            "--prepare makes them")
+                            f"names and {len(validation)} with val; needed are {config.shards or 1} and 1")
     train, validation = Tokens(train, config.vocab), Tokens(validation, config.vocab)
     for what, tokens in (("train on", train), ("validate on", validation)):
         if len(tokens) < 2 * (config.seq_len + 1):
-            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; needed are at least "
+            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; needed are "
                             f"{2 * (config.seq_len + 1)} for sequences of {config.seq_len}")
     return train, validation, name
 
@@ -589,10 +590,11 @@ def fineweb(config):
         return [local / name for name in names]
     try:
         from huggingface_hub import hf_hub_download  # takes a second, so only where it is needed
-        return [Path(hf_hub_download("kjj0/fineweb10B-gpt2", name, repo_type="dataset")) for name in names]
-    except Exception as problem:  # no network, no such file, disk full: the library has one for each
-        raise UserError(f"--data fineweb: cannot be had from the Hub ({one_line(problem)}); give a folder "
-                        "with --data DIR, or take --preset tiny, which needs no network") from problem
+        source = dict(repo_id="kjj0/fineweb10B-gpt2", repo_type="dataset")
+        return [Path(hf_hub_download(filename=name, **source)) for name in names]
+    except Exception as problem:  # no network, no such file, disk full: of dozens of kinds
+        raise UserError(f"--data fineweb: cannot be had from the Hub ({one_line(problem)}); give a "
+                        "folder, or take --preset tiny, which needs no network") from problem
 
 
 def stand_in(characters=1_115_394):
@@ -608,18 +610,18 @@ def gpt2():
     try:
         import tiktoken
         return tiktoken.get_encoding("gpt2")
-    except Exception as problem:  # (at first use it downloads its table, which may fail in every way)
-        raise UserError(f"GPT-2's tokens cannot be had ({one_line(problem)}); needed is tiktoken, and "
-                        "the network once or TIKTOKEN_CACHE_DIR") from problem
+    except Exception as problem:  # (at first use it downloads its table)
+        raise UserError(f"GPT-2's tokens cannot be had ({one_line(problem)}); needed is tiktoken, "
+                        "and the network once or TIKTOKEN_CACHE_DIR") from problem
 
 
 def documents(source):
     """The texts of a source, one after the other; None for a row that has none."""
     path, kinds = Path(source), {".txt": "", ".parquet": "parquet", ".jsonl": "json"}
-    files = sorted(file for file in path.rglob("*") if file.suffix in kinds) if path.is_dir() else [path]
-    for file in files:
+    files = sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    for file in files if path.is_dir() else [path]:
         kind, options = kinds.get(file.suffix), dict(data_files=str(file))
-        if not path.exists() and not path.is_absolute() and kind is None:  # so it is a name on the Hub
+        if kind is None and not path.exists() and not path.is_absolute():  # a name on the Hub
             kind, _, configuration = source.partition(":")
             options = dict(name=configuration or None)
         if kind:
@@ -632,17 +634,14 @@ def documents(source):
             *ended, held = (held + line).split("<|endoftext|>")
             yield from ended
             marked = marked or bool(ended)
-            if not marked and not line.strip() and len(held) > 2**14:  # (a blank line, and no marks)
+            if not marked and not line.strip() and len(held) > 2**14:  # a blank line, no marks
                 yield held
                 held = ""
         yield held
 
 
 def prepare(config):
-    """Shards of a text in the folder --data: the first val_tokens (of a small text a tenth), the rest.
-
-    Shards are read as one text, so they may end within a document.
-    """
+    """Shards of a text in --data: val_tokens of it, at most a tenth, to validate, then the rest."""
     folder, encoding, source = Path(config.data), gpt2(), documents(config.prepare)
     if list(folder.glob("*.bin")):
         raise UserError(f"--data {folder}: has shards already; give another folder, or remove them")
@@ -651,17 +650,18 @@ def prepare(config):
         try:
             texts = list(itertools.islice(source, 4096))
         except Exception as problem:  # the libraries raise dozens of kinds
-            raise UserError(f"--prepare {config.prepare}: cannot be read ({one_line(problem)}); give a file, "
-                            "a folder or a data set on the Hub, with texts named text") from problem
+            raise UserError(f"--prepare {config.prepare}: cannot be read ({one_line(problem)}); give a "
+                            "file, a folder, a data set on the Hub, with texts named text") from problem
         known = [text for text in texts if text]
         empty += len(texts) - len(known)
         ids = encoding.encode_ordinary_batch(known, num_threads=os.cpu_count())
-        held_N = np.concatenate([held_N, *(np.array([encoding.eot_token, *x], np.uint16) for x in ids)])
+        pieces = (np.array([encoding.eot_token, *x], np.uint16) for x in ids)
+        held_N = np.concatenate([held_N, *pieces])
         if not texts and shards == 0 and len(held_N) < 20:
-            raise UserError(f"--prepare {config.prepare}: has {len(held_N)} tokens; give a longer text")
+            raise UserError(f"--prepare {config.prepare}: has {len(held_N)} tokens; give more text")
         while len(held_N) >= config.val_tokens + SHARD or not texts and len(held_N):
-            count = SHARD if shards else config.val_tokens if texts else len(held_N) // 10
-            tokens_N, held_N = np.split(held_N, [count if shards else min(count, config.val_tokens)])
+            first = config.val_tokens if texts else min(config.val_tokens, len(held_N) // 10)
+            tokens_N, held_N = np.split(held_N, [SHARD if shards else first])
             header = np.array([MAGIC, VERSION, len(tokens_N)] + [0] * (HEADER - 3), dtype=np.int32)
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / (f"train_{shards:06d}.bin" if shards else "val_000000.bin")
