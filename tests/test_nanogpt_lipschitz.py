@@ -181,7 +181,7 @@ def test_parity_with_the_papers_shapes(monkeypatch):
 
     small = Transformer(dataclasses.replace(config, blocks=1, width=32, heads=2, hidden=64))
     tokens = torch.randint(50257, (1, 40), generator=torch.Generator().manual_seed(0))
-    loss, _ = nano.head_gradients(small, small.loss, small.body(*small.embed(tokens, torch.float32))[0], tokens[0])
+    loss = small.loss(small.body(*small.embed(tokens, torch.float32))[0], tokens[0])
     assert loss.item() / 40 == pytest.approx(math.log(50257), abs=1e-6)
 
 
@@ -245,7 +245,7 @@ def test_compiled_flex_attention_is_equal_and_compiled_once():
 
 
 def test_attention_by_position_is_a_sum_of_waves():
-    """The logits of a head depend on the distance alone, start at their peak, h step tokens ago, and fall from there."""
+    """The logits of a head depend on the distance alone, and start with their peak h step tokens ago."""
     block = Transformer(tiny(**BY_POSITION, seq_len=200, window=200, width=64)).blocks[1]
     T, E, n = 200, 32, 16
     q = nano.rotate(block.query_HE.detach().double()[:, None].expand(2, T, E), block.speeds)
@@ -256,19 +256,7 @@ def test_attention_by_position_is_a_sum_of_waves():
     for t in (0, 50, 199):
         assert torch.allclose(logits_HTT[:, t, :t + 1].flip(1), table_HT[:, :t + 1], atol=1e-3)  # (angles of float32)
     assert table_HT.argmax(1).tolist() == [0, 2]
-    assert (table_HT.amax(1) - table_HT[:, 40:].amax(1)).min() > 8
-
-
-def test_loss_in_chunks_is_the_loss():
-    model, generator = random_model(vocab=250), torch.Generator().manual_seed(0)
-    x_ND = torch.randn(50, 16, generator=generator, dtype=torch.float64, requires_grad=True)
-    y_N = torch.randint(250, (50,), generator=generator)
-    loss = F.cross_entropy((model.config.final_scale * x_ND @ model.head_XD.T)[:, :250], y_N, reduction="sum")
-    expected = [loss, *torch.autograd.grad(loss, (x_ND, model.head_XD))]
-    for _ in range(2):  # (the second adds its gradient to the first's)
-        total, dx_ND = nano.head_gradients(model, model.loss, x_ND, y_N, chunk=16)
-    for a, b in zip(expected, (total, dx_ND, model.head_XD.grad / 2)):
-        assert torch.allclose(a, b, rtol=1e-12)
+    assert (table_HT.amax(1) - table_HT[:, 40:].amax(1)).min() > 6
 
 
 def test_attention_sees_its_own_document_only():
@@ -318,7 +306,7 @@ def shard(path, tokens):
 def test_shards_are_read_across_their_ends_and_consecutively(tmp_path):
     shard(tmp_path / "a_train_1.bin", range(100)), shard(tmp_path / "b_train_2.bin", range(100, 150))
     shard(tmp_path / "val.bin", range(200))
-    config = tiny(data=str(tmp_path), vocab=300, shuffle=False)
+    config = tiny(data=str(tmp_path), vocab=300)
     train, validation, _ = nano.load_data(config)
     assert len(train) == 150 and train.read(95, 10).tolist() == list(range(95, 105)) and len(validation) == 200
     assert train.read(0, 150).tolist() == list(range(150)) and train.read(100, 1).tolist() == [100]
@@ -327,36 +315,32 @@ def test_shards_are_read_across_their_ends_and_consecutively(tmp_path):
         for row, x in enumerate(train.sequences(step, range(4), config)):
             place = (4 * step + row) % 6 * 24
             assert x.tolist() == list(range(place, place + 25))
-    shuffled = dataclasses.replace(config, shuffle=True)
+    shuffled = dataclasses.replace(config, data="stand-in")
     starts = [train.sequences(i // 4, [i % 4], shuffled)[0, 0].item() for i in range(12)]
     assert sorted(starts[:6]) == sorted(starts[6:]) == list(range(0, 144, 24)) and starts[:6] != starts[6:]
 
 
 def test_the_shards_asked_for_are_those_read(tmp_path, monkeypatch):
-    """Words of a name, not letters in it; so many as asked for, in order; other files in the folder change nothing."""
+    """Words of a name, not letters in it, in order; other files in the folder change nothing."""
     for i, name in enumerate(["x_train_000002.bin", "x_train_000001.bin", "x_val_000000.bin", "medieval_train_3.bin", "trains.bin",
                               "interval.bin", "TRAIN_4.txt"]):
         shard(tmp_path / name, [i] * 200)
     train, validation, _ = nano.load_data(tiny(data=str(tmp_path)))
     assert [tokens[0] for _, tokens in train.shards] == [3, 1, 0] and [tokens[0] for _, tokens in validation.shards] == [2]
-    train, _, _ = nano.load_data(tiny(data=str(tmp_path), shards=2))
-    assert [tokens[0] for _, tokens in train.shards] == [3, 1]
-    with pytest.raises(UserError, match="has 3 files .* needed are 4 and 1"):
-        nano.load_data(tiny(data=str(tmp_path), shards=4))
     (tmp_path / "fineweb10B").mkdir()
     for i, name in enumerate(["val_000000", "train_000001", "train_000002", "train_000003"]):
         shard(tmp_path / "fineweb10B" / f"fineweb_{name}.bin", [i] * 200)
     monkeypatch.setenv("DATA_DIR", str(tmp_path))
-    for shards, read in ((0, [1]), (2, [1, 2])):  # (0: what the run needs)
-        train, _, _ = nano.load_data(tiny(data="fineweb", shards=shards))
+    for batch, read in ((4, [1]), (100_000, [1, 2])):  # as many as the run needs
+        train, _, _ = nano.load_data(tiny(data="fineweb", steps=50, batch=batch))
         assert [tokens[0] for _, tokens in train.shards] == read
 
 
 @pytest.mark.parametrize("break_it, says", [
-    (lambda p: p.write_bytes(b"\0" * 2000), "no token shard"), (lambda p: p.write_bytes(b""), "begins with []"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-100]), "cut off"), (lambda p: p.write_bytes(p.read_bytes()[:-1]), "cut off"),
-    (lambda p: p.write_bytes(p.read_bytes()[:500]), "no token shard"),
-    (lambda p: p.write_bytes(p.read_bytes()[:4] + b"\2" + p.read_bytes()[5:]), "no token shard"),
+    (lambda p: p.write_bytes(b"\0" * 2000), "no whole shard"), (lambda p: p.write_bytes(b""), "no whole shard"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-100]), "no whole shard"), (lambda p: p.write_bytes(p.read_bytes()[:-1]), "no whole shard"),
+    (lambda p: p.write_bytes(p.read_bytes()[:500]), "no whole shard"),
+    (lambda p: p.write_bytes(p.read_bytes()[:4] + b"\2" + p.read_bytes()[5:]), "no whole shard"),
     (lambda p: shard(p, [299] * 300), "token 299"), (lambda p: p.unlink(), "0 files *.bin"),
     (lambda p: shard(p, range(10)), "10 tokens to train on")])
 def test_bad_shards_are_named(tmp_path, break_it, says):
@@ -467,9 +451,9 @@ def test_it_learns_and_reports(tmp_path, capsys, monkeypatch):
     assert summary["lipschitz_log10"] == json.loads((out / "log.jsonl").read_text().splitlines()[-1])["lipschitz_log10"]
     needed = ("script preset params steps val_loss val_accuracy lipschitz_log10 lipschitz_product_log10 lipschitz_norm max_weight_norm w_max "
               "loss_temperature train_seconds ms_per_step data device dtype seed torch").split()
-    assert set(needed) <= summary.keys() and summary["spikes"] == 0 and (out / "curves.png").stat().st_size > 10_000
+    assert set(needed) <= summary.keys() and (out / "curves.png").stat().st_size > 10_000
     text = capsys.readouterr().out
-    assert "LIPSCHITZ CONSTANT" in text and "A sample at temperature" in text
+    assert "LIPSCHITZ CONSTANT" in text and f"--sample {out}" in text
     assert nano.main(Config.of(out=str(out))) == summary and "is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match="--lr 0.7: the run in .* has 0.1"):
         nano.main(tiny(out=str(out), steps=60, width=32, hidden=64, batch=8, evals=3, lr=0.7))
@@ -484,7 +468,7 @@ def test_the_summary_is_written_before_the_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changes", [dict(baseline=True), BY_POSITION, dict(constraint="stiefel"), dict(constraint="hammer"),
                                      dict(constraint="weight_decay"), dict(constraint="spectral_weight_decay"),
-                                     dict(constraint="specnorm", dtype="bfloat16"), dict(constraint="none", loss_temperature=3.0)])
+                                     dict(constraint="specnorm", dtype="bfloat16"), dict(constraint="none", final_scale=3.0)])
 def test_every_kind_of_run(changes, tmp_path):
     out, summary = run(tmp_path, **changes)
     config, model, state = nano.load_checkpoint(out)
@@ -497,7 +481,7 @@ def test_every_kind_of_run(changes, tmp_path):
 
 def test_validation_is_of_the_tokens_asked_for(tmp_path):
     """Whole sequences and a rest, by one and by three ranks, against the loss written out."""
-    model = random_model(loss_temperature=0.5)
+    model = random_model()
     tokens = np.random.default_rng(0).integers(0, 250, 400).astype(np.uint16)
     model.config.val_tokens = 130  # five sequences of 24 and a rest of 10
     validation, total, right = nano.Tokens([("x", tokens)], 256), 0.0, 0
@@ -507,14 +491,14 @@ def test_validation_is_of_the_tokens_asked_for(tmp_path):
             z = model(text[None, :-1], torch.float64)[0]
             total += F.cross_entropy(z, text[1:], reduction="sum").item()
             right += (z.argmax(1) == text[1:]).sum().item()
-    loss, _, accuracy, _ = nano.evaluate(model, validation, 24, torch.float64, nano.Exchange(model))
-    assert loss == pytest.approx(total / 130, rel=1e-12) and accuracy == right / 130
+    loss, accuracy, entries = nano.evaluate(model, validation, 24, torch.float64, nano.Exchange(model))
+    assert loss == pytest.approx(total / 130, rel=1e-12) and accuracy == right / 130 and len(entries) == 2
     parts = []
     for rank in range(3):
         exchange = nano.Exchange(model, rank, 3)
         exchange.sum = lambda x, op=None: parts.append(x) or x
         nano.evaluate(model, validation, 24, torch.float64, exchange)
-    assert sum(parts[::2])[0].item() == pytest.approx(total, rel=1e-12) and sum(parts[::2])[3].item() == 130
+    assert sum(parts[::2])[0].item() == pytest.approx(total, rel=1e-12) and sum(parts[::2])[2].item() == 130
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -526,8 +510,7 @@ def test_a_token_seen_once_moves_as_far_whatever_the_batch(batch, tmp_path, monk
     rows = []
     monkeypatch.setattr(nano.Exchange, "share_weights", lambda exchange: rows.extend(
         p[240].clone() for p, name in exchange.names.items() if name == "embedding_VD"))
-    run(tmp_path, data=str(tmp_path), shuffle=False, batch=batch, micro_batch=1, steps=4, dtype="float32", head_lr=1e-6, embed_lr=0.01,
-        cooldown=0.0)
+    run(tmp_path, data=str(tmp_path), batch=batch, micro_batch=1, steps=4, dtype="float32", head_lr=1e-6, embed_lr=0.01)
     assert rms(rows[3].detach() - rows[2].detach()).item() > 0.003
 
 
@@ -679,7 +662,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path, worker):
         "kill": (["--out", tmp_path / "kill"], "Signal 9 (SIGKILL)"),
         "exception": (["--out", tmp_path / "exception"], "nanogpt_lipschitz.py: rank 1: a fault of one rank"),
         "disk": (["--out", tmp_path / "disk"], "nanogpt_lipschitz.py: rank 0: [Errno 28] No space left on device"),
-        "token": (["--out", tmp_path / "token", "--data", data, "--no-shuffle"], "rank 1: " + str(data / "train.bin") + ": holds token 299"),
+        "token": (["--out", tmp_path / "token", "--data", data], "rank 1: " + str(data / "train.bin") + ": holds token 299"),
         "checkpoint": (["--out", damaged], "rank 0: " + str(damaged / "checkpoint.pt") + ": cannot be used"),
     }
     began, settings = time.time(), flags(micro_batch=1, steps=20)
@@ -702,8 +685,8 @@ def test_help_is_complete(capsys):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["--preset", "huge"], "must be one of"), (["--heads", "3"], "divisor"), (["--width", "20", "--heads", "2"], "divisor of the width / 4"),
-    (["--steps", "0"], "from 1"), (["--micro_batch", "3"], "divisor"), (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "finite"),
+    (["--preset", "huge"], "must be one of"), (["--heads", "3"], "divisor"), (["--width", "20", "--heads", "2"], "divisor of width / 4"),
+    (["--steps", "0"], "from 1"), (["--micro_batch", "3"], "divisor"), (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "a number above 0"),
     (["--lr", "nan"], "finite"), (["--prepare", "x"], "--data stand-in: must be a new folder"), (["--activation", "relu"], "must be one of"),
     (["--baseline", "--constraint", "hard_cap"], "without constraint"), (["--residual_scale", "99"], "at most 2 * blocks"),
     (["--vocab", "70000"], "65536"), (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "0 files"), (["--seed", "-1"], "from 0"),
