@@ -676,6 +676,164 @@ def test_an_error_on_one_rank_ends_all(tmp_path, worker):
     assert not list(tmp_path.rglob("*.part"))
 
 
+# ---- CUDA without a GPU: tensors without memory on a device that a stub of CUDA's guard and hooks pretends to -----------
+STUB = r"""
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10;
+namespace {
+const Device device(DeviceType::CUDA, 0);
+struct Guard final : impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return DeviceType::CUDA; }
+  Device exchangeDevice(Device) const override { return device; }
+  Device getDevice() const override { return device; }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
+  Stream getStream(Device) const override { return Stream(Stream::DEFAULT, device); }
+  Stream getNewStream(Device, int) const override { return Stream(Stream::DEFAULT, device); }
+  Stream exchangeStream(Stream stream) const override { return stream; }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+struct Hooks final : at::CUDAHooksInterface {
+  Hooks(at::CUDAHooksArgs) {}
+  bool hasCUDA() const override { return true; }
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  int getNumGPUs() const override { return 1; }
+};
+}
+namespace at { using CUDAHooks = Hooks; REGISTER_CUDA_HOOKS(CUDAHooks) }
+namespace c10::impl { using ::Guard; C10_REGISTER_GUARD_IMPL(CUDA, Guard) }
+"""
+FAKE = """
+import json, os, sys, tempfile, traceback
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+import constraints
+import nanogpt_lipschitz as nano
+
+devices = lambda tree: [x.device.type for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+class Watch(TorchDispatchMode):
+    # copies to and from the device in each step; other operations must not mix devices
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if len({*devices((args, kwargs)), *devices(result)}) == 2:
+            numbers = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() == 0]
+            copies[-1].append(str(func)) if not (numbers and "copy" not in str(func)) else None
+        return result
+
+class Text:
+    def __len__(self):
+        return 10**9
+    def sequences(self, step, rows, config):
+        return torch.zeros(len(rows), config.seq_len + 1, dtype=torch.int64)
+
+def move(module, device):
+    for m in module.modules():
+        for held in (m._parameters, m._buffers):
+            for name, x in held.items():
+                moved = x.detach().to(device)
+                held[name] = torch.nn.Parameter(moved) if isinstance(x, torch.nn.Parameter) else moved
+    return module
+
+def attention(q, k, v, block_mask, scale):
+    assert set(devices((q, k, v, block_mask.kv_indices, block_mask.full_kv_indices))) == {"cuda"} and q.dtype == torch.bfloat16
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+def stepped(exchange):
+    share(exchange)
+    copies.append([])
+    if len(copies) > limit:
+        raise StopIteration
+
+share = nano.Exchange.share_weights
+nano.Exchange.share_weights = stepped
+nano.flex_attention, nano.load_data = attention, lambda config: (Text(), Text(), "fake")
+nano.fast_dtype = constraints.fast_dtype = lambda device: torch.bfloat16
+constraints.hard_cap = lambda W, *rest: W  # (it looks at the data; of a run of soft_cap at the first step and each 64th)
+torch.cuda.is_available, torch.cuda.set_device, torch.Tensor.pin_memory = lambda: True, lambda device: None, lambda x: x
+torch.compile, torch.nn.Module.compile, torch.nn.Module.to = lambda f, **kwargs: f, lambda self, **kwargs: None, move
+
+class Work:
+    wait = set = lambda self, *rest: None
+
+def collective(name):
+    def recorded(x, *rest, **kwargs):
+        calls.append([name, list(x.shape), *[y for y in rest if isinstance(y, int)]])
+        return Work()
+    return recorded
+
+dist.rendezvous = lambda *rest, **kwargs: iter([(Work(), 0, 0)])
+dist.init_process_group = dist.broadcast_object_list = lambda *rest, **kwargs: None
+for name in ("reduce", "broadcast", "all_reduce"):
+    setattr(dist, name, collective(name))
+
+for flags, rank, world_size, limit in json.loads(sys.argv[1]):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size))
+    copies, calls, config = [[]], [], nano.parse_arguments([*flags, "--steps", "4", "--evals", "1", "--out", tempfile.mkdtemp()])
+    if rank:
+        dist.broadcast_object_list = lambda message: message.__setitem__(0, (config, None, None))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch():
+            nano.main(config)
+    except Exception as problem:
+        frame = [f for f in traceback.extract_tb(problem.__traceback__) if os.path.dirname(f.filename) == os.path.dirname(nano.__file__)][-1]
+        print("JSON" + json.dumps(dict(copies=copies, calls=calls, problem=type(problem).__name__, line=frame.line, text=str(problem)[:300])))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_fake_cuda(tmp_path_factory):
+    """Runs main on fake CUDA tensors: (flags, rank, world size, steps after which to stop) -> what happened."""
+    if not shutil.which("g++") or not sys.platform.startswith("linux"):
+        pytest.skip("needs g++ and Linux")
+    folder, root = tmp_path_factory.mktemp("cuda"), Path(torch.__file__).parent
+    (folder / "stub.cpp").write_text(STUB)
+    (folder / "fake.py").write_text(FAKE)
+    subprocess.run(["g++", "-shared", "-fPIC", "-O0", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "stub.cpp",
+                    f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}", "-o", "stub.so"],
+                   cwd=folder, check=True)
+
+    def run(*cases):
+        result = subprocess.run([sys.executable, folder / "fake.py", json.dumps(cases)], capture_output=True, text=True, timeout=200,
+                                env={**environment(), "LD_PRELOAD": str(folder / "stub.so"), "PYTHONPATH": str(ROOT)})
+        found = [json.loads(line[4:]) for line in result.stdout.splitlines() if line.startswith("JSON")]
+        assert len(found) == len(cases), result.stderr[-3000:]
+        return found
+
+    return run
+
+
+def test_steps_on_cuda_wait_only_where_they_are_logged(on_fake_cuda):
+    """Steps of main, backward included: one copy to the GPU for each micro-batch, and nothing that looks at a result before the
+    check for divergence in the last step, which fake tensors cannot answer."""
+    small = ["--blocks", "2", "--residual_scale", "1"]
+    cases = [["--preset", "cap1", "--batch", "2"], *(["--preset", preset, "--batch", "1", *small] for preset in ("specnorm8", "tight", "baseline")),
+             *(["--preset", "cap1", "--batch", "1", *small, "--constraint", name] for name in ("hammer", "weight_decay", "spectral_weight_decay"))]
+    for case, found in zip(cases, on_fake_cuda(*([case, 0, 1, 99] for case in cases))):
+        assert found["problem"] == "DataDependentOutputException" and "isfinite" in found["line"], (case, found)
+        assert found["copies"][1:4] == [["aten._to_copy.default"] * (2 if "2" == case[3] else 1)] * 3, (case, found["copies"][1:])
+
+
+def test_eight_ranks_make_the_same_collectives_in_the_same_order(on_fake_cuda):
+    """Of cap1's two first steps: each gradient to its owner, each weight from it. Else sums would be of different matrices."""
+    found = on_fake_cuda(*([["--preset", "cap1"], rank, 8, 2] for rank in (0, 3, 7)))
+    assert all(f["problem"] == "StopIteration" for f in found), found[0]["text"]
+    assert found[0]["calls"] == found[1]["calls"] == found[2]["calls"]
+    kinds = [call[0] for call in found[0]["calls"]]
+    assert kinds == (["reduce"] * 74 + ["broadcast"] * 74) * 2 and {call[2] for call in found[0]["calls"]} == set(range(8))
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 def test_help_is_complete(capsys):
     with pytest.raises(SystemExit) as stop:
