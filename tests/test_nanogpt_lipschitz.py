@@ -209,7 +209,7 @@ def test_masks(blocks):
     assert torch.equal(ours.to_dense()[:2], oracle.to_dense()[:2])  # (documents shorter than a block: work, no harm)
 
 
-@pytest.mark.parametrize("changes", [dict(), BY_POSITION, dict(baseline=True)])
+@pytest.mark.parametrize("changes", [dict(), BY_POSITION, dict(baseline=True, constraint="none")])
 def test_flex_attention_and_sdpa_are_equal(changes):
     """The GPU's path, in eager mode, and the CPU's (forward only: torch has no backward of flex_attention on a CPU)."""
     model = random_model(seq_len=384, window=384, **changes)
@@ -466,7 +466,7 @@ def test_the_summary_is_written_before_the_picture(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
 
 
-@pytest.mark.parametrize("changes", [dict(baseline=True), BY_POSITION, dict(constraint="stiefel"), dict(constraint="hammer"),
+@pytest.mark.parametrize("changes", [dict(baseline=True, constraint="none"), BY_POSITION, dict(constraint="stiefel"), dict(constraint="hammer"),
                                      dict(constraint="weight_decay"), dict(constraint="spectral_weight_decay"),
                                      dict(constraint="specnorm", dtype="bfloat16"), dict(constraint="none", final_scale=3.0)])
 def test_every_kind_of_run(changes, tmp_path):
@@ -846,7 +846,7 @@ def test_help_is_complete(capsys):
     (["--preset", "huge"], "must be one of"), (["--heads", "3"], "divisor"), (["--width", "20", "--heads", "2"], "divisor of width / 4"),
     (["--steps", "0"], "from 1"), (["--micro_batch", "3"], "divisor"), (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "a number above 0"),
     (["--lr", "nan"], "finite"), (["--prepare", "x"], "--data stand-in: must be a new folder"), (["--activation", "relu"], "must be one of"),
-    (["--baseline", "--constraint", "hard_cap"], "without constraint"), (["--residual_scale", "99"], "at most 2 * blocks"),
+    (["--baseline"], "none for the baseline"), (["--residual_scale", "99"], "at most 2 * blocks"),
     (["--vocab", "70000"], "65536"), (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "0 files"), (["--seed", "-1"], "from 0"),
     (["--constraint", "huge"], "must be one of"), (["--sample", "nowhere"], "cannot be used as a checkpoint"),
     (["--preset", "cap1"], "--seq_len 49152: must be at most 8192"), (["--preset", "cap1", "--dtype", "float64"], "another --dtype"),
