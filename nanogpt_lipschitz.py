@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from constraints import cap_rows, exact_norm, find_constraint, sigma_per_norm
+from constraints import cap_rows, find_constraint, sigma_per_norm
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
@@ -55,8 +55,7 @@ BLOCK = 128  # positions that attention takes or skips together
 # ==== Config: every field is a flag ===============================================================
 def flag(default, text, low=None, high=math.inf, choices=None):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    metadata = dict(help=text, range=(low, high), choices=choices)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=text, range=(low, high), choices=choices))
 
 
 class UserError(Exception):
@@ -136,7 +135,7 @@ class Config:
                 ("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks"),
                 ("hidden", self.hidden % 2 == 0 or self.activation == "gelu", "even for maxmin"),
                 ("micro_batch", self.batch % self.micro_batch == 0, f"a divisor of the batch, {self.batch}"),
-                ("constraint", not self.baseline or self.constraint == "none", "none for baselines"),
+                ("constraint", not self.baseline or self.constraint == "none", "none for the baseline"),
                 ("logit_scale", not self.baseline or self.logit_scale > 0, "above 0 for baselines"),
                 ("data", not self.prepare or self.data not in ("fineweb", "stand-in"), "a new folder")):
             if not ok:
@@ -282,8 +281,7 @@ class Block(torch.nn.Module):
                   for x_HE in (self.query_HE, key_HE)]
         if isinstance(mask, BlockMask):
             # (torch 2.13, compiled for a CPU, is wrong if v is a view into a longer tensor)
-            whole = (x.contiguous() for x in (*qk, v_BHTE))
-            y_BHTE = flex_attention(*whole, block_mask=mask, scale=scale)
+            y_BHTE = flex_attention(*(x.contiguous() for x in (*qk, v_BHTE)), block_mask=mask, scale=scale)
         else:
             causal, mask = mask is None, mask if mask is None else mask[:, None]
             y_BHTE = F.scaled_dot_product_attention(*qk, v_BHTE, mask, is_causal=causal, scale=scale)
@@ -326,8 +324,7 @@ class Transformer(torch.nn.Module):
             # If blocks are half of the stream, zeros would lose the signal; stiefel allows none.
             if role != "head" and (role not in ("o", "out") or stiefel or self.mix >= 0.4):
                 torch.nn.init.orthogonal_(W, generator=generator)
-                norm_of_W = limits[role] if stiefel else min(1.0, limits[role])
-                W.data.mul_(sigma_per_norm(W) * norm_of_W)
+                W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
         if config.dtype == "float64":
             self.double()
 
@@ -385,8 +382,8 @@ def certificate(model, rho=0.0):
     """
     a, up, norms = model.mix, 1 + 1e-9, {}
     for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
-        norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
-    norms["embedding"] = model.embedding_VD.cpu().double().square().mean(1).sqrt().max().item()
+        norms[role] = max(norms.get(role, 0.0), (sigma(wide(W)) / sigma_per_norm(W)).item() * up)
+    norms["embedding"] = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
     R, body, rows = norms["embedding"] * up + rho, 0.0, []
     if model.config.baseline:
         R, body = math.inf, math.inf
@@ -401,6 +398,10 @@ def certificate(model, rho=0.0):
     return dict(rows=rows, body_log10=body, log10=end, product_log10=end, radius=R, norms=norms)
 
 
+def wide(W):
+    return (W if W.is_cuda else W.cpu()).detach().double()  # (Apple's GPUs have no float64)
+
+
 def log10(x):
     return math.log10(x) if x > 0 else -math.inf
 
@@ -413,15 +414,15 @@ def sigma(W):
 
 def block_terms(block):
     """value, pattern, and of the MLP derivative, gain, and the factor with the stream (mlp)."""
-    W = {role: matrix.detach().cpu().double() for role, matrix in block.matrices()}
-    H, D, a, eye = block.config.heads, block.config.width, block.mix, torch.eye(len(W["o"])).double()
+    W = {role: wide(matrix) for role, matrix in block.matrices()}
+    H, D, a, eye = block.config.heads, block.config.width, block.mix, torch.eye(len(W["o"])).to(W["o"])
     v_HED, o_HDE = W["v"].view(H, D // H, D), W["o"].view(D, H, D // H).transpose(0, 1)
     C_HDD, v_H, o = o_HDE @ v_HED, sigma(v_HED), sigma(W["o"])
-    C_H, tiny = sigma(C_HDD), 1e-9 * (1 + v_H.max())
+    C_H, tiny = sigma(torch.linalg.qr(o_HDE).R @ v_HED), 1e-9 * (1 + v_H.max())
     starts = [v_H + tiny, (C_H + tiny).sqrt(), torch.ones_like(C_H)]
     bracket = [sigma((C_HDD / t_H[:, None, None]).transpose(0, 1).reshape(D, -1)) for t_H in starts]
     value = min([b * t_H.norm() for b, t_H in zip(bracket, starts)] + [o * v_H.norm(), C_H.sum()])
-    pattern = torch.zeros(())
+    pattern = torch.tensor(0.0)
     if block.config.logit_scale > 0:
         q_HED, k_H = W["q"].view(H, D // H, D), sigma(W["k"].view(H, D // H, D))
         Q = [sigma(((t_H * k_H)[:, None, None] * q_HED).reshape(D, D)) for t_H in (*starts, v_H)]
@@ -586,8 +587,7 @@ def prepare(config):
         known = [text for text in texts if text]
         empty += len(texts) - len(known)
         ids = encoding.encode_ordinary_batch(known, num_threads=os.cpu_count())
-        pieces = (np.array([encoding.eot_token, *x], np.uint16) for x in ids)
-        held_N = np.concatenate([held_N, *pieces])
+        held_N = np.concatenate([held_N, *(np.array([encoding.eot_token, *x], np.uint16) for x in ids)])
         if not texts and shards == 0 and len(held_N) < 20:
             raise UserError(f"--prepare {config.prepare}: has {len(held_N)} tokens; give more text")
         while len(held_N) >= config.val_tokens + SHARD or not texts and len(held_N):
@@ -627,8 +627,7 @@ class Exchange:
 
     def share_weights(self):
         if self.world_size > 1:
-            works = [dist.broadcast(p.data, i, async_op=True) for p, i in self.owner.items()]
-            for work in works:
+            for work in [dist.broadcast(p.data, i, async_op=True) for p, i in self.owner.items()]:
                 work.wait()
 
     def sum(self, x, op=dist.ReduceOp.SUM):
@@ -843,8 +842,7 @@ def main(config):
         loss, share = 0.0, config.micro_batch
         for first in range(rank * share, config.batch, world_size * share):
             tokens_BT = train.sequences(step, range(first, first + share), config)
-            tokens_BT = tokens_BT.pin_memory() if cuda else tokens_BT
-            tokens_BT = tokens_BT.to(device, non_blocking=True)
+            tokens_BT = (tokens_BT.pin_memory() if cuda else tokens_BT).to(device, non_blocking=True)
             x_ND = model.body(*model.embed(tokens_BT[:, :-1], dtype), window).flatten(0, 1)
             chunks = zip(x_ND.split(8192), tokens_BT[:, 1:].flatten().split(8192))
             part = sum(loss_of(x_CD, y_C) for x_CD, y_C in chunks)
