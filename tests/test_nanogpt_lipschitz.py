@@ -795,8 +795,8 @@ for flags, rank, world_size, limit in json.loads(sys.argv[1]):
 @pytest.fixture(scope="module")
 def on_fake_cuda(tmp_path_factory):
     """Runs main on fake CUDA tensors: (flags, rank, world size, steps after which to stop) -> what happened."""
-    if not shutil.which("g++") or not sys.platform.startswith("linux"):
-        pytest.skip("needs g++ and Linux")
+    if not shutil.which("g++") or not sys.platform.startswith("linux") or torch.version.cuda:
+        pytest.skip("needs g++, Linux, and a CPU build of torch")
     folder, root = tmp_path_factory.mktemp("cuda"), Path(torch.__file__).parent
     (folder / "stub.cpp").write_text(STUB)
     (folder / "fake.py").write_text(FAKE)
@@ -826,12 +826,12 @@ def test_steps_on_cuda_wait_only_where_they_are_logged(on_fake_cuda):
 
 
 def test_eight_ranks_make_the_same_collectives_in_the_same_order(on_fake_cuda):
-    """Of cap1's two first steps: each gradient to its owner, each weight from it. Else sums would be of different matrices."""
-    found = on_fake_cuda(*([["--preset", "cap1"], rank, 8, 2] for rank in (0, 3, 7)))
+    """Of cap1's first step: each gradient to its owner, each weight from it. Else sums would be of different matrices."""
+    found = on_fake_cuda(*([["--preset", "cap1"], rank, 8, 1] for rank in (0, 3, 7)))
     assert all(f["problem"] == "StopIteration" for f in found), found[0]["text"]
     assert found[0]["calls"] == found[1]["calls"] == found[2]["calls"]
     kinds = [call[0] for call in found[0]["calls"]]
-    assert kinds == (["reduce"] * 74 + ["broadcast"] * 74) * 2 and {call[2] for call in found[0]["calls"]} == set(range(8))
+    assert kinds == ["reduce"] * 74 + ["broadcast"] * 74 and {call[2] for call in found[0]["calls"]} == set(range(8))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
