@@ -66,7 +66,7 @@ class UserError(Exception):
 class Config:
     preset: str = flag("tiny", "named settings, see the end of this help; other flags override")
     # data
-    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder of *train*.bin, *val*.bin")
+    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder of train_1.bin, val_0.bin ...")
     vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
     val_tokens: int = flag(10_485_760, "validation tokens, the first of the validation shards", 1)
     # model
@@ -781,7 +781,7 @@ def main(config):
             "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
             device_id=device if cuda else None, timeout=datetime.timedelta(minutes=5))
         dist.broadcast_object_list(begun)
-    config, state, summary = begun[0]
+    config, state, summary = begun.pop()
     if summary:
         print(f"The run in {config.out} is finished; start another with another --out.")
         return summary
@@ -869,8 +869,8 @@ def main(config):
         recent = exchange.sum(torch.stack(losses[-10:]))
         named = [("the loss", recent), *model.named_parameters()]
         if bad := [name for name, x in named if not x.isfinite().all()]:
-            raise UserError(f"step {done}: training has diverged, {bad[-1]} is not finite; a last "
-                            "checkpoint is good; try a smaller --lr")
+            raise UserError(f"step {done}: training has diverged, {bad[-1]} is not finite; the "
+                            "last checkpoint, if any, is good; try a smaller --lr")
         if rank == 0 and sys.stderr.isatty():
             print(f"\rstep {done}/{config.steps}  loss {recent[-1]:.3f} ", end="\r", file=sys.stderr)
         if done not in eval_steps:
@@ -900,7 +900,7 @@ def main(config):
                 f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  validation "
                 f"loss {val_loss:.3f}  accuracy {100 * accuracy:5.2f} %  largest norm "
                 f"{log[-1]['max_weight_norm']:.3f}  entry {max(entries):.2f}  bound (max-token RMS) "
-                f"{10 ** min(300, bound['log10'] + 2e-4):.4g}  {ms:.0f} ms/step  "
+                f"10^{bound['log10']:.2f}  {ms:.0f} ms/step  "
                 f"{tokens / ms:,.1f}k tokens/s  {ms / 1000 * (config.steps - done):.0f} s left", flush=True)
         losses, began, since = [], time.perf_counter(), done
     return report(config, model, out, log, data_name, dtype, world_size) if rank == 0 else None
@@ -910,8 +910,7 @@ def report(config, model, out, log, data_name, dtype, world_size):
     """summary.json, the outcome and the picture of a finished run. Returns the summary."""
     last, bound = log[-1], certificate(model)
     summary = {key: value for key, value in last.items() if key not in ("step", "losses")}
-    summary.update((key, getattr(config, key)) for key in
-                   ("preset", "steps", "baseline", "seed"))
+    summary.update((key, getattr(config, key)) for key in ("preset", "steps", "baseline", "seed"))
     summary.update(
         script=SCRIPT, loss_temperature=1.0, processes=world_size, data=data_name,
         params=sum(p.numel() for p in model.parameters()), device=str(model.head_XD.device),
@@ -925,7 +924,7 @@ def report(config, model, out, log, data_name, dtype, world_size):
           f"{100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}")
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print("  largest entry after each block", *(f"  {entry:.3g}" for entry in last["activations"]))
-    print(f"  LIPSCHITZ CONSTANT {10 ** min(300, bound['log10'] + 2e-4):.4g} (embeddings to logits)")
+    print(f"  LIPSCHITZ CONSTANT 10^{bound['log10']:.4f} (embeddings to logits, max-token RMS)")
     draw(config, out, log)
     print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
     return summary
@@ -934,6 +933,7 @@ def report(config, model, out, log, data_name, dtype, world_size):
 def draw(config, out, log):
     """curves.png: losses, norms and largest entries."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
+
     steps, figure = [record["step"] for record in log], Figure(figsize=(14, 4.5), layout="constrained")
     a, b, c = figure.subplots(1, 3)
     for key in ("train_loss", "val_loss"):
