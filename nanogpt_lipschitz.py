@@ -12,7 +12,7 @@ COMMANDS
     revives what was killed (on several nodes with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
 
 RESULT (bytes of Python's library; two cores of a CPU, torch 2.13, one seed, 100 seconds each)
-    RESULT_LINE
+    tiny, the default: 61.5 % right, loss 1.488, bound 10^11.5; tiny_tight: 60.8 %, 1.555, 21.7.
     The CUDA path is tested as far as a CPU allows, and unmeasured.
 
 ANCESTRY. The experiment is the authors', its shape modded-nanogpt's (Jordan et al.), the shards are
@@ -66,7 +66,7 @@ class UserError(Exception):
 class Config:
     preset: str = flag("tiny", "named settings, see the end of this help; other flags override")
     # data
-    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder of train_1.bin, val_0.bin ...")
+    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder of train_1.bin, val_0.bin")
     vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
     val_tokens: int = flag(10_485_760, "validation tokens, the first of the validation shards", 1)
     # model

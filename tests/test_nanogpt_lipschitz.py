@@ -672,7 +672,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path, worker):
         assert status not in (0, None) and cases[kind][1] in errors, (kind, errors[-3000:])
         own = [line for line in errors.splitlines() if line.startswith("nanogpt_lipschitz.py: ")]
         assert len(own) == (kind != "kill"), (kind, own)
-    assert time.time() - began < 60
+    assert time.time() - began < 100  # (with the time that five jobs take to start side by side)
     assert not list(tmp_path.rglob("*.part"))
 
 
