@@ -783,7 +783,8 @@ def main(config):
         dist.broadcast_object_list(begun)
     config, state, summary = begun.pop()
     if summary:
-        print(f"The run in {config.out} is finished; start another with another --out.")
+        if rank == 0:
+            print(f"The run in {config.out} is finished; start another with another --out.")
         return summary
     if config.batch % (world_size * config.micro_batch):
         raise UserError(f"--batch {config.batch}: must be a multiple of processes x --micro_batch")
