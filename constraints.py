@@ -389,7 +389,7 @@ def ellipsoid_norm(S_DD, log, U_KD) -> torch.Tensor:
 
 
 def ellipsoid_pairs(S_DD, log, U_KD) -> torch.Tensor:
-    """(K, K): logarithm of the largest |(u_i - u_j) z|, u the rows of U, rounded up; -inf where they agree."""
+    """(K, K): logarithm of the largest |(u_i - u_j) z|, u the rows of U, rounded up; -inf if they agree."""
     UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
     return torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist").log() + log / 2 + 1e-9
 
@@ -429,10 +429,10 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
     return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (n_1 + n_2).log())
 
 
-def ellipsoid_blocks(blocks: list[dict], D: int, R: float, free: dict):
+def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
     """[(S, log)]: after each block of a transformer tokens move in E(exp(log) S), if RMS <= 1 at the start.
 
-    A block, matrices in float64:  x <- stream x_t + sum_h C_h sum_j P^h_tj x_j,  x <- mlp(x)
+    A block, matrices in float64:  x_t <- stream x_t + sum_h C_h sum_j P^h_tj x_j,  x_t <- mlp(x_t)
     stream, C_HDD    as above
     p_H              what head h gives a token of itself, at least, if P does not depend on content; else None
     q_HED, k_HED, rotates      if it does: logits q_h x_t . k_h x_j (see ellipsoid_pattern)
@@ -441,22 +441,23 @@ def ellipsoid_blocks(blocks: list[dict], D: int, R: float, free: dict):
     free             weights, filled with zeros where there are none
     """
     # 1. E(S) is convex and symmetric: averages of tokens that move in it do, whatever the pattern.
-    # 2. P fixed: a token has at least p_h of itself from head h, the rest is an average y_h. So it moves by the
-    #    sum of G_0 dx_t and all G_h y_h, G_0 = stream I + sum_h p_h C_h, G_h = (1 - p_h) C_h.
-    # 3. P not fixed: p_h = 0, and the moved pattern is one more part. It depends on where tokens are: in E(X),
-    #    from X = R^2 D I on by the same steps.
+    # 2. P fixed: head h gives a token at least p_h of itself, and an average y_h of the rest. So it moves by
+    #    the sum of G_0 dx_t and all G_h y_h, G_0 = stream I + sum_h p_h C_h, G_h = (1 - p_h) C_h.
+    # 3. P not fixed: p_h = 0, and the moved pattern is one more part. It depends on where tokens are: in
+    #    E(X), from X = R^2 D I on by the same steps.
     # 4. Any weights are true. So each G of the next sum may use an ellipsoid with weights of its own for the
     #    same movement: U uses.
-    eye, after = torch.eye(D).double(), []
+    D, after = blocks[0]["C_HDD"].shape[-1], []
+    eye = torch.eye(D).to(blocks[0]["C_HDD"])
     S_UDD, log_U = ellipsoid(eye[None], math.log(D))
     X, log_X = ellipsoid(eye, math.log(D) + 2 * math.log(max(R, 1e-300)) + 1e-9)
     for i, block in enumerate(blocks):
         def weights(name, *shape):
-            return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
+            return free.setdefault(f"{name} {i}", torch.zeros(shape).to(eye))
 
         C_HDD, content, N = block["C_HDD"], block["p_H"] is None, len(block["moves"][0])
         H, U = len(C_HDD), 1 if content or i == len(blocks) - 1 else len(C_HDD) + 1
-        p_H11 = torch.zeros(H, 1, 1).double() if content else block["p_H"][:, None, None]
+        p_H11 = torch.zeros(H, 1, 1).to(eye) if content else block["p_H"][:, None, None]
         G_KDD = torch.cat([(block["stream"] * eye + (p_H11 * C_HDD).sum(0))[None], (1 - p_H11) * C_HDD])
         S_KDD, log_K = ellipsoid(G_KDD @ S_UDD @ G_KDD.mT, log_U)
         if content:
@@ -473,6 +474,25 @@ def ellipsoid_blocks(blocks: list[dict], D: int, R: float, free: dict):
         S_UDD, log_U = map(torch.stack, zip(*uses))
         after.append(uses[0])
     return after
+
+
+def mlp_slopes(stream, w_in, w_out, spread=None):
+    """(F, A, B) of ellipsoid_layer for stream x + w_out f(w_in x).
+
+    f is MaxMin, of neuron i of the first half and i of the second, or has slopes 1/2 +- spread (values
+    f(z) = z/2 +- spread |z|).
+    """
+    eye = stream * torch.eye(len(w_out)).to(w_out)
+    if spread is not None:
+        return w_in, eye + w_out @ w_in / 2, spread * w_out
+    # A pair has the sum a + b and the difference |a - b|, which moves by at most |d(a - b)|.
+    (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
+    return (in_1 - in_2) / 2**0.5, eye + (out_1 + out_2) @ (in_1 + in_2) / 2, (out_1 - out_2) / 2**0.5
+
+
+def sigma(W: torch.Tensor) -> torch.Tensor:
+    """Largest singular value of W (..., fan_out, fan_in), in the precision of W."""
+    return torch.linalg.eigvalsh(gram(W))[..., -1].clamp(min=0).sqrt()
 
 
 def log10(x: float) -> float:

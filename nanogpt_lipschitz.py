@@ -41,12 +41,14 @@ import torch.nn.functional as F
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from constraints import cap_rows, find_constraint, sigma_per_norm
+from constraints import (cap_rows, ellipsoid_blocks, ellipsoid_norm, find_constraint, log10,
+                         mlp_slopes, power, sigma, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 BLOCK = 128  # positions that attention takes or skips together
+LN10 = math.log(10)
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
 # V tokens in the vocabulary, X something wide, N positions, C a chunk of them, Q blocks of them.
@@ -257,6 +259,12 @@ class Block(torch.nn.Module):
             self.register_buffer("speeds", speeds, persistent=False)
             self.query_HE = Parameter(12 / n * torch.cat([phase_HE.cos(), phase_HE.sin()], -1))
 
+    def own_share_H(self):
+        """The least that a head by position gives a token of itself: where it sees T tokens."""
+        angle_TE = torch.arange(self.config.seq_len)[:, None] * self.speeds.double().cpu()
+        wave_TE = torch.cat([angle_TE.cos(), angle_TE.sin()], -1)
+        return (wide(self.query_HE).cpu() @ wave_TE.T).softmax(-1)[:, 0].to(wide(self.query_HE))
+
     def matrices(self):
         """[(role, matrix)]"""
         named = self.named_parameters()
@@ -374,72 +382,77 @@ class Transformer(torch.nn.Module):
 # names. Documents and windows take tokens out of an average and do not move: they change nothing.
 # Logits by position do not move: no pattern. Norm layers are not what bounds are made of: infinity.
 @torch.no_grad()
-def certificate(model, rho=0.0):
-    """Certified constants from embedded tokens to logits (max-token RMS both), float64, rounded up.
+def certificate(model, rho=0.0, free=None):
+    """As in shakespeare.py: log10, product_log10, ellipsoid_log10, body_log10, radius_log10, norms, rows.
 
-    rho: how far (RMS) embeddings may be from those of the table. Returns a dict: rows (terms and
-    factors by block), body_log10, log10 = product_log10 (to the logits), radius (at the end), norms.
+    rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
     """
-    a, up, norms = model.mix, 1 + 1e-9, {}
+    config, a, up, norms, rows = model.config, model.mix, 1 + 1e-9, {}, []
     for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
         norms[role] = max(norms.get(role, 0.0), (sigma(wide(W)) / sigma_per_norm(W)).item() * up)
     norms["embedding"] = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
-    R, body, rows = norms["embedding"] * up + rho, 0.0, []
-    if model.config.baseline:
-        R, body = math.inf, math.inf
-    for block in [] if model.config.baseline else model.blocks:
-        row = dict(radius=R, **block_terms(block))
-        row["attention"] = (1 - a) + a * (row["value"] + row["pattern"] * R * R)
-        row["radius_mlp"] = R * ((1 - a) + a * row["value"]) * up
-        R = row["radius_mlp"] * ((1 - a) + a * row["mlp_gain"]) * up
-        body += log10(row["attention"] * up) + log10(row["mlp"] * up)
-        rows.append(row)
-    end = body + log10(norms["head"] * model.config.final_scale)
-    return dict(rows=rows, body_log10=body, log10=end, product_log10=end, radius=R, norms=norms)
+    if config.baseline:
+        nothing = dict.fromkeys(("log10", "product_log10", "ellipsoid_log10", "body_log10"), math.inf)
+        return dict(nothing, radius_log10=math.inf, norms=norms, rows=rows)
+    R, body, g, scale = log10((norms["embedding"] + rho) * up), 0.0, 1.0, 1.0
+    if config.activation == "gelu":
+        g, scale = GELU_SLOPE, GELU_SCALE
+    for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
+        W = {role: wide(matrix) for role, matrix in block.matrices()}
+        H, beta_o = config.heads, block.attention_scale * sigma(W["o"]).item() * up
+        v_H = sigma(W["v"].view(H, -1, config.width))
+        value, pattern, D = beta_o * v_H.norm().item(), 0.0, config.width
+        if config.logit_scale > 0:
+            vk_H = v_H * sigma(W["k"].view(H, -1, D))
+            Q_HED = vk_H[:, None, None] * W["q"].view(H, -1, D)
+            pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
+        gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
+        still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
+        attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
+        stream = ellipsoid_norm(S, log, torch.eye(D).to(S)).item() - math.log(D) / 2
+        rows.append(dict(  # terms, R before each sublayer, the factor of attention, E(S) behind
+            value=value, pattern=pattern, mlp=gain * g, mlp_gain=gain, radius_log10=R,
+            radius_mlp_log10=R + still, attention_log10=attention, stream_log10=stream / LN10))
+        R += still + log10((1 - a) + a * gain)
+        body += attention + log10((1 - a) + a * gain * g) + 1e-9
+    product, U = body + log10(norms["head"] * config.final_scale), config.final_scale * wide(model.head_VD)
+    end = (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
+    return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end,
+                body_log10=body, radius_log10=R, norms=norms, rows=rows)
+
+
+def follow(model, rho=0.0, free=None):
+    """[(S, log)] after each block: the stream moves in E(exp(log) S)."""
+    config, blocks = model.config, []
+    for block in model.blocks:
+        a, W = block.mix, {role: wide(matrix) for role, matrix in block.matrices()}
+        v_HED, o_DHE = W["v"].view(config.heads, -1, config.width), W["o"].unflatten(1, (config.heads, -1))
+        layer = dict(stream=1 - a, C_HDD=a * block.attention_scale * o_DHE.transpose(0, 1) @ v_HED, p_H=None)
+        if config.logit_scale > 0:
+            q_HED = config.logit_scale * config.heads / config.width * W["q"].view_as(v_HED)
+            layer.update(q_HED=q_HED, k_HED=W["k"].view_as(v_HED), rotates=True)
+        else:
+            layer.update(p_H=block.own_share_H())
+        w_out, spreads = a * W["out"], (None, None)
+        if config.activation == "gelu":
+            w_out, spreads = w_out / GELU_SCALE, (GELU_SLOPE - 0.5, 0.5)
+        moves, values = (mlp_slopes(1 - a, W["in"], w_out, spread) for spread in spreads)
+        blocks.append(dict(layer, moves=moves, values=values))
+    R = wide(model.embedding_VD).square().mean(1).max().sqrt().item() + rho
+    return ellipsoid_blocks(blocks, R, {} if free is None else free)
+
+
+@torch.enable_grad()
+def tuned(model, steps=30):
+    """What is free, for the least bound; None, untuned, at widths for which that takes minutes."""
+    if model.config.baseline or model.config.width > 256:
+        return None
+    U = model.config.final_scale * wide(model.head_VD)
+    return tune(lambda free: ellipsoid_norm(*follow(model, 0.0, free)[-1], U), {}, steps)
 
 
 def wide(W):
     return (W if W.is_cuda else W.cpu()).detach().double()  # (Apple's GPUs have no float64)
-
-
-def log10(x):
-    return math.log10(x) if x > 0 else -math.inf
-
-
-def sigma(W):
-    """Largest singular value, float64, of a matrix or each of a stack."""
-    G = W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
-    return torch.linalg.eigvalsh(G)[..., -1].clamp(min=0).sqrt()
-
-
-def block_terms(block):
-    """value, pattern, and of the MLP derivative, gain, and the factor with the stream (mlp)."""
-    W = {role: wide(matrix) for role, matrix in block.matrices()}
-    H, D, a, eye = block.config.heads, block.config.width, block.mix, torch.eye(len(W["o"])).to(W["o"])
-    v_HED, o_HDE = W["v"].view(H, D // H, D), W["o"].view(D, H, D // H).transpose(0, 1)
-    C_HDD, v_H, o = o_HDE @ v_HED, sigma(v_HED), sigma(W["o"])
-    C_H, tiny = sigma(torch.linalg.qr(o_HDE).R @ v_HED), 1e-9 * (1 + v_H.max())
-    starts = [v_H + tiny, (C_H + tiny).sqrt(), torch.ones_like(C_H)]
-    bracket = [sigma((C_HDD / t_H[:, None, None]).transpose(0, 1).reshape(D, -1)) for t_H in starts]
-    value = min([b * t_H.norm() for b, t_H in zip(bracket, starts)] + [o * v_H.norm(), C_H.sum()])
-    pattern = torch.tensor(0.0)
-    if block.config.logit_scale > 0:
-        q_HED, k_H = W["q"].view(H, D // H, D), sigma(W["k"].view(H, D // H, D))
-        Q = [sigma(((t_H * k_H)[:, None, None] * q_HED).reshape(D, D)) for t_H in (*starts, v_H)]
-        pattern = 2 * block.config.logit_scale * H * min(b * q for b, q in zip([*bracket, o], Q))
-    norms, beta = sigma(W["in"]) * sigma(W["out"]), block.attention_scale * (1 + 1e-9)
-    if block.config.activation == "gelu":
-        derivative, gain = GELU_SLOPE / GELU_SCALE * norms, norms / GELU_SCALE
-        middle = sigma((1 - a) * eye + a / (2 * GELU_SCALE) * W["out"] @ W["in"])
-        together = middle + a * (GELU_SLOPE - 0.5) / GELU_SCALE * norms
-    else:
-        derivative = gain = norms
-        (in_1, in_2), (out_1, out_2) = W["in"].chunk(2, 0), W["out"].chunk(2, 1)
-        middle = sigma((1 - a) * eye + a * (out_1 + out_2) @ (in_1 + in_2) / 2)
-        together = middle + a * sigma(out_1 - out_2) * sigma(in_1 - in_2) / 2
-    mlp = min((1 - a) + a * derivative.item(), together.item())
-    return dict(value=beta * value.item(), pattern=beta * pattern.item(), mlp=mlp,
-                mlp_derivative=derivative.item(), mlp_gain=gain.item())
 
 
 # ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==
@@ -901,15 +914,15 @@ def main(config):
                 f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  validation "
                 f"loss {val_loss:.3f}  accuracy {100 * accuracy:5.2f} %  largest norm "
                 f"{log[-1]['max_weight_norm']:.3f}  entry {max(entries):.2f}  bound (max-token RMS) "
-                f"10^{bound['log10']:.2f}  {ms:.0f} ms/step  "
+                f"{power(bound['log10'])}  {ms:.0f} ms/step  "
                 f"{tokens / ms:,.1f}k tokens/s  {ms / 1000 * (config.steps - done):.0f} s left", flush=True)
         losses, began, since = [], time.perf_counter(), done
     return report(config, model, out, log, data_name, dtype, world_size) if rank == 0 else None
 
 
 def report(config, model, out, log, data_name, dtype, world_size):
-    """summary.json, the outcome and the picture of a finished run. Returns the summary."""
-    last, bound = log[-1], certificate(model)
+    """summary.json, what came out and a picture of a finished run. Returns the summary."""
+    last, bound = log[-1], certificate(model, free=tuned(model))
     summary = {key: value for key, value in last.items() if key not in ("step", "losses")}
     summary.update((key, getattr(config, key)) for key in ("preset", "steps", "baseline", "seed"))
     summary.update(
@@ -918,6 +931,7 @@ def report(config, model, out, log, data_name, dtype, world_size):
         lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball",
         w_max=config.limits() if config.constraint != "none" else None, torch=torch.__version__,
         largest_activation=max(last["activations"]), dtype=str(dtype).removeprefix("torch."),
+        lipschitz_log10=bound["log10"], lipschitz_product_log10=bound["product_log10"],
         train_seconds=sum(record["ms_per_step"] * len(record["losses"]) for record in log) / 1000)
     write(out / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{config.preset}: Muon + {config.constraint}, w_max {config.w_max}, {config.steps} steps, "
@@ -925,16 +939,10 @@ def report(config, model, out, log, data_name, dtype, world_size):
           f"{100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}")
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print("  largest entry after each block", *(f"  {entry:.3g}" for entry in last["activations"]))
-    print(f"  LIPSCHITZ CONSTANT 10^{bound['log10']:.4f} (embeddings to logits, max-token RMS)")
-    draw(config, out, log)
-    print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
-    return summary
+    print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS): the smaller of "
+          f"product, {power(bound['product_log10'])}, and ellipsoid, {power(bound['ellipsoid_log10'])}")
 
-
-def draw(config, out, log):
-    """curves.png: losses, norms and largest entries."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-
     steps, figure = [record["step"] for record in log], Figure(figsize=(14, 4.5), layout="constrained")
     a, b, c = figure.subplots(1, 3)
     for key in ("train_loss", "val_loss"):
@@ -945,9 +953,10 @@ def draw(config, out, log):
     a.set(title=f"{config.preset}: loss, nats a token", xlabel="step")
     b.set(title="largest norm of each role (RMS->RMS)", xlabel="step", ylim=(0, None))
     c.set(title="largest entry after each block", xlabel="step", ylim=(0, None))
-    a.legend()
-    b.legend()
+    a.legend(), b.legend()
     figure.savefig(out / "curves.png", dpi=110)
+    print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
+    return summary
 
 
 @torch.no_grad()
