@@ -26,6 +26,7 @@ Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. 
 the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
+import copy
 import functools
 import math
 import runpy
@@ -331,50 +332,117 @@ def find_constraint(name: str):
 # A product of norms is loose, as the worst direction of one layer is not the worst of the next. So let what
 # moves, z, lie in E(S) = {z : z^T S^-1 z <= 1}, or for any positive semidefinite S (D, D): the z with
 # |u z| <= sqrt(u S u^T) for every row u. S = I: length 1; S = D I: RMS 1. E(S) is convex and symmetric, and
-# G z lies in E(G S G^T). Everything here is float64 and, but where S or u is 0, differentiable.
-def ellipsoid_sum(S_KDD: torch.Tensor, weights_K: torch.Tensor | None = None) -> torch.Tensor:
-    """S (D, D) whose E(S) holds every z_1 + ... + z_K, z_k in E(S_k), each free of the others.
+# G z lies in E(G S G^T). Over many layers S leaves the range of float64: all functions take and return a pair
+# (S, log), for E(exp(log) S). Everything is float64 and, but where S or u is 0, differentiable.
+def ellipsoid(S_DD: torch.Tensor, log=0.0):
+    """(S, log) of the same ellipsoid, or of each of a stack (..., D, D), with S of trace 1 (zero stays)."""
+    trace = S_DD.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)
+    return S_DD / trace[..., None, None], log + trace.log()
 
-    Any positive weights give a true one; the default gives the smallest trace.
+
+def lifted(S_DD):
+    """S + 1e-13 trace(S) I (..., D, D): a little too large, but with a Cholesky factor where S is singular."""
+    trace = S_DD.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return S_DD + (1e-13 * trace + 1e-300) * torch.eye(S_DD.shape[-1]).to(S_DD)
+
+
+def ellipsoid_sum(S_KDD: torch.Tensor, log_K: torch.Tensor, free_K=0.0):
+    """(S, log) of an ellipsoid that holds every z_1 + ... + z_K, z_k in the k-th, each free of the others.
+
+    Any free_K gives a true one; 0 gives the smallest trace, if the S_k are of trace 1.
     """
     # 1. |u sum_k z_k| <= sum_k sqrt(u S_k u^T) = sum_k sqrt(w_k) sqrt(u S_k u^T / w_k).
     # 2. With sum_k w_k = 1 that is at most sqrt(u (sum_k S_k / w_k) u^T), by Cauchy-Schwarz.
-    # 3. The trace, sum_k t_k / w_k, is smallest at w_k proportional to sqrt(t_k).
-    if weights_K is None:
-        weights_K = S_KDD.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt().clamp(min=1e-150)
-    return (S_KDD * (weights_K.sum() / weights_K)[:, None, None]).sum(0)
+    # 3. The trace, sum_k t_k / w_k, is smallest at w_k proportional to sqrt(t_k): exp(free_K) more or less.
+    top = log_K.max()
+    w_K = ((log_K - top) / 2 + free_K).exp().clamp(min=1e-150)
+    return ellipsoid((S_KDD * ((log_K - top).exp() * w_K.sum() / w_K)[:, None, None]).sum(0), top)
 
 
-def ellipsoid_layer(S_DD, F_ND, A_OD, B_ON, lam_N=None, share=0.5) -> torch.Tensor:
-    """S' (O, O) whose E(S') holds every A z + B v with z in E(S) and |v_i| <= |(F z)_i| for each i.
+def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0):
+    """(S', log') that holds every A z + B v with z in E(exp(log) S) and |v_i| <= |(F z)_i| for each i.
 
-    ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by dz/2 + v. Any lam > 0 and
-    0 < share < 1 give a true one. Uniform lam and share 1/2 are ECLipsE-Fast's (Xu and Sivaranjani 2024),
-    a lam of one's own for each neuron is LipSDP's (Fazlyab et al. 2019).
+    ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by dz/2 + v. Any free_N and
+    free_share (a scalar) give a true one. Zeros are ECLipsE-Fast (Xu and Sivaranjani 2024), a value for each
+    neuron is LipSDP (Fazlyab et al. 2019).
     """
     # 1. With S = C C^T, z = C y with |y| <= 1. For L = diag(l), any l > 0: v^T L v <= z^T F^T L F z.
     # 2. So y^T (I - K) y + v^T L v <= y^T y <= 1 with K = C^T F^T L F C. If K < I, A C y + B v is in the
     #    ellipsoid of S' = A C (I - K)^-1 C^T A^T + B L^-1 B^T, the image of that of (y, v).
-    # 3. K < I: take L = share * diag(lam) / sigma(C^T F^T diag(lam) F C).
-    # C is a Cholesky factor of S + 1e-13 trace(S) I, a little too large, which singular S have as well.
-    eye = torch.eye(len(S_DD), dtype=S_DD.dtype, device=S_DD.device)
-    C = torch.linalg.cholesky(S_DD + (1e-13 * S_DD.trace() + 1e-300) * eye)
+    # 3. K < I: take L = share diag(exp(free_N)) / sigma(C^T F^T diag(exp(free_N)) F C), share < 1.
+    C = torch.linalg.cholesky(lifted(S_DD))
     FC = F_ND @ C
-    lam_N = torch.ones_like(FC[:, 0]) if lam_N is None else lam_N
-    K = FC.mT @ (lam_N[:, None] * FC)
-    sigma = torch.linalg.eigvalsh(K)[-1].clamp(min=1e-300)
-    half = torch.linalg.cholesky(eye - share / sigma * K)
+    l_N = (torch.as_tensor(free_N) + torch.zeros_like(FC[:, 0])).exp()
+    K = FC.mT @ (l_N[:, None] * FC)
+    share = torch.sigmoid(torch.as_tensor(free_share)).clamp(max=1 - 1e-6)
+    scale = share / torch.linalg.eigvalsh(K)[-1].clamp(min=1e-300)
+    half = torch.linalg.cholesky(torch.eye(len(K)).to(K) - scale * K)
     root = torch.linalg.solve_triangular(half, (A_OD @ C).mT, upper=False)
-    return root.mT @ root + (B_ON * (sigma / (share * lam_N))) @ B_ON.mT
+    return ellipsoid(root.mT @ root + (B_ON / (scale * l_N)) @ B_ON.mT, log)
 
 
-def ellipsoid_max(S_DD: torch.Tensor, u_KD: torch.Tensor) -> torch.Tensor:
-    """Largest |u z| over z in E(S), for rows u (..., D): shape (...), and 0 only if u or S is.
+def ellipsoid_norm(S_DD, log, U_KD) -> torch.Tensor:
+    """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
+    C = torch.linalg.cholesky(lifted(S_DD))
+    UC = U_KD @ C
+    return (torch.linalg.eigvalsh(gram(UC))[-1].clamp(min=1e-300).log() + log) / 2 + 1e-9
 
-    Rounded up: by 1e-9, and by up to 1e-6 |u| sqrt(trace S) where u is in a direction that S nearly lacks.
+
+def ellipsoid_pairs(S_DD, log, U_KD) -> torch.Tensor:
+    """(K, K): logarithm of the largest |(u_i - u_j) z| over the ellipsoid, u the rows of U; -inf for i = j."""
+    UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
+    return torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist").log() + log / 2 + 1e-9
+
+
+def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free_S=0.0, free_X=0.0):
+    """(S', log') that holds sum_h C_h u_h, u_h how the moved attention pattern moves an average of tokens.
+
+    Tokens are in E(X) and move in E(S); logits of head h are q_h x_t . k_h x_j, with RoPE between the two if
+    `rotates`. Free are a weight for each head and, for RoPE, each pair that turns (H, E / 2), twice.
     """
-    scale = u_KD.abs().amax(-1, keepdim=True).clamp(min=1e-300)
-    v_KD = u_KD / scale
-    square = ((v_KD @ S_DD) * v_KD).sum(-1).clamp(min=0)
-    rounding = 1e-12 * S_DD.trace() * v_KD.square().sum(-1)  # (above D 2^-52 |v| |S| |v|^T)
-    return (square + rounding).sqrt() * scale[..., 0] * (1 + 1e-9)
+    # 1. If each logit of a row moves by at most e_h, the softmax moves by at most e_h in l1 (over sets of
+    #    probability p: 4 p (1 - p) e_h <= e_h). So u_h is in e_h E(X).
+    # 2. |c sum_h C_h u_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0, the sum is in
+    #    the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
+    # 3. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. For x_j in E(X) the first is at most sqrt(y K_h y^T),
+    #    y = q_h dx_t and K_h = k_h X k_h^T. RoPE turns one against the other: take a K_h at least as large that
+    #    turning does not change, sigma(d k_h X k_h^T d) d^-2, d diagonal with one value for a pair that turns.
+    # 4. All heads see the same token, dx_t in E(S): sum_h t_h^2 y_h K_h y_h^T is at most the largest
+    #    z^T (sum_h t_h^2 q_h^T K_h q_h) z on E(S), say n_1^2; likewise n_2^2 of the second. With Minkowski,
+    #    sum_h t_h^2 e_h^2 <= (n_1 + n_2)^2.
+    roots = []  # K_h^1/2 q_h, of both parts of e_h
+    for Y_DD, free in ((X_DD, free_X), (S_DD, free_S)):
+        K_HEE = k_HED @ Y_DD @ k_HED.mT
+        if rotates:
+            pair = K_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2).clamp(min=1e-300)
+            d = (free - (pair.log() - pair.log().mean()) / 4).exp().repeat(1, 2)
+            largest = torch.linalg.eigvalsh(d[:, :, None] * K_HEE * d[:, None])[:, -1:]
+            roots.append((largest.clamp(min=1e-300).sqrt() / d)[:, :, None] * q_HED)
+        else:
+            roots.append(torch.linalg.cholesky(lifted(K_HEE)).mT @ q_HED)
+    CXC, log_H = ellipsoid(C_HDD @ X_DD @ C_HDD.mT)
+    sizes = [ellipsoid(Kq @ Y_DD @ Kq.mT)[1] for Kq, Y_DD in zip(roots, (S_DD, X_DD))]
+    t_H = (free_H + (log_H - torch.logaddexp(*sizes)) / 4).exp()[:, None, None]
+    n_1, n_2 = (ellipsoid_norm(Y_DD, 0.0, (t_H * Kq).flatten(0, 1)).exp()
+                for Kq, Y_DD in zip(roots, (S_DD, X_DD)))
+    return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (n_1 + n_2).log())
+
+
+def tune(goal, free: dict, steps: int, lr: float = 0.1):
+    """Make goal(free), the logarithm of a bound, small by Adam. Any `free` is true; the best seen is kept.
+
+    free, a dictionary of tensors, is filled by goal at its first call, changed in place, and returned.
+    """
+    goal(free)
+    optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in free.values()])
+    least, best = math.inf, copy.deepcopy(free)
+    for step in range(steps + 1):
+        value = goal(free)
+        if value < least:
+            least, best = value.item(), copy.deepcopy(free)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / (steps + 1))
+        optimizer.step()
+    free.update({name: tensor.detach().requires_grad_(False) for name, tensor in best.items()})
+    return free

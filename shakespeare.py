@@ -3,8 +3,8 @@
 WHAT IT SHOWS. With every weight matrix held within a limit, a transformer needs no layer norm, no
 QK norm and no softcapping, and has a Lipschitz constant: how much the logits can move, at most, when
 the embeddings of the tokens move. (The Shakespeare experiments of arXiv 2507.13338.) The bound for
-attention in the paper's code misses that each head may look at a different token. The bound derived
-here counts heads and is attacked in the tests; what it costs is won back by architecture.
+attention in the paper's code misses that each head may look at a different token. The bounds derived
+here count heads, follow directions, and are attacked in the tests.
 
 COMMANDS
     python shakespeare.py                                  # minutes on a laptop; ends with a sample
@@ -24,8 +24,10 @@ that of karpathy/char-rnn; none of their code is used. MaxMin is GroupSort (Anil
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -44,12 +46,16 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from constraints import after_unknown_step, cap_rows, exact_norm, find_constraint, sigma_per_norm
+from constraints import (after_unknown_step, cap_rows, ellipsoid, ellipsoid_layer, ellipsoid_norm,
+                         ellipsoid_pairs, ellipsoid_pattern, ellipsoid_sum, exact_norm, find_constraint,
+                         sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
-RHOS = (0.001, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, at every embedding
+RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, at every embedding
+
+LN10, LOG2 = math.log(10), math.log10(2)
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector,
 # H heads, E = D / H, V characters in the vocabulary, N positions in a text.
@@ -116,32 +122,32 @@ class Config:
     @classmethod
     def of(cls, preset=None, **given):
         """A preset with changes. `given` is kept: a model that is loaded must not contradict it."""
-        name = preset or "laptop"
-        if name not in PRESETS:
-            raise UserError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
-        config = cls(**{**PRESETS[name], **given, "preset": name})
-        if "lr" not in given and config.optimizer != cls(**PRESETS[name]).optimizer:
-            config.lr = 0.0  # (a preset's learning rate is for its own optimizer)
-        config.given = given if preset is None else dict(given, preset=preset)
+        given = {"preset": preset, **given} if preset else given
+        if preset and preset not in PRESETS:
+            raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+        settings = PRESETS[preset or "laptop"]
+        if given.get("optimizer", "muon") != settings.get("optimizer", "muon"):
+            settings = dict(settings, lr=0.0)  # (a preset's learning rate is for its own optimizer)
+        config = cls(**{**settings, **given})
+        config.given = given
         return config
 
     def limits(self):
         """w_max of each role of matrix. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
-            value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
+            value, choices, (low, high) = getattr(self, f.name), f.metadata["choices"], f.metadata["range"]
             if choices and value not in choices:
                 raise UserError(f"--{f.name} {value}: must be one of {', '.join(choices)}")
             if low is not None and not (low <= value <= high and value < math.inf):
                 raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
-        even = self.width // self.heads % 2 == 0
         rope, maxmin = self.positions == "rope", self.activation == "maxmin"
-        for name, ok, requirement in (
-                ("heads", self.width % self.heads == 0, f"a divisor of the width, {self.width}"),
-                ("heads", even or not rope, "such that width / heads is even for rope"),
-                ("logit_scale", self.logit_scale > 0 or not rope, "above 0 for rope, which needs q and k"),
-                ("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks"),
-                ("hidden", self.hidden % 2 == 0 or not maxmin, "even for maxmin")):
-            if not ok:
+        for name, wrong, requirement in (
+                ("heads", self.width % self.heads, f"a divisor of the width, {self.width}"),
+                ("heads", rope and self.width // self.heads % 2, "such that width / heads is even for rope"),
+                ("logit_scale", rope and not self.logit_scale, "above 0 for rope, which needs q and k"),
+                ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
+                ("hidden", maxmin and self.hidden % 2, "even for maxmin")):
+            if wrong:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
         try:
             find_constraint(self.constraint)
@@ -242,8 +248,7 @@ class Block(torch.nn.Module):
         parts_BTX = F.linear(x_BTD, torch.cat([W.to(dtype) for W in matrices]))
         parts_BXTE = parts_BTX.view(B, T, -1, D // H).transpose(1, 2)  # X: heads of q, k, v
         t = torch.arange(T, device=x_BTD.device)
-        distance_TT = t[:, None] - t
-        bias_HTT = torch.zeros(1, T, T, device=x_BTD.device)
+        distance_TT, bias_HTT = t[:, None] - t, torch.zeros(1, T, T, device=x_BTD.device)
         if self.config.positions == "bias":
             bias_HTT = self.bias_HT[:, distance_TT.clamp(min=0)]
         bias_HTT = bias_HTT.masked_fill(distance_TT < 0, -math.inf)
@@ -287,7 +292,7 @@ class Transformer(torch.nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         embedding_VD = torch.randn(len(vocabulary), config.width, generator=generator)
         self.embedding_VD = torch.nn.Parameter(cap_rows(embedding_VD))
-        self.blocks = torch.nn.ModuleList(Block(config, i) for i in range(config.blocks))
+        self.blocks = torch.nn.Sequential(*(Block(config, i) for i in range(config.blocks)))
         self.head_VD = torch.nn.Parameter(torch.zeros(len(vocabulary), config.width))
         limits, stiefel = config.limits(), config.constraint == "stiefel"
         for role, W in self.matrices():
@@ -301,18 +306,11 @@ class Transformer(torch.nn.Module):
 
     def matrices(self):
         """[(role, matrix)] of all that the constraint holds."""
-        pairs = [pair for block in self.blocks for pair in block.matrices()]
-        return pairs + [("head", self.head_VD)]
-
-    def body(self, x_BTD):
-        """Embedded tokens to the residual stream after the last block."""
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        return x_BTD
+        return [*(pair for block in self.blocks for pair in block.matrices()), ("head", self.head_VD)]
 
     def forward(self, tokens_BT, dtype=torch.float32):
         """Logits (B, T, V) in float32 or float64; all before the head is computed in `dtype`."""
-        x_BTD = self.body(F.embedding(tokens_BT, self.embedding_VD.to(dtype)))
+        x_BTD = self.blocks(F.embedding(tokens_BT, self.embedding_VD.to(dtype)))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return F.linear(x_BTD.to(wide), self.config.final_scale * self.head_VD.to(wide))
 
@@ -320,187 +318,208 @@ class Transformer(torch.nn.Module):
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
 # A sequence is measured by its largest token, max_t rms(x_t): bounds do not depend on its length.
 # Attention has no bound on all of space: the larger the tokens, the more its pattern moves. So every
-# statement is for the ball rms(x_t) <= R at every token, and R is followed from block to block. The
-# ball is convex, so a bound on the derivative is one on differences.
-# sigma(.) is the largest singular value, r = R sqrt(D) the largest l2 norm of a token, C_h = o_h v_h
-# what head h does to a token: out_t = beta sum_h C_h sum_j P^h_tj x_j. Let |dx_t| <= 1 at every token.
+# statement is for embeddings in the ball rms(x_t) <= R, and for what comes of them. The ball is convex,
+# so a bound on derivatives is one on differences. Two bounds are derived, and the smaller one counts.
+# sigma(.) is the largest singular value, C_h = o_h v_h what head h does to a token:
+# out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
+#
+# THE PRODUCT: how long a movement can get in each sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. The output of head h moves by C_h a_h + C_h u_h: a_h is an average of moved tokens, |a_h| <= 1,
 #      u_h the moved pattern applied to tokens. If each logit of a row moves by at most e_h, its
 #      softmax moves by at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h), so
 #      |u_h| <= e_h r.
 #   2. e_h <= s (|dq_h| sigma(k_h) r + |q_h| sigma(k_h)) for a logit s q.k, as keys come from any token,
 #      of norm <= r and movement <= 1. RoPE changes no norm. A bias by position does not move.
-#   3. Heads add up: sum_h C_h u_h = [C_1/t_1 ... C_H/t_H] (t_1 u_1, ..., t_H u_H) for any t_h > 0, so
-#          |sum_h C_h u_h| <= sigma([C_h/t_h]) sqrt(sum_h t_h^2 |u_h|^2),  and for a_h likewise.
+#   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
+#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2). For u_h, sigma(v_h) e_h r stands for sigma(v_h).
 #   4. All queries of a token come from the same vector and share its energy. With Q = q whose rows of
-#      head h are multiplied by t_h sigma(k_h):
-#          sqrt(sum_h t_h^2 e_h^2) <= s (r |Q dx| + |Q x|) <= 2 s r sigma(Q).
-#   5. So the derivative is at most value + pattern R^2, both in RMS->RMS; of each line the least counts:
-#          value    beta sigma([C_h/t_h]) |t|, beta sigma(o) sqrt(sum_h sigma(v_h)^2), beta sum_h sigma(C_h)
-#          pattern  beta 2 s D sigma([C_h/t_h]) sigma(Q), beta 2 s D sigma(o) sigma(Q of t_h = sigma(v_h))
-#      Those with sigma(o) hold as sum_h o_h (v_h u_h) is o applied to the heads side by side. t is
-#      free: the best of sigma(v_h), sqrt(sigma(C_h)) and 1 is taken, and improved by a search.
+#      head h are multiplied by sigma(v_h) sigma(k_h), the u_h add up to at most pattern R^2, with
+#      pattern = beta 2 s D sigma(o) sigma(Q). So attention's derivative is at most value + pattern R^2.
 #      For one head this is the paper's formula. For H heads that formula, with norms of whole
 #      matrices, is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
-#   6. The output of attention is at most value * R: an average of tokens of norm R instead of 1.
-#   7. MLP with GeLU: slopes are in [1 - g, g] and |gelu(z)| <= |z|, so the derivative is at most
+#   5. The output of attention is at most value R: an average of tokens of norm R instead of 1.
+#   6. MLP with GeLU: slopes are in [1 - g, g] and |gelu(z)| <= |z|, so the derivative is at most
 #      g/1.1289 sigma(w_out) sigma(w_in), the output at most sigma(w_out) sigma(w_in) R / 1.1289.
 #      MaxMin keeps lengths and is 1-Lipschitz: sigma(w_out) sigma(w_in) for both.
-#   8. Residual: R <- (1 - a) R + a gain R, and the constant is multiplied by (1 - a) + a derivative,
-#      or by a second bound on (1 - a) x + a mlp(x), if that is smaller:
-#      GeLU, as its slopes are 1/2 +- (g - 1/2):
-#          sigma((1 - a) I + a/(2 * 1.1289) w_out w_in) + a (g - 1/2)/1.1289 sigma(w_out) sigma(w_in).
-#      MaxMin, as a pair stays (M + N) or swaps (M - N), M = [[1, 1], [1, 1]]/2, N = I - M; so for
-#      M + e N, -1 <= e <= 1:  sigma((1 - a) I + a w_out M w_in) + a sigma(w_out N) sigma(N w_in).
-#   9. Last comes the head's RMS->RMS norm times final_scale. First, R is the largest RMS of an
+#   7. Residual: R <- (1 - a) R + a gain R, and the constant is multiplied by (1 - a) + a derivative.
+#      Last comes the head's RMS->RMS norm times final_scale. First, R is the largest RMS of an
 #      embedding, plus rho.
+#
+# THE ELLIPSOID: in which directions. The product is loose, as the direction that one sublayer stretches
+# most is not the one that the next does. So let each token move in E(S) = {z : z^T S^-1 z <= 1}, which
+# constraints.py carries through sums and layers; at first S = D I: RMS at most 1.
+#   8. E(S) is convex and symmetric, so averages of tokens that move in E(S) do, whatever the pattern.
+#   9. Attention by position (P does not move): a token gives itself at least p_h = min_t P^h_tt, the
+#      rest is an average y_h. (1 - a) dx_t + a out_t is the sum of free parts G_0 dx_t and G_h y_h,
+#      G_0 = (1 - a) I + a beta sum_h p_h C_h, G_h = a beta (1 - p_h) C_h.
+#      A causal softmax of a bias gives a token the less of itself the more it sees: p_h is the last's.
+#  10. By content p_h = 0, and the moved pattern, a beta sum_h C_h u_h, is one more part
+#      (ellipsoid_pattern). It depends on where tokens are: in E(X), carried likewise from X = R^2 D I.
+#  11. MLP with its stream: GeLU's slopes are 1/2 +- (g - 1/2), its value z/2 +- |z|/2; a pair of MaxMin
+#      stays (M + N) or swaps (M - N), M = [[1, 1], [1, 1]]/2, N = I - M. Both are A z + B v with
+#      |v_i| <= |(F z)_i| (ellipsoid_layer):
+#      GeLU    A = (1 - a) I + a/2 w_out w_in/1.1289, F = w_in, B = a (g - 1/2) w_out/1.1289; values: 1/2
+#      MaxMin  A = (1 - a) I + a w_out M w_in, F = (in_1 - in_2)/sqrt 2, B = a (out_1 - out_2)/sqrt 2
+#  12. In the end logits move by at most sqrt(sigma(U S U^T) / V) in RMS, U = final_scale head, and the
+#      difference of two by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
+#  13. All weights of sums and of neurons are free: zeros are a start in closed form, untuned; `tuned` goes
+#      on by gradient descent through all blocks. As any weights are true, each part of the next block's
+#      sum (step 9) may use an ellipsoid with weights of its own for the same movement.
 @torch.no_grad()
-def certificate(model, rho=0.0, search=0):
+def certificate(model, rho=0.0, free=None):
     """Certified constants from embedded tokens to logits (max-token RMS both), float64, rounded up.
 
-    rho      how far (RMS) the embeddings may be from those of the table
-    search   rounds of improvement of t in step 5: 8 H eigenvalue problems each
-    Returns a dict: rows (radii, terms, factors of each block), body_log10 (to the residual stream at
-    the end), log10 (to the logits: the certificate used), simple_log10 (only sigma(o) in step 5, no
-    second bound in 8), radius (of the stream at the end), norms ({role: largest RMS->RMS norm}).
+    rho    how far (RMS) the embeddings may be from those of the table
+    free   what `tuned` found for the ellipsoid; None: untuned
+    Returns a dict: log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10,
+    the product and R at the end of the stream; norms, {role: largest RMS->RMS norm}; rows, of each block:
+    value, pattern, mlp, mlp_gain (steps 3 to 6), radius_log10 before attention, radius_mlp_log10,
+    attention_log10 (its factor), stream_log10 (the ellipsoid's bound on the movement after the block).
     """
-    model = copy.deepcopy(model).cpu().double()
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError("the model has weights that are not finite: there is nothing to certify")
-    a, up = model.mix, 1 + 1e-9
+    model = copied(model)
+    H, D, a, config, up = model.config.heads, model.config.width, model.mix, model.config, 1 + 1e-9
+    s, scales = config.logit_scale / (D // H), (1.0, 1.0)
+    if config.activation == "gelu":
+        scales = GELU_SLOPE / GELU_SCALE, 1 / GELU_SCALE
     norms = {}
     for role, W in model.matrices():
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
-    norms["embedding"] = model.embedding_VD.square().mean(1).sqrt().max().item()
-    R = R_simple = norms["embedding"] * up + rho
-    rows, body, simple = [], 0.0, 0.0
-    for block in model.blocks:
-        row = dict(radius=R, **attention_terms(model, block, R, search), **mlp_terms(model, block))
-        row["attention"] = (1 - a) + a * (row["value"] + row["pattern"] * R * R)
-        row["radius_mlp"] = R * ((1 - a) + a * row["value"]) * up
-        R = row["radius_mlp"] * ((1 - a) + a * row["mlp_gain"]) * up
-        body += log10(row["attention"] * up) + log10(row["mlp"] * up)
-        derivative = row["value_simple"] + row["pattern_simple"] * R_simple * R_simple
-        simple += log10((1 - a) + a * derivative) + log10((1 - a) + a * row["mlp_derivative"])
-        R_simple *= ((1 - a) + a * row["value_simple"]) * ((1 - a) + a * row["mlp_gain"])
+    norms["embedding"] = model.embedding_VD.square().mean(1).max().sqrt().item()
+    R, body, rows = log10((norms["embedding"] + rho) * up), 0.0, []
+    for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
+        beta_o, v_H = block.attention_scale * sigma(block.o).item() * up, sigma(block.v.view(H, D // H, D))
+        row = dict(radius_log10=R, value=beta_o * v_H.norm().item(), pattern=0.0)
+        if s > 0:
+            k_H = sigma(block.k.view(H, D // H, D))
+            Q_DD = ((v_H * k_H)[:, None, None] * block.q.view(H, D // H, D)).reshape(D, D)
+            row["pattern"] = beta_o * 2 * s * D * sigma(Q_DD).item()
+        mlp_norm = (sigma(block.w_in) * sigma(block.w_out)).item() * up
+        row["mlp"], row["mlp_gain"] = (mlp_norm * scale for scale in scales)
+        still, moved = log10((1 - a) + a * row["value"]), log10(a * row["pattern"]) + 2 * R
+        row["attention_log10"] = np.logaddexp2(still / LOG2, moved / LOG2).item() * LOG2
+        row["radius_mlp_log10"] = R + still
+        R += still + log10((1 - a) + a * row["mlp_gain"])
+        body += row["attention_log10"] + log10((1 - a) + a * row["mlp"]) + 1e-9
+        row["stream_log10"] = (ellipsoid_norm(S, log, torch.eye(D).double()).item() - math.log(D) / 2) / LN10
         rows.append(row)
-    head = log10(norms["head"] * model.config.final_scale)
-    return dict(rows=rows, body_log10=body, log10=body + head, simple_log10=simple + head, radius=R,
-                norms=norms)
+    end = ellipsoid_norm(S, log, config.final_scale * model.head_VD).item() - math.log(len(model.head_VD)) / 2
+    product = body + log10(norms["head"] * config.final_scale)
+    return dict(log10=min(product, end / LN10), product_log10=product, ellipsoid_log10=end / LN10,
+                body_log10=body, radius_log10=R, norms=norms, rows=rows)
+
+
+def follow(model, rho=0.0, free=None):
+    """[(S, log)] after each block, steps 8 to 11: the stream moves in E(exp(log) S).
+
+    free (step 13) is filled with zeros where it is empty; U uses of a movement have their own weights.
+    """
+    config, free, after = model.config, {} if free is None else free, []
+    H, D, content = config.heads, config.width, config.logit_scale > 0
+    eye, R = torch.eye(D).double(), model.embedding_VD.square().mean(1).max().sqrt() * (1 + 1e-9) + rho
+    S_UDD, log_U = ellipsoid(eye[None], math.log(D))
+    X, log_X = ellipsoid(eye, math.log(D) + 2 * R.log())
+    for i, block in enumerate(model.blocks):
+        def weights(name, *shape):
+            return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
+
+        a, spread, U = block.mix, GELU_SLOPE - 0.5, 1 if content or i == config.blocks - 1 else H + 1
+        v_HED, o_HDE = block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
+        C_HDD, own_H = a * block.attention_scale * o_HDE @ v_HED, torch.zeros(H).double()
+        if not content:
+            own_H = block.bias_HT.softmax(-1)[:, 0]
+        G_0 = (1 - a) * eye + (own_H[:, None, None] * C_HDD).sum(0)
+        G = torch.cat([G_0[None], (1 - own_H)[:, None, None] * C_HDD])
+        S_KDD, log_K = ellipsoid(G @ S_UDD @ G.mT, log_U)
+        if content:
+            s, pairs = config.logit_scale / (D // H), (H, D // H // 2)
+            part, log = ellipsoid_pattern(
+                S_UDD[0], X, s * block.q.view(H, -1, D), block.k.view(H, -1, D), C_HDD,
+                config.positions == "rope", weights("heads", H), weights("S", *pairs), weights("X", *pairs))
+            S_KDD, log_K = torch.cat([S_KDD, part[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
+            X, log_X = ellipsoid_sum(*ellipsoid(G @ X @ G.mT, log_X), weights("tokens", H + 1))
+            F_ND, A, B = mlp_slopes(block, 0.5)
+            X, log_X = ellipsoid_layer(X, log_X, F_ND, A, B, weights("values", len(F_ND)), weights("share"))
+        F_ND, A, B = mlp_slopes(block, GELU_SLOPE - 0.5)
+        parts, neurons, shares = weights("parts", U, len(S_KDD)), weights("neurons", U, len(F_ND)), weights("shares", U)
+        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts[u]), F_ND, A, B, neurons[u], shares[u])
+                for u in range(U)]
+        S_UDD, log_U = map(torch.stack, zip(*uses))
+        after.append(uses[0])
+    return after
+
+
+def mlp_slopes(block, spread):
+    """(F, A, B) of step 11. spread: how far GeLU's slopes, or values, are from z / 2 at most."""
+    a, w_in, w_out = block.mix, block.w_in, block.w_out
+    stream = (1 - a) * torch.eye(len(w_out)).double()
+    if block.config.activation == "gelu":
+        w_out = a / GELU_SCALE * w_out
+        return w_in, stream + w_out @ w_in / 2, spread * w_out
+    (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
+    return (in_1 - in_2) / 2**0.5, stream + a / 2 * (out_1 + out_2) @ (in_1 + in_2), a * (out_1 - out_2) / 2**0.5
+
+
+def tuned(model, steps=30, free=None, pairs=False):
+    """Step 13: what is free, for the least bound on the norm, or (mean logarithm) on the pairs of logits."""
+    model, free = copied(model), {} if free is None else dict(free)
+    U = model.config.final_scale * model.head_VD
+
+    def goal(free):
+        S, log = follow(model, 0.0, free)[-1]
+        if not pairs:
+            return ellipsoid_norm(S, log, U)
+        log_VV = ellipsoid_pairs(S, log, U)
+        return log_VV[log_VV > -math.inf].mean()
+
+    return tune(goal, free, steps)
+
+
+def copied(model):
+    """The model in float64 on the CPU, without gradients. UserError if a weight is not finite."""
+    model = copy.deepcopy(model).cpu().double().requires_grad_(False)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError("the model has weights that are not finite: there is nothing to certify")
+    return model
+
+
+def sigma(W):
+    """Largest singular value of a matrix or each of a stack."""
+    return torch.linalg.matrix_norm(W, ord=2)
 
 
 def log10(x):
     return math.log10(x) if x > 0 else -math.inf
 
 
-def sigma(W):
-    """Largest singular value, float64, of a matrix or each of a stack."""
-    return torch.linalg.matrix_norm(W, ord=2)
-
-
 @torch.no_grad()
-def attention_terms(model, block, R, search=0):
-    """value and pattern of step 5, and their forms with sigma(o) alone."""
-    H, D, content = model.config.heads, model.config.width, model.config.logit_scale > 0
-    beta, s = block.attention_scale, model.config.logit_scale / (D // H)
-    v_HED, o_DHE = block.v.view(H, D // H, D), block.o.view(D, H, D // H)
-    C_HDD = o_DHE.transpose(0, 1) @ v_HED
-    CC_HDD = C_HDD @ C_HDD.mT
-    if content:
-        q_HED, k_H = block.q.view(H, D // H, D), sigma(block.k.view(H, D // H, D))
-        QQ_HDD = (q_HED.mT @ q_HED) * k_H[:, None, None].square()
+def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
+    """{rho: bool, of each position in order of `windows`}: right, whatever moves all embeddings by RMS <= rho.
 
-    def root(A_HDD, weight_H):  # of the largest eigenvalue of sum_h weight_h A_h
-        largest = torch.linalg.eigvalsh((A_HDD * weight_H[:, None, None]).sum(0))[-1]
-        return largest.clamp(min=0).sqrt().item()
-
-    def value(t_H):
-        return root(CC_HDD, 1 / t_H.square()) * t_H.norm().item()
-
-    def pattern(t_H):  # (a common factor of t cancels)
-        return 2 * s * D * root(CC_HDD, 1 / t_H.square()) * root(QQ_HDD, t_H.square())
-
-    v_H, C_H = sigma(v_HED), sigma(C_HDD)
-    tiny = 1e-9 * (1 + v_H.max())
-    starts = [v_H + tiny, (C_H + tiny).sqrt(), torch.ones_like(C_H)]
-
-    def smallest(f):  # the best start, then each t_h up and down by ever smaller factors
-        t_H = min(starts, key=f)
-        best, step = f(t_H), 0.3
-        for _ in range(search):
-            before = best
-            for h in range(H):
-                for factor in (1 + step, 1 / (1 + step)):
-                    trial_H = t_H.clone()
-                    trial_H[h] *= factor
-                    if f(trial_H) < best:
-                        best, t_H = f(trial_H), trial_H
-            if best >= before * (1 - 1e-3):
-                step /= 2
-        return best
-
-    value_simple = sigma(block.o).item() * v_H.norm().item()
-    value_found = min(smallest(value), value_simple, C_H.sum().item()) * (1 + 1e-9)
-    pattern_simple = pattern_found = 0.0
-    if content:
-        Q_DD = ((v_H * k_H)[:, None, None] * q_HED).reshape(D, D)
-        pattern_simple = 2 * s * D * sigma(block.o).item() * sigma(Q_DD).item()
-        pattern_found = min(smallest(pattern), pattern_simple) * (1 + 1e-9)
-    return dict(value=beta * value_found, value_simple=beta * value_simple,
-                pattern=beta * pattern_found, pattern_simple=beta * pattern_simple)
-
-
-@torch.no_grad()
-def mlp_terms(model, block):
-    """mlp_derivative and mlp_gain of step 7, and mlp, the factor of step 8."""
-    a, w_in, w_out = block.mix, block.w_in, block.w_out
-    norms = (sigma(w_in) * sigma(w_out)).item()
-    stream = (1 - a) * torch.eye(len(w_out), dtype=w_out.dtype)
-    if model.config.activation == "gelu":
-        derivative, gain = GELU_SLOPE / GELU_SCALE * norms, norms / GELU_SCALE
-        middle = sigma(stream + a / (2 * GELU_SCALE) * w_out @ w_in)
-        together = middle + a * (GELU_SLOPE - 0.5) / GELU_SCALE * norms
-    else:
-        derivative = gain = norms
-        (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
-        middle = sigma(stream + a * (out_1 + out_2) @ (in_1 + in_2) / 2)
-        together = middle + a * sigma(out_1 - out_2) * sigma(in_1 - in_2) / 2
-    factor = min((1 - a) + a * derivative, together.item())
-    return dict(mlp_derivative=derivative, mlp_gain=gain, mlp=factor)
-
-
-@torch.no_grad()
-def token_margins(model, tokens_N):
-    """What rho L_body may reach before a prediction could change, in order of `windows`; < 0 if wrong.
-
-    A difference of two logits is u_y - u_j, rows of the head, applied to the residual stream, whose
-    constant is L_body: y stands if f_y - f_j > rho sqrt(D) L_body |u_y - u_j| for all j. In float64.
+    y stands if f_y - f_j exceeds rho times the constant of f_y - f_j for all j: that of the ellipsoid, tuned
+    for pairs from `free` on, or of the product. Margins are in float64, less an allowance for rounding.
     """
-    model = copy.deepcopy(model).cpu().double()
-    head_VD, D = model.config.final_scale * model.head_VD, model.config.width
-    exactly = "donot_use_mm_for_euclid_dist"
-    apart_VV = torch.cdist(head_VD, head_VD, compute_mode=exactly) * (1 + 1e-9)
-    stands_up_to = []
+    model, reach, hopeless = copied(model), {}, True
+    U, D = model.config.final_scale * model.head_VD, model.config.width
+    with torch.enable_grad():
+        free = tuned(model, 20, free, pairs=True)
+    apart_VV = ellipsoid_pairs(torch.eye(D).double(), math.log(D), U) / LN10  # |u_y - u_j| sqrt(D)
+    for rho in rhos:
+        bound, (S, log) = certificate(model, rho), follow(model, rho, free)[-1]
+        log_VV = torch.minimum(ellipsoid_pairs(S, log, U) / LN10, apart_VV + bound["body_log10"])
+        reach[rho] = 10 ** (log_VV + math.log10(rho))
+        reach[rho].fill_diagonal_(-math.inf)
+        # No margin exceeds |u_y - u_j| times the length of the stream.
+        hopeless &= (log_VV + math.log10(rho) > apart_VV + bound["radius_log10"]).any(1).all().item()
+    stands = {rho: [] for rho in rhos}
     for x_BT, y_BT in windows(tokens_N, model.config.seq_len):
-        logits_NV, y_N = model(x_BT, torch.float64).flatten(0, 1), y_BT.flatten()
-        margin_NV = logits_NV.gather(1, y_N[:, None]) - logits_NV
-        ratio_NV = margin_NV / (D**0.5 * apart_VV[y_N]).clamp(min=1e-300)
-        stands_up_to.append(ratio_NV.scatter(1, y_N[:, None], math.inf).amin(1))
-    return torch.cat(stands_up_to)
-
-
-def certified_token_accuracy(model, tokens_N, rhos=RHOS):
-    """{rho: share of tokens predicted right, whatever the change of RMS <= rho of every embedding}.
-
-    No margin exceeds |u_y - u_j| times the length of the residual stream: where rho L_body is at
-    least its radius, no prediction stands.
-    """
-    bounds = {rho: certificate(model, rho, search=5) for rho in rhos}
-    reach = {rho: 10 ** min(300.0, bound["body_log10"]) * rho for rho, bound in bounds.items()}
-    if all(reach[rho] >= bounds[rho]["radius"] for rho in rhos):
-        return dict.fromkeys(rhos, 0.0)
-    stands_up_to_N = token_margins(model, tokens_N)
-    return {rho: (stands_up_to_N > reach[rho]).double().mean().item() for rho in rhos}
+        y_N, margin_NV = y_BT.flatten(), torch.full((y_BT.numel(), len(U)), -math.inf).double()
+        if not hopeless:
+            logits_NV = model(x_BT, torch.float64).flatten(0, 1)
+            margin_NV = logits_NV.gather(1, y_N[:, None]) - logits_NV
+            margin_NV -= 1e-9 * logits_NV.abs().amax(1, keepdim=True)
+        for rho in rhos:
+            stands[rho].append((margin_NV > reach[rho][y_N]).all(1))
+    return {rho: torch.cat(parts) for rho, parts in stands.items()}
 
 
 # ==== Data: a text, as numbers ====================================================================
@@ -511,66 +530,49 @@ VOCABULARY = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 def load_data(config):
     """(train_N, validation_N, vocabulary, name): int64 tokens, sorted characters; 90 % to train."""
-    text, name = load_text(config)
+    text, name = load_text(config.data)
     vocabulary, needed = "".join(sorted(set(text))), 20 * (config.seq_len + 1)
     if len(text) < needed or len(vocabulary) < 2:
         raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; needed "
                         f"are {needed} for windows of {config.seq_len}, and 2 different")
-    tokens_N = encode(text, vocabulary)
-    n = int(0.9 * len(tokens_N))
-    train_N, validation_N = tokens_N[:n], tokens_N[n:]
+    tokens_N, n = encode(text, vocabulary), int(0.9 * len(text))
     if config.holdout:
-        n = int(0.9 * len(train_N))
-        train_N, validation_N = train_N[:n], train_N[n:]
-        name += ", evaluated on training text held out"
-    return train_N, validation_N, vocabulary, name
+        tokens_N, n, name = tokens_N[:n], int(0.9 * n), name + ", evaluated on training text held out"
+    return tokens_N[:n], tokens_N[n:], vocabulary, name
 
 
-def load_text(config):
-    """(text, name) of the file asked for, of tinyshakespeare, or of the stand-in."""
-    if config.data == "stand-in":
-        return stand_in(), "stand-in"
-    path = Path(config.data)
-    if config.data == "auto":
-        path = Path(os.environ.get("DATA_DIR", "nowhere")) / "tinyshakespeare" / "input.txt"
+def load_text(data):
+    """(text, name) of a file, of tinyshakespeare (from DATA_DIR, a cache, the network), or the stand-in."""
     try:
-        if config.data == "auto" and not path.is_file():
-            return download().decode(), "tinyshakespeare"
-        return path.read_text(encoding="utf-8"), str(path)
-    except (OSError, ValueError) as problem:
-        if config.data != "auto":
-            raise UserError(f"--data {path}: cannot be read as UTF-8 ({problem})") from problem
+        local = Path(os.environ.get("DATA_DIR", "nowhere")) / "tinyshakespeare/input.txt"
+        if data not in ("auto", "stand-in") or (data == "auto" and local.is_file()):
+            path = local if data == "auto" else Path(data)
+            return path.read_text(encoding="utf-8"), str(path)
+        if data == "auto":
+            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            cache = home / "tinyshakespeare/input.txt"
+            text = cache.read_bytes() if cache.is_file() else b""
+            if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+                text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
+                if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+                    raise OSError("what came from the network is not the text")
+                with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
+                    cache.parent.mkdir(parents=True, exist_ok=True)
+                    write(cache, text)
+            return text.decode(), "tinyshakespeare"
+    except Exception as problem:  # (a network fails in dozens of ways)
+        if data != "auto":
+            raise UserError(f"--data {data}: cannot be read as UTF-8 ({problem})") from problem
         print(f"{'!' * 98}\n!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source "
               f"code of Python's library. Its loss compares with nothing.\n{'!' * 98}", flush=True)
-        return stand_in(), "stand-in"
-
-
-def download():
-    """The bytes of tinyshakespeare, from the cache or from the network."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "tinyshakespeare" / "input.txt"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == TEXT_SHA256:
-        return path.read_bytes()
-    try:
-        data = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
-    except Exception as problem:  # of dozens of kinds
-        raise OSError(f"no download: {problem}") from problem
-    if hashlib.sha256(data).hexdigest() != TEXT_SHA256:
-        raise OSError("what came from the network is not the text")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, data)
-    except OSError:
-        pass  # a home that cannot be written to: the next run downloads again
-    return data
+    return stand_in(), "stand-in"
 
 
 def stand_in(characters=1_115_394):
     """Text that is on every machine: the source of Python's standard library, ASCII only."""
     other = bytes(set(range(256)) - {ord("\n"), *range(ord(" "), ord("~") + 1)})
     paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    text = b"".join(path.read_bytes().translate(None, other) for path in paths)
-    return text[:characters].decode()
+    return b"".join(path.read_bytes().translate(None, other) for path in paths)[:characters].decode()
 
 
 def encode(text, vocabulary):
@@ -579,8 +581,7 @@ def encode(text, vocabulary):
     try:
         return torch.tensor([number[character] for character in text], dtype=torch.int64)
     except KeyError as strange:
-        problem = f"--prompt: the model does not know {strange}, only {vocabulary!r}"
-        raise UserError(problem) from strange
+        raise UserError(f"--prompt: the model does not know {strange}, only {vocabulary!r}") from strange
 
 
 def batch_of(tokens_N, step, config):
@@ -601,28 +602,33 @@ def windows(tokens_N, T, batch=32):
 
 
 # ==== Run folders: one rule for starting and going on =============================================
-def reconcile(own, config, source, free=()):
-    """`own`, the settings of a loaded model, with the flags that may differ; others are an error."""
-    for name, value in getattr(config, "given", dataclasses.asdict(config)).items():
-        if name in ("data", "prompt", "length", "temperature", "top_k", *free):
+def go_on(config):
+    """(config, model, checkpoint) of the model to load or sample, or of the run in config.out, if any.
+
+    Its own settings count; another value given for one of them is an error.
+    """
+    source = config.load or config.sample
+    if not source and not (config.out and (Path(config.out) / "checkpoint.pt").exists()):
+        return config, None, None
+    if config.load or source.endswith(".npz"):
+        own, model, state = *load_published(source), None
+    else:
+        own, model, state = load_checkpoint(source or config.out)
+    given = getattr(config, "given", dataclasses.asdict(config))
+    free = {"data", "prompt", "length", "temperature", "top_k"}
+    if source:
+        own.steps, free = 0, free | {"load", "sample", "holdout", "seed", "dtype"}
+    for name, value in given.items():
+        if name in free:
             setattr(own, name, value)
         elif name not in ("out", "device") and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: {source} has {getattr(own, name)}; leave the flag out, "
-                            "or start a new run with another --out")
-    own.out, own.device = config.out, config.device
-    return own
-
-
-def go_on(config):
-    """(config, model, checkpoint) of the run in config.out, if there is one: its own settings."""
-    if not config.out or not (Path(config.out) / "checkpoint.pt").exists():
-        return config, None, None
-    own, model, state = load_checkpoint(config.out)
-    own = reconcile(own, config, f"the run in {config.out}")
-    if ":" in own.constraint and config.constraint != own.constraint:  # (nobody's code runs unasked)
+            raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave the "
+                            "flag out, or start a new run with another --out")
+    if not source and ":" in own.constraint and "constraint" not in given:  # (no code runs unasked)
         raise UserError(f"--out {config.out}: was trained with code of yours; say that you trust it: "
                         f"--constraint {own.constraint}")
-    return own, model, state
+    own.out, own.device = config.out, config.device
+    return own, model, None if source else state
 
 
 def new_folder(config):
@@ -638,11 +644,6 @@ def new_folder(config):
             return out
         except FileExistsError:
             number += 1
-
-
-def one_line(problem):
-    reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-    return f"{type(problem).__name__}: {reason}"
 
 
 def load_checkpoint(folder):
@@ -662,18 +663,6 @@ def load_checkpoint(folder):
     return config, model, state
 
 
-def write(path, data: bytes):
-    """All of it or none: what is written beside takes the place of the old file."""
-    beside = path.with_name(path.name + ".part")
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-# ---- The authors' published checkpoints: .npz files of pickled dictionaries ----------------------
 class NumpyOnly(pickle.Unpickler):
     """Builds arrays and plain Python values. Other names become text, and text cannot be called."""
 
@@ -684,7 +673,9 @@ class NumpyOnly(pickle.Unpickler):
 
 
 def load_published(path):
-    """(config, model) of matrices in order: embedding; v, q, k, o, in, out of each block; head."""
+    """(config, model) of the authors' .npz: pickled dictionaries of settings and of matrices in order:
+    embedding; v, q, k, o, in, out of each block; head.
+    """
     try:
         stored = {}
         with zipfile.ZipFile(path) as archive:
@@ -696,9 +687,8 @@ def load_published(path):
                     np.lib.format.read_array_header_1_0(f)
                     stored[name] = NumpyOnly(f).load().item()
         args, weights = stored.values()
-        weights = [np.array(weights[i], dtype=np.float32) for i in range(len(weights))]
-        weights = [torch.from_numpy(W.reshape(W.shape[-2:])) for W in weights]
-        weights[0] = weights[0].T.contiguous()
+        weights = [torch.tensor(np.array(weights[i], np.float32)) for i in range(len(weights))]
+        weights = [W.reshape(W.shape[-2:]) for W in weights]
         config = Config(
             preset="published", width=int(args["d_embed"]), blocks=int(args["num_blocks"]),
             heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
@@ -707,51 +697,54 @@ def load_published(path):
         model = Transformer(config, VOCABULARY)
         order = ("v", "q", "k", "o", "w_in", "w_out")
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
-        model.load_state_dict(dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True)))
+        weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
+        model.load_state_dict(dict(weights, embedding_VD=weights["embedding_VD"].T))
     except Exception as problem:  # a file may be wrong in dozens of ways
         raise UserError(f"--load {path}: is no checkpoint in the published form ({one_line(problem)}); "
                         "nothing in it was run") from problem
     return config, model
 
 
+def one_line(problem):
+    reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
+    return f"{type(problem).__name__}: {reason}"
+
+
+def write(path, data):
+    """Text or bytes, all of it or none: what is written beside takes the place of the old file."""
+    if isinstance(data, str):  # (JSON has no infinity: the logarithm of 0 is a word)
+        data = data.replace("-Infinity", '"-inf"').replace("Infinity", '"inf"').encode()
+    beside = path.with_name(path.name + ".part")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
 # ==== Main ========================================================================================
 @torch.no_grad()
 def evaluate(model, batches, dtype=torch.float32):
     """(mean cross-entropy of the logits, the same at the loss temperature, accuracy)."""
-    device, hot = model.head_VD.device, model.config.loss_temperature
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    device, sums, count = model.head_VD.device, torch.zeros(3, dtype=torch.float64), 0
     for x_BT, y_BT in batches:
         logits_NV, y_N = model(x_BT.to(device), dtype).flatten(0, 1), y_BT.to(device).flatten()
         loss = F.cross_entropy(logits_NV, y_N, reduction="sum").item()
-        hot_loss = F.cross_entropy(hot * logits_NV, y_N, reduction="sum").item()
-        sums += torch.tensor([loss, hot_loss, (logits_NV.argmax(1) == y_N).sum().item()])
+        hot = F.cross_entropy(model.config.loss_temperature * logits_NV, y_N, reduction="sum").item()
+        sums += torch.tensor([loss, hot, (logits_NV.argmax(1) == y_N).sum().item()])
         count += len(y_N)
     return tuple((sums / count).tolist())
-
-
-def measure(model, validation_N, step, train_loss, seconds):
-    """A line of the log."""
-    loss, hot_loss, accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
-    bound = certificate(model)
-    largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
-    return dict(step=step, train_loss=train_loss, val_loss=loss, val_loss_at_temperature=hot_loss,
-                val_accuracy=accuracy, norms=bound["norms"], max_weight_norm=largest,
-                lipschitz_log10=in_json(bound["log10"]), ms_per_step=1000 * seconds / max(1, step))
 
 
 def main(config):
     """Train, go on, load or sample; certify; report. Returns the summary, None of --sample."""
     config.limits()  # (complains before anything is loaded)
     config, model, state = go_on(config)
+    source = config.load or config.sample
     if state and (Path(config.out) / "summary.json").exists():
         print(f"The run in {config.out} is finished; start another with another --out.")
         return json.loads((Path(config.out) / "summary.json").read_text())
-    source = config.load or config.sample
-    if source:
-        published = config.load or source.endswith(".npz")
-        own, model = load_published(source) if published else load_checkpoint(source)[:2]
-        config = reconcile(own, config, source, ("load", "sample", "holdout", "seed", "dtype"))
-        config.steps = 0
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
@@ -776,27 +769,25 @@ def main(config):
         optimizer = Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
                          every=config.constrain_every)
     else:
-        matrices = [W for _, W in model.matrices()]
-        optimizer = torch.optim.AdamW(matrices, betas=(config.momentum, 0.95),
+        optimizer = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                       weight_decay=config.adamw_wd)
-    adam = torch.optim.Adam([model.embedding_VD], betas=(0.9, 0.95))
-    optimizers = [(optimizer, lr), (adam, config.embed_lr)]
+    adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
+    optimizers = [(optimizer, lr), (adam([model.embedding_VD]), config.embed_lr)]
     if config.positions == "bias":
-        biases = [block.bias_HT for block in model.blocks]
-        optimizers.append((torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr))
+        optimizers.append((adam([block.bias_HT for block in model.blocks]), config.bias_lr))
     start, seconds, log = 0, 0.0, []
     if state:
         start, seconds, log = state["step"], state["seconds"], state["log"]
         for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     out = Path(config.out) if state else new_folder(config)
-    write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+    write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ("
           f"{len(train_N):,} characters to train, {len(validation_N):,} to validate, {len(vocabulary)} "
           f"different), run folder {out}, from step {start}", flush=True)
 
     # ---- train
-    evals = min(config.evals, config.steps)
+    evals = max(1, min(config.evals, config.steps))
     eval_steps = {math.ceil(config.steps * (i + 1) / evals) for i in range(evals)}
     bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
     losses, began = [], time.perf_counter()
@@ -820,28 +811,25 @@ def main(config):
 
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
-            tensors = torch.stack(losses[-10:]), *model.parameters()
-            if not all(tensor.isfinite().all() for tensor in tensors):
+            if not all(t.isfinite().all() for t in (torch.stack(losses[-10:]), *model.parameters())):
                 raise UserError(f"step {done}: training has diverged, the loss or a weight is not finite; "
                                 f"the last good checkpoint is in {out}, if any; try a smaller --lr")
         if done in eval_steps:
             seconds += time.perf_counter() - began
-            last = measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds)
-            log.append(last)
-            states = [optimizer.state_dict() for optimizer, _ in optimizers]
-            buffer = io.BytesIO()
+            log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
+            buffer, last = io.BytesIO(), log[-1]
             torch.save(dict(
                 script=SCRIPT, config=dataclasses.asdict(config), step=done, seconds=seconds, log=log,
                 data=data_name, tokens=len(train_N), vocabulary=vocabulary, model=model.state_dict(),
-                optimizers=states), buffer)
+                optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
-            write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log).encode())
+            write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             left = last["ms_per_step"] / 1000 * (config.steps - done)
             bar.write(
                 f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  validation loss "
                 f"{last['val_loss_at_temperature']:.3f}  accuracy {100 * last['val_accuracy']:5.2f} %  "
                 f"largest norm {last['max_weight_norm']:.3f}  bound (max-token RMS) "
-                f"{power(float(last['lipschitz_log10']))}  {last['ms_per_step']:.0f} ms/step  "
+                f"{power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
                 f"{left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
@@ -850,9 +838,14 @@ def main(config):
     return report(config, model, out, log, data_name, validation_N, dtype)
 
 
-def in_json(exponent):
-    """JSON has no infinity: the logarithms of 0 and of what overflows are words."""
-    return exponent if math.isfinite(exponent) else str(exponent)
+def measure(model, validation_N, step, train_loss, seconds):
+    """A line of the log. The bound is the untuned one."""
+    loss, hot_loss, accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
+    bound = certificate(model)
+    largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
+    return dict(step=step, train_loss=train_loss, val_loss=loss, val_loss_at_temperature=hot_loss,
+                val_accuracy=accuracy, norms=bound["norms"], max_weight_norm=largest,
+                lipschitz_log10=bound["log10"], ms_per_step=1000 * seconds / max(1, step))
 
 
 def power(exponent):
@@ -862,95 +855,79 @@ def power(exponent):
 
 def report(config, model, out, log, data_name, validation_N, dtype):
     """summary.json, the tables, the picture and a sample of a finished run. Returns the summary."""
-    print("Now the best certificate and what it certifies: up to a minute ...", flush=True)
-    last, bound = log[-1], certificate(model, search=20)
-    certified = certified_token_accuracy(model, validation_N)
-    kept = ("val_loss", "val_loss_at_temperature", "val_accuracy", "max_weight_norm", "norms")
+    print("Now the tuned certificate and the tokens it certifies: up to a minute ...", flush=True)
+    free = tuned(model)
+    bound, stands = certificate(model, free=free), certified_tokens(model, validation_N, free)
+    certified = {f"{rho:g}": right_N.double().mean().item() for rho, right_N in stands.items()}
+    last, limited, constraint = log[-1], config.constraint != "none", f"{config.optimizer} + {config.constraint}"
+    kept = ("val_loss", "val_loss_at_temperature", "val_accuracy", "max_weight_norm", "norms", "ms_per_step")
     summary = dict(
         script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()),
-        steps=config.steps, **{key: last[key] for key in kept},
-        lipschitz_log10=in_json(bound["log10"]), lipschitz_product_log10=in_json(bound["simple_log10"]),
+        steps=config.steps, **{key: last[key] for key in kept}, lipschitz_log10=bound["log10"],
+        lipschitz_product_log10=bound["product_log10"], certified_token_accuracy=certified,
         lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball",
-        certified_token_accuracy={str(rho): share for rho, share in certified.items()},
-        w_max=config.limits() if config.constraint != "none" else None,
-        loss_temperature=config.loss_temperature, ms_per_step=last["ms_per_step"],
-        train_seconds=last["ms_per_step"] * config.steps / 1000, data=data_name,
-        device=str(model.head_VD.device), dtype=str(dtype).removeprefix("torch."), seed=config.seed,
-        torch=torch.__version__)
-    print(f"\n{config.load or config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
-          f"steps, seed {config.seed}, data: {data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, "
-          f"cross-entropy of the logits {last['val_loss']:.3f}, at the loss temperature "
-          f"{config.loss_temperature:g} {last['val_loss_at_temperature']:.3f}\n"
-          "  certified token accuracy at rho (RMS, every embedding)",
-          *(f"  {rho:g}: {100 * share:.2f} %" for rho, share in certified.items()))
+        w_max=config.limits() if limited else None, loss_temperature=config.loss_temperature,
+        train_seconds=last["ms_per_step"] * config.steps / 1000, data=data_name, seed=config.seed,
+        device=str(model.head_VD.device), dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
+    write(out / "summary.json", json.dumps(summary, indent=1))  # (now it is finished)
+
+    print(f"\n{config.load or config.preset}: {constraint}, {config.steps} steps, seed {config.seed}, data: "
+          f"{data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, cross-entropy of the logits "
+          f"{last['val_loss']:.3f}, at the loss temperature {config.loss_temperature:g} "
+          f"{last['val_loss_at_temperature']:.3f}\n  certified token accuracy at rho (RMS, every embedding)",
+          *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print(f"  certificate, max-token RMS, inside the ball of radius R; a = {model.mix:.3g}\n"
-          "    block        R   value   pattern*R^2   attention        R   MLP alone       MLP")
+    print("  certificate (max-token RMS). Product: the largest token R, derivatives of sublayers. Ellipsoid:\n"
+          "  how far the stream after the block moves\n"
+          "    block          R      value  pattern R^2        MLP  |  ellipsoid")
     for i, row in enumerate(bound["rows"]):
-        pattern = row["pattern"] * row["radius"] ** 2
-        print(f"    {i + 1:5d} {row['radius']:8.3g} {row['value']:7.3g} {pattern:13.3g} "
-              f"{row['attention']:11.4g} {row['radius_mlp']:8.3g} {row['mlp_derivative']:11.3g} "
-              f"{row['mlp']:9.4g}")
-    head = bound["norms"]["head"] * config.final_scale
-    print(f"    body {power(bound['body_log10'])} x head {head:.4g} = LIPSCHITZ CONSTANT "
-          f"{power(bound['log10'])}   (embeddings to logits; simple form {power(bound['simple_log10'])})")
-    if data_name.startswith("stand-in"):
-        print("  data: stand-in. These figures are not about Shakespeare.")
-    draw(config, model, out, log, bound, certified)
-    write(out / "summary.json", json.dumps(summary, indent=1).encode())  # (now it is finished)
-    print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
-    sample(model, config, dtype)
-    print(f"{'-' * 80}\nPicture, log and checkpoint are in {out}. Sample again: python {SCRIPT}.py "
-          f"--sample {config.load or out} --prompt \"ROMEO:\"")
-    return summary
+        R, pattern = row["radius_log10"], log10(row["pattern"]) + 2 * row["radius_log10"]
+        cells = R, log10(row["value"]), pattern, log10(row["mlp"]), row["stream_log10"]
+        print("    {:5d} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
+    print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits: the smaller of the product, "
+          f"{power(bound['product_log10'])}, and the ellipsoid, {power(bound['ellipsoid_log10'])}")
 
-
-def draw(config, model, out, log, bound, certified):
-    """curves.png: losses, norms and their limits, certified token accuracy."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-
-    steps = [record["step"] for record in log]
-    figure = Figure(figsize=(14, 4.5), layout="constrained")
-    figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
+    figure, steps = Figure(figsize=(14, 4.5), layout="constrained"), [record["step"] for record in log]
+    figure.suptitle(f"{SCRIPT}, {config.preset}: {constraint}")
     a, b, c = figure.subplots(1, 3)
-    a.plot(steps, [record["val_loss_at_temperature"] for record in log], "o-", label="validation")
-    a.plot(steps, [record["train_loss"] for record in log], "o-", label="training")
-    a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
-    a.legend()
+    for name in ("val_loss_at_temperature", "train_loss"):
+        a.plot(steps, [record[name] for record in log], "o-", label=name)
     for role in bound["norms"]:
         b.plot(steps, [record["norms"][role] for record in log], "o-", label=role)
-    if config.constraint != "none":
-        for w_max in set(config.limits().values()):
-            b.axhline(w_max, color="grey", linestyle=":")
+    b.hlines(list(set(config.limits().values())) if limited else [], 0, config.steps, "grey", ":")
+    c.semilogx([float(rho) for rho in certified], [100 * share for share in certified.values()], "o-")
+    a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
     b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
-    b.legend()
-    c.semilogx(list(certified), [100 * share for share in certified.values()], "o-")
-    c.set(title=f"certified token accuracy (constant {power(bound['log10'])})",
-          xlabel="rho (RMS, every embedding)", ylabel="%", ylim=(0, None))
+    c.set(title=f"certified tokens, %; constant {power(bound['log10'])}", xlabel="rho (RMS, each embedding)")
+    for axes in (a, b):
+        axes.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write(out / "curves.png", buffer.getvalue())
+
+    print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
+    sample(model, config, dtype)
+    print(f"{'-' * 80}\nPicture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample "
+          f"{config.load or out} --prompt \"ROMEO:\"\nAttack its claims: python verify_lipschitz.py {out}")
+    return summary
 
 
 @torch.no_grad()
 def sample(model, config, dtype):
     """Print the prompt and `length` characters; each sees the seq_len characters before it."""
-    generator = torch.Generator().manual_seed(config.seed)
-    # (the first character of a sorted vocabulary is the newline, in any usual text)
-    tokens = encode(config.prompt or model.vocabulary[0], model.vocabulary).tolist()
+    generator, vocabulary = torch.Generator().manual_seed(config.seed), model.vocabulary
+    tokens = encode(config.prompt or vocabulary[0], vocabulary).tolist()  # (usually the newline comes first)
     print(config.prompt, end="")
     for _ in range(config.length):
-        window = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
-        logits_V = model(window, dtype)[0, -1].cpu().double() * model.config.loss_temperature
+        window_BT = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
+        logits_V = model(window_BT, dtype)[0, -1].cpu().double() * model.config.loss_temperature
         if config.top_k:
             least = logits_V.topk(min(config.top_k, len(logits_V))).values[-1]
             logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
-        if config.temperature > 0:
-            p_V = (logits_V / config.temperature).softmax(0)
-            tokens.append(torch.multinomial(p_V, 1, generator=generator).item())
-        else:
-            tokens.append(logits_V.argmax().item())
-        print(model.vocabulary[tokens[-1]], end="", flush=True)
+        p_V = (logits_V / config.temperature).softmax(0) if config.temperature else logits_V == logits_V.max()
+        tokens.append(torch.multinomial(p_V.double(), 1, generator=generator).item())
+        print(vocabulary[tokens[-1]], end="", flush=True)
     print()
 
 
