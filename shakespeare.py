@@ -417,7 +417,7 @@ def follow(model, rho=0.0, free=None):
     H, D, content = config.heads, config.width, config.logit_scale > 0
     eye, R = torch.eye(D).double(), model.embedding_VD.square().mean(1).max().sqrt() * (1 + 1e-9) + rho
     S_UDD, log_U = ellipsoid(eye[None], math.log(D))
-    X, log_X = ellipsoid(eye, math.log(D) + 2 * R.log())
+    X, log_X = ellipsoid(eye, math.log(D) + 2 * R.clamp(min=1e-300).log())
     for i, block in enumerate(model.blocks):
         def weights(name, *shape):
             return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
@@ -459,9 +459,10 @@ def mlp_slopes(block, spread):
     return (in_1 - in_2) / 2**0.5, stream + a / 2 * (out_1 + out_2) @ (in_1 + in_2), a * (out_1 - out_2) / 2**0.5
 
 
+@torch.enable_grad()
 def tuned(model, steps=30, free=None, pairs=False):
     """Step 13: what is free, for the least bound on the norm, or (mean logarithm) on the pairs of logits."""
-    model, free = copied(model), {} if free is None else dict(free)
+    model, free = copied(model), copy.deepcopy(free or {})
     U = model.config.final_scale * model.head_VD
 
     def goal(free):
@@ -500,8 +501,7 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     """
     model, reach, hopeless = copied(model), {}, True
     U, D = model.config.final_scale * model.head_VD, model.config.width
-    with torch.enable_grad():
-        free = tuned(model, 20, free, pairs=True)
+    free = tuned(model, 20, free, pairs=True)
     apart_VV = ellipsoid_pairs(torch.eye(D).double(), math.log(D), U) / LN10  # |u_y - u_j| sqrt(D)
     for rho in rhos:
         bound, (S, log) = certificate(model, rho), follow(model, rho, free)[-1]
@@ -713,7 +713,7 @@ def one_line(problem):
 def write(path, data):
     """Text or bytes, all of it or none: what is written beside takes the place of the old file."""
     if isinstance(data, str):  # (JSON has no infinity: the logarithm of 0 is a word)
-        data = data.replace("-Infinity", '"-inf"').replace("Infinity", '"inf"').encode()
+        data = data.replace(": -Infinity", ': "-inf"').replace(": Infinity", ': "inf"').encode()
     beside = path.with_name(path.name + ".part")
     try:
         beside.write_bytes(data)
@@ -887,15 +887,25 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits: the smaller of the product, "
           f"{power(bound['product_log10'])}, and the ellipsoid, {power(bound['ellipsoid_log10'])}")
 
+    draw(config, out, log, bound, certified)
+    print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
+    sample(model, config, dtype)
+    print(f"{'-' * 80}\nPicture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample "
+          f"{config.load or out} --prompt \"ROMEO:\"\nAttack its claims: python verify_lipschitz.py {out}")
+    return summary
+
+
+def draw(config, out, log, bound, certified):
+    """curves.png: losses, norms with their limits, certified tokens."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
     figure, steps = Figure(figsize=(14, 4.5), layout="constrained"), [record["step"] for record in log]
-    figure.suptitle(f"{SCRIPT}, {config.preset}: {constraint}")
+    figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
     a, b, c = figure.subplots(1, 3)
     for name in ("val_loss_at_temperature", "train_loss"):
         a.plot(steps, [record[name] for record in log], "o-", label=name)
     for role in bound["norms"]:
         b.plot(steps, [record["norms"][role] for record in log], "o-", label=role)
-    b.hlines(list(set(config.limits().values())) if limited else [], 0, config.steps, "grey", ":")
+    b.hlines(list(set(config.limits().values())) if config.constraint != "none" else [], 0, config.steps, "grey", ":")
     c.semilogx([float(rho) for rho in certified], [100 * share for share in certified.values()], "o-")
     a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
     b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
@@ -905,12 +915,6 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write(out / "curves.png", buffer.getvalue())
-
-    print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
-    sample(model, config, dtype)
-    print(f"{'-' * 80}\nPicture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample "
-          f"{config.load or out} --prompt \"ROMEO:\"\nAttack its claims: python verify_lipschitz.py {out}")
-    return summary
 
 
 @torch.no_grad()
