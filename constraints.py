@@ -341,7 +341,7 @@ def ellipsoid(S_DD: torch.Tensor, log=0.0):
 
 
 def lifted(S_DD):
-    """S + 1e-13 trace(S) I (..., D, D): a little too large, but with a Cholesky factor where S is singular."""
+    """S + 1e-13 trace(S) I, (..., D, D): a little too large, but never without a Cholesky factor."""
     trace = S_DD.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return S_DD + (1e-13 * trace + 1e-300) * torch.eye(S_DD.shape[-1]).to(S_DD)
 
@@ -389,26 +389,27 @@ def ellipsoid_norm(S_DD, log, U_KD) -> torch.Tensor:
 
 
 def ellipsoid_pairs(S_DD, log, U_KD) -> torch.Tensor:
-    """(K, K): logarithm of the largest |(u_i - u_j) z| over the ellipsoid, u the rows of U; -inf for i = j."""
+    """(K, K): logarithm of the largest |(u_i - u_j) z|, u the rows of U, rounded up; -inf where they agree."""
     UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
     return torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist").log() + log / 2 + 1e-9
 
 
 def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free_S=0.0, free_X=0.0):
-    """(S', log') that holds sum_h C_h u_h, u_h how the moved attention pattern moves an average of tokens.
+    """(S', log') that holds sum_h C_h u_h, u_h how far a moved attention pattern moves its average of tokens.
 
-    Tokens are in E(X) and move in E(S); logits of head h are q_h x_t . k_h x_j, with RoPE between the two if
-    `rotates`. Free are a weight for each head and, for RoPE, each pair that turns (H, E / 2), twice.
+    Tokens are in E(X) and move in E(S); logits of head h are q_h x_t . k_h x_j, with RoPE in between if
+    `rotates`. Free are a weight for each head and, for RoPE, for each pair that turns (H, E / 2), twice.
     """
     # 1. If each logit of a row moves by at most e_h, the softmax moves by at most e_h in l1 (over sets of
     #    probability p: 4 p (1 - p) e_h <= e_h). So u_h is in e_h E(X).
-    # 2. |c sum_h C_h u_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0, the sum is in
-    #    the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
-    # 3. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. For x_j in E(X) the first is at most sqrt(y K_h y^T),
-    #    y = q_h dx_t and K_h = k_h X k_h^T. RoPE turns one against the other: take a K_h at least as large that
-    #    turning does not change, sigma(d k_h X k_h^T d) d^-2, d diagonal with one value for a pair that turns.
-    # 4. All heads see the same token, dx_t in E(S): sum_h t_h^2 y_h K_h y_h^T is at most the largest
-    #    z^T (sum_h t_h^2 q_h^T K_h q_h) z on E(S), say n_1^2; likewise n_2^2 of the second. With Minkowski,
+    # 2. |c sum_h C_h u_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0, the sum
+    #    is in the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
+    # 3. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), the first is at most
+    #    sqrt(y K_h y^T), y = q_h dx_t, K_h = k_h X k_h^T. RoPE turns one against the other: any K_h will do
+    #    that is as large and does not change by turning. sigma(d k_h X k_h^T d) d^-2 is, with d > 0
+    #    diagonal and one value for both coordinates that turn together.
+    # 4. All heads see one token, dx_t in E(S): sum_h t_h^2 y_h K_h y_h^T is at most n_1^2, the largest
+    #    z^T (sum_h t_h^2 q_h^T K_h q_h) z on E(S); likewise n_2^2 for the second part. With Minkowski,
     #    sum_h t_h^2 e_h^2 <= (n_1 + n_2)^2.
     roots = []  # K_h^1/2 q_h, of both parts of e_h
     for Y_DD, free in ((X_DD, free_X), (S_DD, free_S)):
@@ -428,12 +429,23 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
     return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (n_1 + n_2).log())
 
 
+def log10(x: float) -> float:
+    return math.log10(x) if x > 0 else -math.inf
+
+
+def power(exponent: float) -> str:
+    """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
+    return f"{10**exponent * 1.0005:.4g}" if abs(exponent) < 6 else f"10^{exponent + 0.05:.1f}"
+
+
 def tune(goal, free: dict, steps: int, lr: float = 0.1):
     """Make goal(free), the logarithm of a bound, small by Adam. Any `free` is true; the best seen is kept.
 
     free, a dictionary of tensors, is filled by goal at its first call, changed in place, and returned.
     """
     goal(free)
+    if not free or not steps:
+        return free
     optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in free.values()])
     least, best = math.inf, copy.deepcopy(free)
     for step in range(steps + 1):
@@ -442,6 +454,9 @@ def tune(goal, free: dict, steps: int, lr: float = 0.1):
             least, best = value.item(), copy.deepcopy(free)
         optimizer.zero_grad()
         value.backward()
+        for tensor in free.values():
+            if tensor.grad is not None:  # (the last block's tokens move nothing)
+                tensor.grad.nan_to_num_(0, 0, 0)  # (a zero matrix gives NaN)
         optimizer.param_groups[0]["lr"] = lr * (1 - step / (steps + 1))
         optimizer.step()
     free.update({name: tensor.detach().requires_grad_(False) for name, tensor in best.items()})

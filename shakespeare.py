@@ -1,18 +1,18 @@
 """Tutorial 2: a transformer on Shakespeare without norm layers, and a Lipschitz bound that is true.
 
-WHAT IT SHOWS. With every weight matrix held within a limit, a transformer needs no layer norm, no
-QK norm and no softcapping, and has a Lipschitz constant: how much the logits can move, at most, when
-the embeddings of the tokens move. (The Shakespeare experiments of arXiv 2507.13338.) The bound for
-attention in the paper's code misses that each head may look at a different token. The bounds derived
-here count heads, follow directions, and are attacked in the tests.
+WHAT IT SHOWS. With every weight matrix held within a limit, a transformer needs no layer norm, QK
+norm or softcapping, and has a Lipschitz constant: how much its logits can move, at most, when the
+embeddings of its tokens move. (The Shakespeare experiments of arXiv 2507.13338.) The bound on
+attention in the paper's code misses that each head may look at a different token. The bounds
+derived here count heads and follow directions, and the tests attack them.
 
 COMMANDS
-    python shakespeare.py                                  # minutes on a laptop; ends with a sample
-    python shakespeare.py --preset lipschitz2              # a constant below 2, embeddings to logits
+    python shakespeare.py                          # minutes on a laptop; ends with a sample
+    python shakespeare.py --preset lipschitz2      # a constant below 2, embeddings to logits
     python shakespeare.py --sample runs/NAME --prompt "ROMEO:" --temperature 0.8
-    python shakespeare.py --load FILE.npz                  # one of the authors' published models
-    python shakespeare.py --data FILE                      # any text
-    python shakespeare.py --out DIR                        # DIR holds a stopped run: it goes on
+    python shakespeare.py --load FILE.npz          # one of the authors' published models
+    python shakespeare.py --data FILE              # any text
+    python shakespeare.py --out DIR                # DIR holds a stopped run: it goes on
 
 RESULT (tinyshakespeare, whole validation text; two cores of an AMD EPYC with bfloat16; torch 2.13)
     laptop, the default: 55.9 % of the characters right, loss 1.478, at a true bound of 1960 (mean
@@ -27,9 +27,9 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -47,15 +47,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from constraints import (after_unknown_step, cap_rows, ellipsoid, ellipsoid_layer, ellipsoid_norm,
-                         ellipsoid_pairs, ellipsoid_pattern, ellipsoid_sum, exact_norm, find_constraint,
-                         sigma_per_norm, tune)
+                         ellipsoid_pairs, ellipsoid_pattern, ellipsoid_sum, exact_norm,
+                         find_constraint, log10, power, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
-RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, at every embedding
-
-LN10, LOG2 = math.log(10), math.log10(2)
+RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, every embedding
+LN10 = math.log(10)
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector,
 # H heads, E = D / H, V characters in the vocabulary, N positions in a text.
@@ -64,11 +63,12 @@ LN10, LOG2 = math.log(10), math.log10(2)
 # ==== Config: every field is a flag ===============================================================
 def flag(default, text, low=None, high=math.inf, choices=None):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    return dataclasses.field(default=default, metadata=dict(help=text, range=(low, high), choices=choices))
+    metadata = dict(help=text, low=low, high=high, choices=choices)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class UserError(Exception):
-    """What the user can mend, in one line: what was given, what is needed, how. Exit status 2."""
+    """A user's error, in one line: what was given, what is needed, how to mend it. Exit status 2."""
 
 
 @dataclasses.dataclass
@@ -92,8 +92,8 @@ class Config:
     w_max: str = flag("6", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
     # training
     optimizer: str = flag("muon", "of the weight matrices", choices=("muon", "adamw"))
-    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, stiefel, "
-                           "hammer, soft_cap, hard_cap (constraints.py), or yours as FILE.py:NAME")
+    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
+                           "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(600, "training steps", 0)
     batch: int = flag(32, "windows a step", 1, 2**20)
@@ -109,7 +109,7 @@ class Config:
     dtype: str = flag("auto", "of forward and backward; weights are float32; auto: what is fast",
                       choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
-    evals: int = flag(4, "evaluations on the whole validation text, each with a checkpoint", 1)
+    evals: int = flag(4, "evaluations on the whole validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
     # instead of training; the sample
     load: str = flag("", "a published checkpoint (.npz): evaluate, certify and sample it")
@@ -135,31 +135,31 @@ class Config:
     def limits(self):
         """w_max of each role of matrix. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
-            value, choices, (low, high) = getattr(self, f.name), f.metadata["choices"], f.metadata["range"]
-            if choices and value not in choices:
-                raise UserError(f"--{f.name} {value}: must be one of {', '.join(choices)}")
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                choices = ", ".join(f.metadata["choices"])
+                raise UserError(f"--{f.name} {value}: must be one of {choices}")
             if low is not None and not (low <= value <= high and value < math.inf):
                 raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
-        rope, maxmin = self.positions == "rope", self.activation == "maxmin"
+        rope, E = self.positions == "rope", self.width / self.heads
         for name, wrong, requirement in (
-                ("heads", self.width % self.heads, f"a divisor of the width, {self.width}"),
-                ("heads", rope and self.width // self.heads % 2, "such that width / heads is even for rope"),
-                ("logit_scale", rope and not self.logit_scale, "above 0 for rope, which needs q and k"),
+                ("heads", E % 1, f"a divisor of the width, {self.width}"),
+                ("heads", rope and E % 2, "such that width / heads is even, for rope"),
+                ("logit_scale", rope and not self.logit_scale, "above 0 for rope, as it turns q and k"),
                 ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
-                ("hidden", maxmin and self.hidden % 2, "even for maxmin")):
+                ("hidden", self.activation == "maxmin" and self.hidden % 2, "even for maxmin")):
             if wrong:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
         try:
             find_constraint(self.constraint)
         except ValueError as problem:
             raise UserError(f"--constraint {self.constraint}: {problem}") from problem
-        limits = self.w_max.split(",") * (1 if "," in self.w_max else 7)
-        try:
-            if len(limits) == 7 and all(0 < float(w) < math.inf for w in limits):
-                return {role: float(w) for role, w in zip(ROLES, limits)}
-        except ValueError:
-            pass
-        raise UserError(f"--w_max {self.w_max}: must be a finite number above 0, or 7 of them: 1,1,1,1,1,1,2")
+        numbers = self.w_max.split(",") * (1 if "," in self.w_max else 7)
+        with contextlib.suppress(ValueError):  # (of a word, or of another number of numbers)
+            limits = dict(zip(ROLES, map(float, numbers), strict=True))
+            if all(0 < w < math.inf for w in limits.values()):
+                return limits
+        raise UserError(f"--w_max {self.w_max}: must be a finite number above 0, or 7 of them, with commas")
 
 
 SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4,
@@ -194,7 +194,7 @@ GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its sl
 
 
 def maxmin(z):
-    """(max, min) of pairs of neurons, i of the first half and i of the second (Anil et al. 2019)."""
+    """(max, min) of pairs of neurons, i of the first half and i of the second."""
     a, b = z.chunk(2, -1)
     excess = (a - b).relu()  # (maximum and minimum take twice the time backward)
     return torch.cat([b + excess, a - excess], -1)
@@ -240,7 +240,7 @@ class Block(torch.nn.Module):
         return [(name.removeprefix("w_"), W) for name, W in named if name != "bias_HT"]
 
     def attention(self, x_BTD):
-        """beta sum_h o_h sum_(j <= t) softmax_j(s q_t^h . k_j^h + bias_h(t - j)) v_j^h for each t."""
+        """out_t = beta sum_h o_h sum_(j <= t) softmax_j(s q_t^h . k_j^h + bias_h(t - j)) v_j^h"""
         B, T, D = x_BTD.shape
         H, dtype, content = self.config.heads, x_BTD.dtype, self.config.logit_scale > 0
         s = self.config.logit_scale / (D // H)
@@ -306,7 +306,8 @@ class Transformer(torch.nn.Module):
 
     def matrices(self):
         """[(role, matrix)] of all that the constraint holds."""
-        return [*(pair for block in self.blocks for pair in block.matrices()), ("head", self.head_VD)]
+        in_blocks = [pair for block in self.blocks for pair in block.matrices()]
+        return [*in_blocks, ("head", self.head_VD)]
 
     def forward(self, tokens_BT, dtype=torch.float32):
         """Logits (B, T, V) in float32 or float64; all before the head is computed in `dtype`."""
@@ -317,131 +318,128 @@ class Transformer(torch.nn.Module):
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
 # A sequence is measured by its largest token, max_t rms(x_t): bounds do not depend on its length.
-# Attention has no bound on all of space: the larger the tokens, the more its pattern moves. So every
-# statement is for embeddings in the ball rms(x_t) <= R, and for what comes of them. The ball is convex,
-# so a bound on derivatives is one on differences. Two bounds are derived, and the smaller one counts.
-# sigma(.) is the largest singular value, C_h = o_h v_h what head h does to a token:
-# out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
+# Attention has no bound on all of space, as larger tokens move its pattern more. So everything is
+# said of embeddings in the ball rms(x_t) <= R and what comes of them. The ball is convex: a bound on
+# derivatives is one on differences. sigma(.) is the largest singular value and C_h = o_h v_h, so
+# attention is out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax of s q_t^h . k_j^h + bias.
 #
-# THE PRODUCT: how long a movement can get in each sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
-#   1. The output of head h moves by C_h a_h + C_h u_h: a_h is an average of moved tokens, |a_h| <= 1,
-#      u_h the moved pattern applied to tokens. If each logit of a row moves by at most e_h, its
-#      softmax moves by at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h), so
-#      |u_h| <= e_h r.
-#   2. e_h <= s (|dq_h| sigma(k_h) r + |q_h| sigma(k_h)) for a logit s q.k, as keys come from any token,
-#      of norm <= r and movement <= 1. RoPE changes no norm. A bias by position does not move.
+# THE PRODUCT: how long movements get, one sublayer at a time. Let |dx_t| <= 1, |x_t| <= r = R sqrt(D).
+#   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
+#      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
+#      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
+#   2. Keys come from any token, so e_h <= s sigma(k_h) (|dq_h| r + |q_h|). RoPE changes no norm, and
+#      a bias by position does not move.
 #   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
-#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2). For u_h, sigma(v_h) e_h r stands for sigma(v_h).
-#   4. All queries of a token come from the same vector and share its energy. With Q = q whose rows of
-#      head h are multiplied by sigma(v_h) sigma(k_h), the u_h add up to at most pattern R^2, with
-#      pattern = beta 2 s D sigma(o) sigma(Q). So attention's derivative is at most value + pattern R^2.
-#      For one head this is the paper's formula. For H heads that formula, with norms of whole
-#      matrices, is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
-#   5. The output of attention is at most value R: an average of tokens of norm R instead of 1.
-#   6. MLP with GeLU: slopes are in [1 - g, g] and |gelu(z)| <= |z|, so the derivative is at most
-#      g/1.1289 sigma(w_out) sigma(w_in), the output at most sigma(w_out) sigma(w_in) R / 1.1289.
-#      MaxMin keeps lengths and is 1-Lipschitz: sigma(w_out) sigma(w_in) for both.
+#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
+#   4. The queries of a token come from one vector and share its energy. Let Q be q with the rows of
+#      head h times sigma(v_h) sigma(k_h). Then sum_h beta C_h u_h is at most pattern R^2 long, with
+#      pattern = beta 2 s D sigma(o) sigma(Q), and attention's derivative is value + pattern R^2.
+#      For one head this is the paper's formula. For H heads that one, with norms of whole matrices,
+#      is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
+#   5. The output of attention is at most value R: it averages tokens of norm r, not of norm 1.
+#   6. MLP: GeLU's slopes are in [1 - g, g] and |gelu(z)| <= |z|, so with n = sigma(w_out) sigma(w_in)
+#      its derivative is at most n g / 1.1289, its output n R / 1.1289. MaxMin: n and n R.
 #   7. Residual: R <- (1 - a) R + a gain R, and the constant is multiplied by (1 - a) + a derivative.
-#      Last comes the head's RMS->RMS norm times final_scale. First, R is the largest RMS of an
-#      embedding, plus rho.
+#      R starts as the largest RMS of an embedding, plus rho; the head's norm comes last.
 #
-# THE ELLIPSOID: in which directions. The product is loose, as the direction that one sublayer stretches
-# most is not the one that the next does. So let each token move in E(S) = {z : z^T S^-1 z <= 1}, which
-# constraints.py carries through sums and layers; at first S = D I: RMS at most 1.
-#   8. E(S) is convex and symmetric, so averages of tokens that move in E(S) do, whatever the pattern.
-#   9. Attention by position (P does not move): a token gives itself at least p_h = min_t P^h_tt, the
-#      rest is an average y_h. (1 - a) dx_t + a out_t is the sum of free parts G_0 dx_t and G_h y_h,
-#      G_0 = (1 - a) I + a beta sum_h p_h C_h, G_h = a beta (1 - p_h) C_h.
-#      A causal softmax of a bias gives a token the less of itself the more it sees: p_h is the last's.
-#  10. By content p_h = 0, and the moved pattern, a beta sum_h C_h u_h, is one more part
-#      (ellipsoid_pattern). It depends on where tokens are: in E(X), carried likewise from X = R^2 D I.
-#  11. MLP with its stream: GeLU's slopes are 1/2 +- (g - 1/2), its value z/2 +- |z|/2; a pair of MaxMin
-#      stays (M + N) or swaps (M - N), M = [[1, 1], [1, 1]]/2, N = I - M. Both are A z + B v with
-#      |v_i| <= |(F z)_i| (ellipsoid_layer):
-#      GeLU    A = (1 - a) I + a/2 w_out w_in/1.1289, F = w_in, B = a (g - 1/2) w_out/1.1289; values: 1/2
-#      MaxMin  A = (1 - a) I + a w_out M w_in, F = (in_1 - in_2)/sqrt 2, B = a (out_1 - out_2)/sqrt 2
-#  12. In the end logits move by at most sqrt(sigma(U S U^T) / V) in RMS, U = final_scale head, and the
-#      difference of two by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
-#  13. All weights of sums and of neurons are free: zeros are a start in closed form, untuned; `tuned` goes
-#      on by gradient descent through all blocks. As any weights are true, each part of the next block's
-#      sum (step 9) may use an ellipsoid with weights of its own for the same movement.
+# THE ELLIPSOID: in which directions. What one sublayer stretches most, the next one does not. So let
+# each token move in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), first S = D I: RMS at most 1.
+#   8. E(S) is convex and symmetric: averages of what moves in it do, whatever the pattern.
+#   9. By position, P does not move. A token gives itself at least p_h = min_t P^h_tt, and the rest is
+#      an average y_h. So (1 - a) dx_t + a out_t is the sum of G_0 dx_t and all G_h y_h, with
+#      G_0 = (1 - a) I + a beta sum_h p_h C_h and G_h = a beta (1 - p_h) C_h (ellipsoid_sum). The more
+#      tokens a softmax of a bias sees, the less it gives to one: p_h is that of the last position.
+#  10. By content p_h = 0, and a beta sum_h C_h u_h is one more part (ellipsoid_pattern). It depends
+#      on where the tokens are: in E(X), from X = R^2 D I on by the same steps.
+#  11. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (ellipsoid_layer). GeLU has slopes
+#      1/2 +- (g - 1/2) and values z/2 +- |z|/2. A pair of MaxMin keeps its sum, and its difference
+#      up to the sign: the halves of w_in and w_out enter as sums in A, as differences in F and B.
+#  12. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
+#      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
+#  13. The weights of sums and of neurons are free. Zeros are the untuned start in closed form, `tuned`
+#      goes on by gradient descent. As any weights are true, each part of the next sum (step 9) may
+#      use an ellipsoid of the same movement with weights of its own.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
-    """Certified constants from embedded tokens to logits (max-token RMS both), float64, rounded up.
+    """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
 
     rho    how far (RMS) the embeddings may be from those of the table
     free   what `tuned` found for the ellipsoid; None: untuned
-    Returns a dict: log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10,
-    the product and R at the end of the stream; norms, {role: largest RMS->RMS norm}; rows, of each block:
-    value, pattern, mlp, mlp_gain (steps 3 to 6), radius_log10 before attention, radius_mlp_log10,
-    attention_log10 (its factor), stream_log10 (the ellipsoid's bound on the movement after the block).
+    Returns log10 = min(product_log10, ellipsoid_log10); body_log10 and radius_log10, the product and
+    R after the last block; norms, {role: largest RMS->RMS norm}; rows, a dict for each block: value,
+    pattern, mlp, mlp_gain (steps 3 to 6), radius_log10 and radius_mlp_log10 (R before attention and
+    MLP), attention_log10 (its factor), stream_log10 (the movement after it, by the ellipsoid).
     """
-    model = copied(model)
-    H, D, a, config, up = model.config.heads, model.config.width, model.mix, model.config, 1 + 1e-9
-    s, scales = config.logit_scale / (D // H), (1.0, 1.0)
-    if config.activation == "gelu":
-        scales = GELU_SLOPE / GELU_SCALE, 1 / GELU_SCALE
+    model, up = copied(model), 1 + 1e-9
+    config, a, H, D = model.config, model.mix, model.config.heads, model.config.width
+    g, scale = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else (1.0, 1.0)
     norms = {}
     for role, W in model.matrices():
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
     norms["embedding"] = model.embedding_VD.square().mean(1).max().sqrt().item()
-    R, body, rows = log10((norms["embedding"] + rho) * up), 0.0, []
-    for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
-        beta_o, v_H = block.attention_scale * sigma(block.o).item() * up, sigma(block.v.view(H, D // H, D))
-        row = dict(radius_log10=R, value=beta_o * v_H.norm().item(), pattern=0.0)
-        if s > 0:
-            k_H = sigma(block.k.view(H, D // H, D))
-            Q_DD = ((v_H * k_H)[:, None, None] * block.q.view(H, D // H, D)).reshape(D, D)
-            row["pattern"] = beta_o * 2 * s * D * sigma(Q_DD).item()
-        mlp_norm = (sigma(block.w_in) * sigma(block.w_out)).item() * up
-        row["mlp"], row["mlp_gain"] = (mlp_norm * scale for scale in scales)
-        still, moved = log10((1 - a) + a * row["value"]), log10(a * row["pattern"]) + 2 * R
-        row["attention_log10"] = np.logaddexp2(still / LOG2, moved / LOG2).item() * LOG2
-        row["radius_mlp_log10"] = R + still
-        R += still + log10((1 - a) + a * row["mlp_gain"])
-        body += row["attention_log10"] + log10((1 - a) + a * row["mlp"]) + 1e-9
-        row["stream_log10"] = (ellipsoid_norm(S, log, torch.eye(D).double()).item() - math.log(D) / 2) / LN10
-        rows.append(row)
-    end = ellipsoid_norm(S, log, config.final_scale * model.head_VD).item() - math.log(len(model.head_VD)) / 2
+    R, body, rows, after = log10((norms["embedding"] + rho) * up), 0.0, [], follow(model, rho, free)
+    for block, ellipsoid_after in zip(model.blocks, after):
+        beta_o = block.attention_scale * sigma(block.o).item() * up
+        v_H = sigma(block.v.view(H, D // H, D))
+        value, pattern = beta_o * v_H.norm().item(), 0.0
+        if config.logit_scale > 0:
+            vk_H = v_H * sigma(block.k.view(H, D // H, D))
+            Q_HED = vk_H[:, None, None] * block.q.view(H, D // H, D)
+            pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
+        mlp_gain = (sigma(block.w_in) * sigma(block.w_out)).item() * up / scale
+        still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
+        attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
+        rows.append(dict(
+            value=value, pattern=pattern, mlp=mlp_gain * g, mlp_gain=mlp_gain, radius_log10=R,
+            radius_mlp_log10=R + still, attention_log10=attention,
+            stream_log10=rms_log10(*ellipsoid_after, torch.eye(D).double())))
+        R += still + log10((1 - a) + a * mlp_gain)
+        body += attention + log10((1 - a) + a * mlp_gain * g) + 1e-9
     product = body + log10(norms["head"] * config.final_scale)
-    return dict(log10=min(product, end / LN10), product_log10=product, ellipsoid_log10=end / LN10,
+    end = rms_log10(*after[-1], config.final_scale * model.head_VD)
+    return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end,
                 body_log10=body, radius_log10=R, norms=norms, rows=rows)
+
+
+def rms_log10(S, log, U):
+    """log10 of the largest RMS of U z over the ellipsoid."""
+    return (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
 
 
 def follow(model, rho=0.0, free=None):
     """[(S, log)] after each block, steps 8 to 11: the stream moves in E(exp(log) S).
 
-    free (step 13) is filled with zeros where it is empty; U uses of a movement have their own weights.
+    free (step 13) is filled with zeros where it is empty. A movement has U uses, with weights each.
     """
     config, free, after = model.config, {} if free is None else free, []
     H, D, content = config.heads, config.width, config.logit_scale > 0
-    eye, R = torch.eye(D).double(), model.embedding_VD.square().mean(1).max().sqrt() * (1 + 1e-9) + rho
+    eye, R = torch.eye(D).double(), model.embedding_VD.square().mean(1).max().sqrt() + rho
     S_UDD, log_U = ellipsoid(eye[None], math.log(D))
-    X, log_X = ellipsoid(eye, math.log(D) + 2 * R.clamp(min=1e-300).log())
+    X, log_X = ellipsoid(eye, math.log(D) + 2 * R.clamp(min=1e-300).log() + 1e-9)
     for i, block in enumerate(model.blocks):
         def weights(name, *shape):
             return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
 
-        a, spread, U = block.mix, GELU_SLOPE - 0.5, 1 if content or i == config.blocks - 1 else H + 1
-        v_HED, o_HDE = block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
-        C_HDD, own_H = a * block.attention_scale * o_HDE @ v_HED, torch.zeros(H).double()
-        if not content:
-            own_H = block.bias_HT.softmax(-1)[:, 0]
-        G_0 = (1 - a) * eye + (own_H[:, None, None] * C_HDD).sum(0)
-        G = torch.cat([G_0[None], (1 - own_H)[:, None, None] * C_HDD])
-        S_KDD, log_K = ellipsoid(G @ S_UDD @ G.mT, log_U)
+        a, v_HED, o_HDE = block.mix, block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
+        C_HDD = a * block.attention_scale * o_HDE @ v_HED
+        p_H11 = torch.zeros(H, 1, 1).double() if content else block.bias_HT.softmax(1)[:, :1, None]
+        G_0 = (1 - a) * eye + (p_H11 * C_HDD).sum(0)
+        G_KDD = torch.cat([G_0[None], (1 - p_H11) * C_HDD])
+        S_KDD, log_K = ellipsoid(G_KDD @ S_UDD @ G_KDD.mT, log_U)
+        mlp = mlp_slopes(block, GELU_SLOPE - 0.5)
+        N, U = len(mlp[0]), 1 if content or i == config.blocks - 1 else H + 1
         if content:
-            s, pairs = config.logit_scale / (D // H), (H, D // H // 2)
-            part, log = ellipsoid_pattern(
-                S_UDD[0], X, s * block.q.view(H, -1, D), block.k.view(H, -1, D), C_HDD,
-                config.positions == "rope", weights("heads", H), weights("S", *pairs), weights("X", *pairs))
-            S_KDD, log_K = torch.cat([S_KDD, part[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
-            X, log_X = ellipsoid_sum(*ellipsoid(G @ X @ G.mT, log_X), weights("tokens", H + 1))
-            F_ND, A, B = mlp_slopes(block, 0.5)
-            X, log_X = ellipsoid_layer(X, log_X, F_ND, A, B, weights("values", len(F_ND)), weights("share"))
-        F_ND, A, B = mlp_slopes(block, GELU_SLOPE - 0.5)
-        parts, neurons, shares = weights("parts", U, len(S_KDD)), weights("neurons", U, len(F_ND)), weights("shares", U)
-        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts[u]), F_ND, A, B, neurons[u], shares[u])
+            q_HED, k_HED = config.logit_scale * H / D * block.q.view(H, -1, D), block.k.view(H, -1, D)
+            turns, pairs = config.positions == "rope", (H, D // H // 2)
+            S, log = ellipsoid_pattern(S_UDD[0], X, q_HED, k_HED, C_HDD, turns, weights("heads", H),
+                                       weights("S", *pairs), weights("X", *pairs))
+            S_KDD = torch.cat([S_KDD, S[None]])
+            log_K = torch.cat([log_K, log + log_U + 2 * log_X])
+            X, log_X = ellipsoid(G_KDD @ X @ G_KDD.mT, log_X)
+            X, log_X = ellipsoid_sum(X, log_X, weights("tokens", H + 1))
+            X, log_X = ellipsoid_layer(X, log_X, *mlp_slopes(block, 0.5), weights("values", N), weights("share"))
+        sums, neurons, shares = weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U)
+        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, sums[u]), *mlp, neurons[u], shares[u])
                 for u in range(U)]
         S_UDD, log_U = map(torch.stack, zip(*uses))
         after.append(uses[0])
@@ -449,19 +447,20 @@ def follow(model, rho=0.0, free=None):
 
 
 def mlp_slopes(block, spread):
-    """(F, A, B) of step 11. spread: how far GeLU's slopes, or values, are from z / 2 at most."""
+    """(F, A, B) of step 11. spread: how far GeLU's slopes, or its values, are from z / 2 at most."""
     a, w_in, w_out = block.mix, block.w_in, block.w_out
     stream = (1 - a) * torch.eye(len(w_out)).double()
     if block.config.activation == "gelu":
         w_out = a / GELU_SCALE * w_out
         return w_in, stream + w_out @ w_in / 2, spread * w_out
     (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
-    return (in_1 - in_2) / 2**0.5, stream + a / 2 * (out_1 + out_2) @ (in_1 + in_2), a * (out_1 - out_2) / 2**0.5
+    A = stream + a / 2 * (out_1 + out_2) @ (in_1 + in_2)
+    return (in_1 - in_2) / 2**0.5, A, a * (out_1 - out_2) / 2**0.5
 
 
 @torch.enable_grad()
 def tuned(model, steps=30, free=None, pairs=False):
-    """Step 13: what is free, for the least bound on the norm, or (mean logarithm) on the pairs of logits."""
+    """Step 13, from `free` on: for the least norm, or the least mean logarithm of pairs of logits."""
     model, free = copied(model), copy.deepcopy(free or {})
     U = model.config.final_scale * model.head_VD
 
@@ -488,16 +487,12 @@ def sigma(W):
     return torch.linalg.matrix_norm(W, ord=2)
 
 
-def log10(x):
-    return math.log10(x) if x > 0 else -math.inf
-
-
 @torch.no_grad()
 def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
-    """{rho: bool, of each position in order of `windows`}: right, whatever moves all embeddings by RMS <= rho.
+    """{rho: bool of each position}: right, however far up to rho (RMS) each embedding is moved.
 
-    y stands if f_y - f_j exceeds rho times the constant of f_y - f_j for all j: that of the ellipsoid, tuned
-    for pairs from `free` on, or of the product. Margins are in float64, less an allowance for rounding.
+    y stands if f_y - f_j exceeds rho times the constant of f_y - f_j for all j, the smaller one of
+    the product and the ellipsoid, tuned for pairs from `free` on.
     """
     model, reach, hopeless = copied(model), {}, True
     U, D = model.config.final_scale * model.head_VD, model.config.width
@@ -506,17 +501,17 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     for rho in rhos:
         bound, (S, log) = certificate(model, rho), follow(model, rho, free)[-1]
         log_VV = torch.minimum(ellipsoid_pairs(S, log, U) / LN10, apart_VV + bound["body_log10"])
-        reach[rho] = 10 ** (log_VV + math.log10(rho))
-        reach[rho].fill_diagonal_(-math.inf)
+        log_VV += math.log10(rho)
+        reach[rho] = (10**log_VV).fill_diagonal_(-math.inf)
         # No margin exceeds |u_y - u_j| times the length of the stream.
-        hopeless &= (log_VV + math.log10(rho) > apart_VV + bound["radius_log10"]).any(1).all().item()
+        hopeless &= (log_VV > apart_VV + bound["radius_log10"]).any(1).all().item()
+    if hopeless:  # whatever the text
+        return {rho: torch.zeros(len(tokens_N) - 1, dtype=torch.bool) for rho in rhos}
     stands = {rho: [] for rho in rhos}
     for x_BT, y_BT in windows(tokens_N, model.config.seq_len):
-        y_N, margin_NV = y_BT.flatten(), torch.full((y_BT.numel(), len(U)), -math.inf).double()
-        if not hopeless:
-            logits_NV = model(x_BT, torch.float64).flatten(0, 1)
-            margin_NV = logits_NV.gather(1, y_N[:, None]) - logits_NV
-            margin_NV -= 1e-9 * logits_NV.abs().amax(1, keepdim=True)
+        y_N, logits_NV = y_BT.flatten(), model(x_BT, torch.float64).flatten(0, 1)
+        margin_NV = logits_NV.gather(1, y_N[:, None]) - logits_NV
+        margin_NV -= 1e-9 * logits_NV.abs().amax(1, keepdim=True)  # (for rounding)
         for rho in rhos:
             stands[rho].append((margin_NV > reach[rho][y_N]).all(1))
     return {rho: torch.cat(parts) for rho, parts in stands.items()}
@@ -533,8 +528,8 @@ def load_data(config):
     text, name = load_text(config.data)
     vocabulary, needed = "".join(sorted(set(text))), 20 * (config.seq_len + 1)
     if len(text) < needed or len(vocabulary) < 2:
-        raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; needed "
-                        f"are {needed} for windows of {config.seq_len}, and 2 different")
+        raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; "
+                        f"{needed} are needed for windows of {config.seq_len}, and 2 different")
     tokens_N, n = encode(text, vocabulary), int(0.9 * len(text))
     if config.holdout:
         tokens_N, n, name = tokens_N[:n], int(0.9 * n), name + ", evaluated on training text held out"
@@ -542,30 +537,35 @@ def load_data(config):
 
 
 def load_text(data):
-    """(text, name) of a file, of tinyshakespeare (from DATA_DIR, a cache, the network), or the stand-in."""
+    """(text, name) of a file, of tinyshakespeare (in DATA_DIR, or downloaded), or the stand-in."""
+    local = Path(os.environ.get("DATA_DIR", "nowhere")) / "tinyshakespeare/input.txt"
+    path = local if data == "auto" else Path(data)
     try:
-        local = Path(os.environ.get("DATA_DIR", "nowhere")) / "tinyshakespeare/input.txt"
-        if data not in ("auto", "stand-in") or (data == "auto" and local.is_file()):
-            path = local if data == "auto" else Path(data)
+        if data == "auto" and not local.is_file():
+            return download(), "tinyshakespeare"
+        if data != "stand-in":
             return path.read_text(encoding="utf-8"), str(path)
-        if data == "auto":
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-            cache = home / "tinyshakespeare/input.txt"
-            text = cache.read_bytes() if cache.is_file() else b""
-            if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-                text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
-                if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-                    raise OSError("what came from the network is not the text")
-                with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
-                    cache.parent.mkdir(parents=True, exist_ok=True)
-                    write(cache, text)
-            return text.decode(), "tinyshakespeare"
     except Exception as problem:  # (a network fails in dozens of ways)
         if data != "auto":
             raise UserError(f"--data {data}: cannot be read as UTF-8 ({problem})") from problem
         print(f"{'!' * 98}\n!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source "
               f"code of Python's library. Its loss compares with nothing.\n{'!' * 98}", flush=True)
     return stand_in(), "stand-in"
+
+
+def download():
+    """tinyshakespeare from the cache or the network, checked by its SHA-256."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(home) / "tinyshakespeare/input.txt"
+    text = cache.read_bytes() if cache.is_file() else b""
+    if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+        text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
+        if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+            raise OSError("what came from the network is not the text")
+        with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write(cache, text)
+    return text.decode()
 
 
 def stand_in(characters=1_115_394):
@@ -603,9 +603,9 @@ def windows(tokens_N, T, batch=32):
 
 # ==== Run folders: one rule for starting and going on =============================================
 def go_on(config):
-    """(config, model, checkpoint) of the model to load or sample, or of the run in config.out, if any.
+    """(config, model, checkpoint) to load, to sample or to go on with; None twice for a new run.
 
-    Its own settings count; another value given for one of them is an error.
+    What is stored has its own settings. Another value given for one of them is an error.
     """
     source = config.load or config.sample
     if not source and not (config.out and (Path(config.out) / "checkpoint.pt").exists()):
@@ -615,20 +615,19 @@ def go_on(config):
     else:
         own, model, state = load_checkpoint(source or config.out)
     given = getattr(config, "given", dataclasses.asdict(config))
-    free = {"data", "prompt", "length", "temperature", "top_k"}
+    free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
     if source:
-        own.steps, free = 0, free | {"load", "sample", "holdout", "seed", "dtype"}
+        own.steps, state, free = 0, None, free | {"load", "sample", "holdout", "seed", "dtype"}
     for name, value in given.items():
-        if name in free:
-            setattr(own, name, value)
-        elif name not in ("out", "device") and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave the "
-                            "flag out, or start a new run with another --out")
+        if name not in free and value != getattr(own, name):
+            raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave "
+                            "the flag out, or start a new run with another --out")
+        setattr(own, name, value)
     if not source and ":" in own.constraint and "constraint" not in given:  # (no code runs unasked)
         raise UserError(f"--out {config.out}: was trained with code of yours; say that you trust it: "
                         f"--constraint {own.constraint}")
     own.out, own.device = config.out, config.device
-    return own, model, None if source else state
+    return own, model, state
 
 
 def new_folder(config):
@@ -636,20 +635,29 @@ def new_folder(config):
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         return Path(config.out)
-    name, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
-    while True:
-        try:
-            out = Path(name if number == 1 else f"{name}_{number}")
-            out.mkdir(parents=True)  # (fails if it is there: two runs never share one)
+    first = Path(f"runs/{SCRIPT}_{config.preset}_seed{config.seed}")
+    for number in itertools.count(1):
+        out = first if number == 1 else Path(f"{first}_{number}")
+        with contextlib.suppress(FileExistsError):  # (so two runs never share one)
+            out.mkdir(parents=True)
             return out
-        except FileExistsError:
-            number += 1
+
+
+@contextlib.contextmanager
+def reading(path, form):
+    """One line for the user, whatever is wrong with a file."""
+    try:
+        yield
+    except Exception as problem:
+        reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
+        raise UserError(f"{path}: is no checkpoint {form} ({type(problem).__name__}: {reason}); "
+                        "nothing in it was run") from problem
 
 
 def load_checkpoint(folder):
     """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
     path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
-    try:
+    with reading(path, f"of {SCRIPT}.py"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
@@ -657,10 +665,7 @@ def load_checkpoint(folder):
         uncoded = dataclasses.replace(config, constraint="none")  # (a name in a file runs no code)
         model = Transformer(uncoded, state["vocabulary"])
         model.load_state_dict(state["model"])
-    except Exception as problem:  # truncated, no checkpoint at all, or with code in it
-        raise UserError(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py ({one_line(problem)}); "
-                        "give a run folder of this script, or another --out") from problem
-    return config, model, state
+        return config, model, state
 
 
 class NumpyOnly(pickle.Unpickler):
@@ -673,19 +678,18 @@ class NumpyOnly(pickle.Unpickler):
 
 
 def load_published(path):
-    """(config, model) of the authors' .npz: pickled dictionaries of settings and of matrices in order:
-    embedding; v, q, k, o, in, out of each block; head.
+    """(config, model) of the authors' .npz: pickled dictionaries of settings, and of matrices in the
+    order embedding; v, q, k, o, in, out of each block; head.
     """
-    try:
-        stored = {}
-        with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > 2**31:
-                raise ValueError("more than 2 GB when unpacked")
-            for name in ("args", "weights_checkpoint_0"):
-                with archive.open(name + ".npy") as f:
-                    np.lib.format.read_magic(f)
-                    np.lib.format.read_array_header_1_0(f)
-                    stored[name] = NumpyOnly(f).load().item()
+    stored = {}
+    with reading(path, "in the published form"), zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > 2**31:
+            raise ValueError("more than 2 GB when unpacked")
+        for name in ("args", "weights_checkpoint_0"):
+            with archive.open(name + ".npy") as f:
+                np.lib.format.read_magic(f)
+                np.lib.format.read_array_header_1_0(f)
+                stored[name] = NumpyOnly(f).load().item()
         args, weights = stored.values()
         weights = [torch.tensor(np.array(weights[i], np.float32)) for i in range(len(weights))]
         weights = [W.reshape(W.shape[-2:]) for W in weights]
@@ -694,20 +698,11 @@ def load_published(path):
             heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
             logit_scale=float(args["softmax_scale"]), final_scale=float(args.get("final_scale", 1)),
             residual_scale=float(args["residual_scale"]))
-        model = Transformer(config, VOCABULARY)
-        order = ("v", "q", "k", "o", "w_in", "w_out")
+        model, order = Transformer(config, VOCABULARY), ("v", "q", "k", "o", "w_in", "w_out")
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
         weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
         model.load_state_dict(dict(weights, embedding_VD=weights["embedding_VD"].T))
-    except Exception as problem:  # a file may be wrong in dozens of ways
-        raise UserError(f"--load {path}: is no checkpoint in the published form ({one_line(problem)}); "
-                        "nothing in it was run") from problem
-    return config, model
-
-
-def one_line(problem):
-    reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-    return f"{type(problem).__name__}: {reason}"
+        return config, model
 
 
 def write(path, data):
@@ -724,24 +719,11 @@ def write(path, data):
 
 
 # ==== Main ========================================================================================
-@torch.no_grad()
-def evaluate(model, batches, dtype=torch.float32):
-    """(mean cross-entropy of the logits, the same at the loss temperature, accuracy)."""
-    device, sums, count = model.head_VD.device, torch.zeros(3, dtype=torch.float64), 0
-    for x_BT, y_BT in batches:
-        logits_NV, y_N = model(x_BT.to(device), dtype).flatten(0, 1), y_BT.to(device).flatten()
-        loss = F.cross_entropy(logits_NV, y_N, reduction="sum").item()
-        hot = F.cross_entropy(model.config.loss_temperature * logits_NV, y_N, reduction="sum").item()
-        sums += torch.tensor([loss, hot, (logits_NV.argmax(1) == y_N).sum().item()])
-        count += len(y_N)
-    return tuple((sums / count).tolist())
-
-
 def main(config):
     """Train, go on, load or sample; certify; report. Returns the summary, None of --sample."""
     config.limits()  # (complains before anything is loaded)
     config, model, state = go_on(config)
-    source = config.load or config.sample
+    source = config.load or config.sample or config.out
     if state and (Path(config.out) / "summary.json").exists():
         print(f"The run in {config.out} is finished; start another with another --out.")
         return json.loads((Path(config.out) / "summary.json").read_text())
@@ -756,13 +738,12 @@ def main(config):
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if (model and model.vocabulary != vocabulary) or (state and state["tokens"] != len(train_N)):
         raise UserError(f"--data {data_name}: has {len(train_N)} characters to train, {len(vocabulary)} "
-                        f"different; {source or config.out} was trained on others; give the same text")
+                        f"different; {source} was trained on others; give the same text")
     encode(config.prompt, vocabulary)  # (a wrong prompt is reported before training)
 
     # ---- build
     limits, constraint = config.limits(), find_constraint(config.constraint)
     model = (model or Transformer(config, vocabulary)).to(device)
-    lr = config.lr or (0.1 if config.optimizer == "muon" else 0.003)
     if config.optimizer == "muon":
         groups = [dict(params=[W for role, W in model.matrices() if limits[role] == w], w_max=w)
                   for w in sorted(set(limits.values()))]
@@ -771,24 +752,24 @@ def main(config):
     else:
         optimizer = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                       weight_decay=config.adamw_wd)
-    adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
-    optimizers = [(optimizer, lr), (adam([model.embedding_VD]), config.embed_lr)]
+    lr = config.lr or (0.1 if config.optimizer == "muon" else 0.003)
+    optimizers = [(optimizer, lr)]
+    optimizers.append((torch.optim.Adam([model.embedding_VD], betas=(0.9, 0.95)), config.embed_lr))
     if config.positions == "bias":
-        optimizers.append((adam([block.bias_HT for block in model.blocks]), config.bias_lr))
-    start, seconds, log = 0, 0.0, []
+        biases = [block.bias_HT for block in model.blocks]
+        optimizers.append((torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr))
+    start, seconds, log, out = 0, 0.0, [], Path(config.out) if state else new_folder(config)
     if state:
         start, seconds, log = state["step"], state["seconds"], state["log"]
         for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-    out = Path(config.out) if state else new_folder(config)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ("
-          f"{len(train_N):,} characters to train, {len(validation_N):,} to validate, {len(vocabulary)} "
-          f"different), run folder {out}, from step {start}", flush=True)
+    print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
+          f"({len(train_N):,} characters to train, {len(validation_N):,} to validate, "
+          f"{len(vocabulary)} different), run folder {out}, from step {start}", flush=True)
 
     # ---- train
-    evals = max(1, min(config.evals, config.steps))
-    eval_steps = {math.ceil(config.steps * (i + 1) / evals) for i in range(evals)}
+    eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
     losses, began = [], time.perf_counter()
     for step in range(start, config.steps):
@@ -812,8 +793,8 @@ def main(config):
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
             if not all(t.isfinite().all() for t in (torch.stack(losses[-10:]), *model.parameters())):
-                raise UserError(f"step {done}: training has diverged, the loss or a weight is not finite; "
-                                f"the last good checkpoint is in {out}, if any; try a smaller --lr")
+                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; "
+                                f"a last good checkpoint may be in {out}; try a smaller --lr")
         if done in eval_steps:
             seconds += time.perf_counter() - began
             log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
@@ -824,13 +805,13 @@ def main(config):
                 optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            left = last["ms_per_step"] / 1000 * (config.steps - done)
-            bar.write(
-                f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  validation loss "
-                f"{last['val_loss_at_temperature']:.3f}  accuracy {100 * last['val_accuracy']:5.2f} %  "
-                f"largest norm {last['max_weight_norm']:.3f}  bound (max-token RMS) "
-                f"{power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
-                f"{left:.0f} s left", file=sys.stdout)
+            bar.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  "
+                      f"validation loss {last['val_loss_at_temperature']:.3f}  "
+                      f"accuracy {100 * last['val_accuracy']:5.2f} %  "
+                      f"largest norm {last['max_weight_norm']:.3f}  "
+                      f"bound (max-token RMS) {power(last['lipschitz_log10'])}  "
+                      f"{last['ms_per_step']:.0f} ms/step  "
+                      f"{last['ms_per_step'] / 1000 * (config.steps - done):.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
     bar.close()
@@ -838,8 +819,21 @@ def main(config):
     return report(config, model, out, log, data_name, validation_N, dtype)
 
 
+@torch.no_grad()
+def evaluate(model, batches, dtype=torch.float32):
+    """(mean cross-entropy of the logits, the same at the loss temperature, accuracy)."""
+    device, sums, count = model.head_VD.device, torch.zeros(3, dtype=torch.float64), 0
+    for x_BT, y_BT in batches:
+        logits_NV, y_N = model(x_BT.to(device), dtype).flatten(0, 1), y_BT.to(device).flatten()
+        loss = F.cross_entropy(logits_NV, y_N, reduction="sum").item()
+        hot = F.cross_entropy(model.config.loss_temperature * logits_NV, y_N, reduction="sum").item()
+        sums += torch.tensor([loss, hot, (logits_NV.argmax(1) == y_N).sum().item()])
+        count += len(y_N)
+    return tuple((sums / count).tolist())
+
+
 def measure(model, validation_N, step, train_loss, seconds):
-    """A line of the log. The bound is the untuned one."""
+    """A line of the log. Its bound is the untuned one."""
     loss, hot_loss, accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
     bound = certificate(model)
     largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
@@ -848,45 +842,39 @@ def measure(model, validation_N, step, train_loss, seconds):
                 lipschitz_log10=bound["log10"], ms_per_step=1000 * seconds / max(1, step))
 
 
-def power(exponent):
-    """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
-    return f"{10**exponent * 1.0005:.4g}" if abs(exponent) < 6 else f"10^{exponent + 0.05:.1f}"
-
-
 def report(config, model, out, log, data_name, validation_N, dtype):
-    """summary.json, the tables, the picture and a sample of a finished run. Returns the summary."""
+    """summary.json, tables, picture and a sample of a finished run. Returns the summary."""
     print("Now the tuned certificate and the tokens it certifies: up to a minute ...", flush=True)
-    free = tuned(model)
+    free, last = tuned(model), log[-1]
     bound, stands = certificate(model, free=free), certified_tokens(model, validation_N, free)
     certified = {f"{rho:g}": right_N.double().mean().item() for rho, right_N in stands.items()}
-    last, limited, constraint = log[-1], config.constraint != "none", f"{config.optimizer} + {config.constraint}"
     kept = ("val_loss", "val_loss_at_temperature", "val_accuracy", "max_weight_norm", "norms", "ms_per_step")
     summary = dict(
         script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()),
         steps=config.steps, **{key: last[key] for key in kept}, lipschitz_log10=bound["log10"],
         lipschitz_product_log10=bound["product_log10"], certified_token_accuracy=certified,
         lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball",
-        w_max=config.limits() if limited else None, loss_temperature=config.loss_temperature,
-        train_seconds=last["ms_per_step"] * config.steps / 1000, data=data_name, seed=config.seed,
-        device=str(model.head_VD.device), dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
+        w_max=config.limits() if config.constraint != "none" else None,
+        loss_temperature=config.loss_temperature, data=data_name, seed=config.seed,
+        train_seconds=last["ms_per_step"] * config.steps / 1000, device=str(model.head_VD.device),
+        dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
     write(out / "summary.json", json.dumps(summary, indent=1))  # (now it is finished)
 
-    print(f"\n{config.load or config.preset}: {constraint}, {config.steps} steps, seed {config.seed}, data: "
-          f"{data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, cross-entropy of the logits "
-          f"{last['val_loss']:.3f}, at the loss temperature {config.loss_temperature:g} "
-          f"{last['val_loss_at_temperature']:.3f}\n  certified token accuracy at rho (RMS, every embedding)",
+    print(f"\n{config.load or config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
+          f"steps, seed {config.seed}, data: {data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, "
+          f"cross-entropy of the logits {last['val_loss']:.3f}, at the loss temperature "
+          f"{config.loss_temperature:g} {last['val_loss_at_temperature']:.3f}\n"
+          "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print("  certificate (max-token RMS). Product: the largest token R, derivatives of sublayers. Ellipsoid:\n"
-          "  how far the stream after the block moves\n"
-          "    block          R      value  pattern R^2        MLP  |  ellipsoid")
+    print("  certificate (max-token RMS)\n"
+          "    block   radius R      value  pattern R^2        MLP  |  stream, by the ellipsoid")
     for i, row in enumerate(bound["rows"]):
         R, pattern = row["radius_log10"], log10(row["pattern"]) + 2 * row["radius_log10"]
         cells = R, log10(row["value"]), pattern, log10(row["mlp"]), row["stream_log10"]
         print("    {:5d} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
-    print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits: the smaller of the product, "
-          f"{power(bound['product_log10'])}, and the ellipsoid, {power(bound['ellipsoid_log10'])}")
-
+    print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits: the smaller one of the "
+          f"product, {power(bound['product_log10'])}, and the ellipsoid, {power(bound['ellipsoid_log10'])}")
     draw(config, out, log, bound, certified)
     print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
     sample(model, config, dtype)
@@ -898,6 +886,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
 def draw(config, out, log, bound, certified):
     """curves.png: losses, norms with their limits, certified tokens."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
+
     figure, steps = Figure(figsize=(14, 4.5), layout="constrained"), [record["step"] for record in log]
     figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
     a, b, c = figure.subplots(1, 3)
@@ -905,13 +894,14 @@ def draw(config, out, log, bound, certified):
         a.plot(steps, [record[name] for record in log], "o-", label=name)
     for role in bound["norms"]:
         b.plot(steps, [record["norms"][role] for record in log], "o-", label=role)
-    b.hlines(list(set(config.limits().values())) if config.constraint != "none" else [], 0, config.steps, "grey", ":")
+    if config.constraint != "none":
+        b.hlines(list(config.limits().values()), 0, config.steps, "grey", ":")
     c.semilogx([float(rho) for rho in certified], [100 * share for share in certified.values()], "o-")
     a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
     b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     c.set(title=f"certified tokens, %; constant {power(bound['log10'])}", xlabel="rho (RMS, each embedding)")
-    for axes in (a, b):
-        axes.legend()
+    a.legend()
+    b.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write(out / "curves.png", buffer.getvalue())
@@ -921,7 +911,7 @@ def draw(config, out, log, bound, certified):
 def sample(model, config, dtype):
     """Print the prompt and `length` characters; each sees the seq_len characters before it."""
     generator, vocabulary = torch.Generator().manual_seed(config.seed), model.vocabulary
-    tokens = encode(config.prompt or vocabulary[0], vocabulary).tolist()  # (usually the newline comes first)
+    tokens = encode(config.prompt or vocabulary[0], vocabulary).tolist()  # (usually the newline is first)
     print(config.prompt, end="")
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
