@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -63,12 +64,12 @@ LN10 = math.log(10)
 # ==== Config: every field is a flag ===============================================================
 def flag(default, text, low=None, high=math.inf, choices=None):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    metadata = dict(help=text, low=low, high=high, choices=choices)
+    metadata = dict(help=text, range=(low, high), choices=choices)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class UserError(Exception):
-    """A user's error, in one line: what was given, what is needed, how to mend it. Exit status 2."""
+    """A user's error in one line: what was given, what is needed, how to mend it. Exit status 2."""
 
 
 @dataclasses.dataclass
@@ -106,8 +107,7 @@ class Config:
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     # run
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of forward and backward; weights are float32; auto: what is fast",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "of all but weights; auto: what is fast", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
     evals: int = flag(4, "evaluations on the whole validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
@@ -135,17 +135,16 @@ class Config:
     def limits(self):
         """w_max of each role of matrix. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            value, (low, high) = getattr(self, f.name), f.metadata["range"]
             if f.metadata["choices"] and value not in f.metadata["choices"]:
-                choices = ", ".join(f.metadata["choices"])
-                raise UserError(f"--{f.name} {value}: must be one of {choices}")
+                raise UserError(f"--{f.name} {value}: must be one of {', '.join(f.metadata['choices'])}")
             if low is not None and not (low <= value <= high and value < math.inf):
                 raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
         rope, E = self.positions == "rope", self.width / self.heads
         for name, wrong, requirement in (
                 ("heads", E % 1, f"a divisor of the width, {self.width}"),
                 ("heads", rope and E % 2, "such that width / heads is even, for rope"),
-                ("logit_scale", rope and not self.logit_scale, "above 0 for rope, as it turns q and k"),
+                ("logit_scale", rope and not self.logit_scale, "above 0 for rope, which turns q and k"),
                 ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
                 ("hidden", self.activation == "maxmin" and self.hidden % 2, "even for maxmin")):
             if wrong:
@@ -159,7 +158,7 @@ class Config:
             limits = dict(zip(ROLES, map(float, numbers), strict=True))
             if all(0 < w < math.inf for w in limits.values()):
                 return limits
-        raise UserError(f"--w_max {self.w_max}: must be a finite number above 0, or 7 of them, with commas")
+        raise UserError(f"--w_max {self.w_max}: must be a number above 0, or 7 of them, with commas")
 
 
 SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4,
@@ -318,57 +317,53 @@ class Transformer(torch.nn.Module):
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
 # A sequence is measured by its largest token, max_t rms(x_t): bounds do not depend on its length.
-# Attention has no bound on all of space, as larger tokens move its pattern more. So everything is
-# said of embeddings in the ball rms(x_t) <= R and what comes of them. The ball is convex: a bound on
-# derivatives is one on differences. sigma(.) is the largest singular value and C_h = o_h v_h, so
-# attention is out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax of s q_t^h . k_j^h + bias.
+# Attention has no bound on all of space, as larger tokens move its pattern more. So the embeddings
+# are in the ball rms(x_t) <= R, which is convex: a bound on derivatives is one on differences.
+# sigma(.) is the largest singular value and C_h = o_h v_h. Attention is
+# out_t = beta sum_h C_h sum_j P^h_tj x_j, with P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
 #
-# THE PRODUCT: how long movements get, one sublayer at a time. Let |dx_t| <= 1, |x_t| <= r = R sqrt(D).
+# THE PRODUCT: how long a movement gets in each sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
 #      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
 #      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
-#   2. Keys come from any token, so e_h <= s sigma(k_h) (|dq_h| r + |q_h|). RoPE changes no norm, and
-#      a bias by position does not move.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|dq_h| r + |q_h|). RoPE changes no norm.
 #   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
 #      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. The queries of a token come from one vector and share its energy. Let Q be q with the rows of
-#      head h times sigma(v_h) sigma(k_h). Then sum_h beta C_h u_h is at most pattern R^2 long, with
+#      head h times sigma(v_h) sigma(k_h). Then beta sum_h C_h u_h is at most pattern R^2 long, with
 #      pattern = beta 2 s D sigma(o) sigma(Q), and attention's derivative is value + pattern R^2.
 #      For one head this is the paper's formula. For H heads that one, with norms of whole matrices,
 #      is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
 #   5. The output of attention is at most value R: it averages tokens of norm r, not of norm 1.
-#   6. MLP: GeLU's slopes are in [1 - g, g] and |gelu(z)| <= |z|, so with n = sigma(w_out) sigma(w_in)
-#      its derivative is at most n g / 1.1289, its output n R / 1.1289. MaxMin: n and n R.
+#   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes
+#      are in [1 - g, g] and |gelu(z)| <= |z|: its derivative is n g / 1.1289, its output n R / 1.1289.
 #   7. Residual: R <- (1 - a) R + a gain R, and the constant is multiplied by (1 - a) + a derivative.
 #      R starts as the largest RMS of an embedding, plus rho; the head's norm comes last.
 #
-# THE ELLIPSOID: in which directions. What one sublayer stretches most, the next one does not. So let
-# each token move in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), first S = D I: RMS at most 1.
+# THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
+# token moves in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), at first S = D I: RMS at most 1.
 #   8. E(S) is convex and symmetric: averages of what moves in it do, whatever the pattern.
-#   9. By position, P does not move. A token gives itself at least p_h = min_t P^h_tt, and the rest is
-#      an average y_h. So (1 - a) dx_t + a out_t is the sum of G_0 dx_t and all G_h y_h, with
-#      G_0 = (1 - a) I + a beta sum_h p_h C_h and G_h = a beta (1 - p_h) C_h (ellipsoid_sum). The more
-#      tokens a softmax of a bias sees, the less it gives to one: p_h is that of the last position.
+#   9. By position, P does not move. A token gives itself at least p_h = min_t P^h_tt; the rest is an
+#      average y_h. So (1 - a) dx_t + a out_t is the sum of G_0 dx_t and all G_h y_h (ellipsoid_sum):
+#      G_0 = (1 - a) I + a beta sum_h p_h C_h and G_h = a beta (1 - p_h) C_h. The more tokens a
+#      softmax of a bias sees, the less it gives to one: p_h is that of the last position.
 #  10. By content p_h = 0, and a beta sum_h C_h u_h is one more part (ellipsoid_pattern). It depends
 #      on where the tokens are: in E(X), from X = R^2 D I on by the same steps.
 #  11. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (ellipsoid_layer). GeLU has slopes
 #      1/2 +- (g - 1/2) and values z/2 +- |z|/2. A pair of MaxMin keeps its sum, and its difference
-#      up to the sign: the halves of w_in and w_out enter as sums in A, as differences in F and B.
+#      but for the sign: halves of w_in and w_out enter A as sums, F and B as differences.
 #  12. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
 #      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
-#  13. The weights of sums and of neurons are free. Zeros are the untuned start in closed form, `tuned`
-#      goes on by gradient descent. As any weights are true, each part of the next sum (step 9) may
-#      use an ellipsoid of the same movement with weights of its own.
+#  13. The weights of sums and of neurons are free: zeros are the untuned start, `tuned` descends from
+#      there. As any weights are true, each part of the next sum (step 9) may use an ellipsoid of the
+#      same movement with weights of its own.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
 
-    rho    how far (RMS) the embeddings may be from those of the table
-    free   what `tuned` found for the ellipsoid; None: untuned
-    Returns log10 = min(product_log10, ellipsoid_log10); body_log10 and radius_log10, the product and
-    R after the last block; norms, {role: largest RMS->RMS norm}; rows, a dict for each block: value,
-    pattern, mlp, mlp_gain (steps 3 to 6), radius_log10 and radius_mlp_log10 (R before attention and
-    MLP), attention_log10 (its factor), stream_log10 (the movement after it, by the ellipsoid).
+    rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
+    Returns log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10, the
+    product and R after the last block; norms, {role: largest RMS->RMS norm}; rows, one a block.
     """
     model, up = copied(model), 1 + 1e-9
     config, a, H, D = model.config, model.mix, model.config.heads, model.config.width
@@ -377,8 +372,8 @@ def certificate(model, rho=0.0, free=None):
     for role, W in model.matrices():
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
     norms["embedding"] = model.embedding_VD.square().mean(1).max().sqrt().item()
-    R, body, rows, after = log10((norms["embedding"] + rho) * up), 0.0, [], follow(model, rho, free)
-    for block, ellipsoid_after in zip(model.blocks, after):
+    R, body, rows = log10((norms["embedding"] + rho) * up), 0.0, []
+    for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
         beta_o = block.attention_scale * sigma(block.o).item() * up
         v_H = sigma(block.v.view(H, D // H, D))
         value, pattern = beta_o * v_H.norm().item(), 0.0
@@ -386,24 +381,20 @@ def certificate(model, rho=0.0, free=None):
             vk_H = v_H * sigma(block.k.view(H, D // H, D))
             Q_HED = vk_H[:, None, None] * block.q.view(H, D // H, D)
             pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
-        mlp_gain = (sigma(block.w_in) * sigma(block.w_out)).item() * up / scale
+        gain = (sigma(block.w_in) * sigma(block.w_out)).item() * up / scale
         still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
         attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
-        rows.append(dict(
-            value=value, pattern=pattern, mlp=mlp_gain * g, mlp_gain=mlp_gain, radius_log10=R,
-            radius_mlp_log10=R + still, attention_log10=attention,
-            stream_log10=rms_log10(*ellipsoid_after, torch.eye(D).double())))
-        R += still + log10((1 - a) + a * mlp_gain)
-        body += attention + log10((1 - a) + a * mlp_gain * g) + 1e-9
+        stream = ellipsoid_norm(S, log, torch.eye(D).double()).item() - math.log(D) / 2
+        rows.append(dict(  # steps 3 to 6, R before each sublayer, the factor of attention, E(S) behind
+            value=value, pattern=pattern, mlp=gain * g, mlp_gain=gain, radius_log10=R,
+            radius_mlp_log10=R + still, attention_log10=attention, stream_log10=stream / LN10))
+        R += still + log10((1 - a) + a * gain)
+        body += attention + log10((1 - a) + a * gain * g) + 1e-9
     product = body + log10(norms["head"] * config.final_scale)
-    end = rms_log10(*after[-1], config.final_scale * model.head_VD)
+    U = config.final_scale * model.head_VD
+    end = (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
     return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end,
                 body_log10=body, radius_log10=R, norms=norms, rows=rows)
-
-
-def rms_log10(S, log, U):
-    """log10 of the largest RMS of U z over the ellipsoid."""
-    return (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
 
 
 def follow(model, rho=0.0, free=None):
@@ -430,15 +421,16 @@ def follow(model, rho=0.0, free=None):
         N, U = len(mlp[0]), 1 if content or i == config.blocks - 1 else H + 1
         if content:
             q_HED, k_HED = config.logit_scale * H / D * block.q.view(H, -1, D), block.k.view(H, -1, D)
-            turns, pairs = config.positions == "rope", (H, D // H // 2)
-            S, log = ellipsoid_pattern(S_UDD[0], X, q_HED, k_HED, C_HDD, turns, weights("heads", H),
-                                       weights("S", *pairs), weights("X", *pairs))
-            S_KDD = torch.cat([S_KDD, S[None]])
-            log_K = torch.cat([log_K, log + log_U + 2 * log_X])
+            frees = weights("heads", H), weights("S", H, D // H // 2), weights("X", H, D // H // 2)
+            S, log = ellipsoid_pattern(
+                S_UDD[0], X, q_HED, k_HED, C_HDD, config.positions == "rope", *frees)
+            S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
             X, log_X = ellipsoid(G_KDD @ X @ G_KDD.mT, log_X)
             X, log_X = ellipsoid_sum(X, log_X, weights("tokens", H + 1))
-            X, log_X = ellipsoid_layer(X, log_X, *mlp_slopes(block, 0.5), weights("values", N), weights("share"))
-        sums, neurons, shares = weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U)
+            frees = weights("values", N), weights("share")
+            X, log_X = ellipsoid_layer(X, log_X, *mlp_slopes(block, 0.5), *frees)
+        sums, neurons = weights("parts", U, len(S_KDD)), weights("neurons", U, N)
+        shares = weights("shares", U)
         uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, sums[u]), *mlp, neurons[u], shares[u])
                 for u in range(U)]
         S_UDD, log_U = map(torch.stack, zip(*uses))
@@ -537,35 +529,29 @@ def load_data(config):
 
 
 def load_text(data):
-    """(text, name) of a file, of tinyshakespeare (in DATA_DIR, or downloaded), or the stand-in."""
+    """(text, name) of a file, of tinyshakespeare (DATA_DIR, a cache, the network), or the stand-in."""
     local = Path(os.environ.get("DATA_DIR", "nowhere")) / "tinyshakespeare/input.txt"
-    path = local if data == "auto" else Path(data)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path, cache = local if data == "auto" else Path(data), home / "tinyshakespeare/input.txt"
     try:
-        if data == "auto" and not local.is_file():
-            return download(), "tinyshakespeare"
-        if data != "stand-in":
+        if data != "stand-in" and (data != "auto" or local.is_file()):
             return path.read_text(encoding="utf-8"), str(path)
+        if data == "auto":
+            text = cache.read_bytes() if cache.is_file() else b""
+            if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+                text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
+                if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+                    raise OSError("what came from the network is not the text")
+                with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
+                    cache.parent.mkdir(parents=True, exist_ok=True)
+                    write(cache, text)
+            return text.decode(), "tinyshakespeare"
     except Exception as problem:  # (a network fails in dozens of ways)
         if data != "auto":
             raise UserError(f"--data {data}: cannot be read as UTF-8 ({problem})") from problem
         print(f"{'!' * 98}\n!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source "
               f"code of Python's library. Its loss compares with nothing.\n{'!' * 98}", flush=True)
     return stand_in(), "stand-in"
-
-
-def download():
-    """tinyshakespeare from the cache or the network, checked by its SHA-256."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(home) / "tinyshakespeare/input.txt"
-    text = cache.read_bytes() if cache.is_file() else b""
-    if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-        text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
-        if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-            raise OSError("what came from the network is not the text")
-        with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write(cache, text)
-    return text.decode()
 
 
 def stand_in(characters=1_115_394):
@@ -635,12 +621,11 @@ def new_folder(config):
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         return Path(config.out)
-    first = Path(f"runs/{SCRIPT}_{config.preset}_seed{config.seed}")
     for number in itertools.count(1):
-        out = first if number == 1 else Path(f"{first}_{number}")
+        name = f"{SCRIPT}_{config.preset}_seed{config.seed}" + (f"_{number}" if number > 1 else "")
         with contextlib.suppress(FileExistsError):  # (so two runs never share one)
-            out.mkdir(parents=True)
-            return out
+            Path("runs", name).mkdir(parents=True)
+            return Path("runs", name)
 
 
 @contextlib.contextmanager
@@ -723,7 +708,6 @@ def main(config):
     """Train, go on, load or sample; certify; report. Returns the summary, None of --sample."""
     config.limits()  # (complains before anything is loaded)
     config, model, state = go_on(config)
-    source = config.load or config.sample or config.out
     if state and (Path(config.out) / "summary.json").exists():
         print(f"The run in {config.out} is finished; start another with another --out.")
         return json.loads((Path(config.out) / "summary.json").read_text())
@@ -738,7 +722,7 @@ def main(config):
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if (model and model.vocabulary != vocabulary) or (state and state["tokens"] != len(train_N)):
         raise UserError(f"--data {data_name}: has {len(train_N)} characters to train, {len(vocabulary)} "
-                        f"different; {source} was trained on others; give the same text")
+                        f"different; the model was trained on others; give it the same text")
     encode(config.prompt, vocabulary)  # (a wrong prompt is reported before training)
 
     # ---- build
@@ -753,11 +737,10 @@ def main(config):
         optimizer = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                       weight_decay=config.adamw_wd)
     lr = config.lr or (0.1 if config.optimizer == "muon" else 0.003)
-    optimizers = [(optimizer, lr)]
-    optimizers.append((torch.optim.Adam([model.embedding_VD], betas=(0.9, 0.95)), config.embed_lr))
+    adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
+    optimizers = [(optimizer, lr), (adam([model.embedding_VD]), config.embed_lr)]
     if config.positions == "bias":
-        biases = [block.bias_HT for block in model.blocks]
-        optimizers.append((torch.optim.Adam(biases, betas=(0.9, 0.95)), config.bias_lr))
+        optimizers.append((adam([block.bias_HT for block in model.blocks]), config.bias_lr))
     start, seconds, log, out = 0, 0.0, [], Path(config.out) if state else new_folder(config)
     if state:
         start, seconds, log = state["step"], state["seconds"], state["log"]
@@ -805,13 +788,12 @@ def main(config):
                 optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            bar.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  "
-                      f"validation loss {last['val_loss_at_temperature']:.3f}  "
-                      f"accuracy {100 * last['val_accuracy']:5.2f} %  "
-                      f"largest norm {last['max_weight_norm']:.3f}  "
-                      f"bound (max-token RMS) {power(last['lipschitz_log10'])}  "
-                      f"{last['ms_per_step']:.0f} ms/step  "
-                      f"{last['ms_per_step'] / 1000 * (config.steps - done):.0f} s left", file=sys.stdout)
+            left = last["ms_per_step"] / 1000 * (config.steps - done)
+            bar.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  validation loss "
+                      f"{last['val_loss_at_temperature']:.3f}  accuracy {100 * last['val_accuracy']:5.2f} %  "
+                      f"largest norm {last['max_weight_norm']:.3f}  bound (max-token RMS) "
+                      f"{power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
+                      f"{left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
     bar.close()
@@ -900,11 +882,8 @@ def draw(config, out, log, bound, certified):
     a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
     b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     c.set(title=f"certified tokens, %; constant {power(bound['log10'])}", xlabel="rho (RMS, each embedding)")
-    a.legend()
-    b.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write(out / "curves.png", buffer.getvalue())
+    figure.legend(loc="outside lower center", ncols=9)
+    figure.savefig(out / "curves.png", dpi=110)
 
 
 @torch.no_grad()
