@@ -69,7 +69,7 @@ def flag(default, text, low=None, high=math.inf, choices=None):
 
 
 class UserError(Exception):
-    """A user's error in one line: what was given, what is needed, how to mend it. Exit status 2."""
+    """A user's error in one line: what was given, what is needed, how to mend it; exit status 2."""
 
 
 @dataclasses.dataclass
@@ -107,9 +107,9 @@ class Config:
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     # run
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of all but weights; auto: what is fast", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "of activations; auto: the fast one", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
-    evals: int = flag(4, "evaluations on the whole validation text, each with a checkpoint", 1, 10**6)
+    evals: int = flag(4, "evaluations on all validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
     # instead of training; the sample
     load: str = flag("", "a published checkpoint (.npz): evaluate, certify and sample it")
@@ -134,31 +134,34 @@ class Config:
 
     def limits(self):
         """w_max of each role of matrix. UserError if a setting is out of its range."""
-        for f in dataclasses.fields(self):
-            value, (low, high) = getattr(self, f.name), f.metadata["range"]
-            if f.metadata["choices"] and value not in f.metadata["choices"]:
-                raise UserError(f"--{f.name} {value}: must be one of {', '.join(f.metadata['choices'])}")
-            if low is not None and not (low <= value <= high and value < math.inf):
-                raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
-        rope, E = self.positions == "rope", self.width / self.heads
-        for name, wrong, requirement in (
-                ("heads", E % 1, f"a divisor of the width, {self.width}"),
-                ("heads", rope and E % 2, "such that width / heads is even, for rope"),
-                ("logit_scale", rope and not self.logit_scale, "above 0 for rope, which turns q and k"),
-                ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
-                ("hidden", self.activation == "maxmin" and self.hidden % 2, "even for maxmin")):
-            if wrong:
+        def check(name, right, requirement):
+            if not right:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
+
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"] or ()
+            low, high = f.metadata["range"]
+            check(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
+            in_range = low is None or low <= value <= high and value < math.inf
+            check(f.name, in_range, f"a finite number from {low} to {high}")
+        rope, E = self.positions == "rope", self.width / self.heads
+        check("heads", E % 1 == 0, f"a divisor of the width, {self.width}")
+        check("heads", not rope or E % 2 == 0, "such that width / heads is even, for rope")
+        check("logit_scale", not rope or self.logit_scale > 0, "above 0 for rope, which turns q and k")
+        check("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks")
+        check("hidden", self.activation == "gelu" or self.hidden % 2 == 0, "even for maxmin")
         try:
             find_constraint(self.constraint)
         except ValueError as problem:
-            raise UserError(f"--constraint {self.constraint}: {problem}") from problem
+            check("constraint", False, str(problem).removeprefix("must be "))
         numbers = self.w_max.split(",") * (1 if "," in self.w_max else 7)
-        with contextlib.suppress(ValueError):  # (of a word, or of another number of numbers)
+        try:
             limits = dict(zip(ROLES, map(float, numbers), strict=True))
-            if all(0 < w < math.inf for w in limits.values()):
-                return limits
-        raise UserError(f"--w_max {self.w_max}: must be a number above 0, or 7 of them, with commas")
+        except ValueError:  # (a word, or another number of numbers)
+            limits = dict(q=math.nan)
+        right = all(0 < w < math.inf for w in limits.values())
+        check("w_max", right, "a finite number above 0, or 7 of them, with commas")
+        return limits
 
 
 SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4,
@@ -207,8 +210,7 @@ def rotate(x_BHTE):
     cos, sin = angle_TE.cos(), angle_TE.sin()
     by_self_TE = torch.cat([cos, -cos], -1).to(x_BHTE)
     by_partner_TE = torch.cat([sin, sin], -1).to(x_BHTE)
-    partner_BHTE = torch.cat(x_BHTE.chunk(2, -1)[::-1], -1)
-    return torch.addcmul(x_BHTE * by_self_TE, partner_BHTE, by_partner_TE)
+    return torch.addcmul(x_BHTE * by_self_TE, x_BHTE.roll(E // 2, -1), by_partner_TE)
 
 
 class Block(torch.nn.Module):
@@ -267,14 +269,12 @@ class Block(torch.nn.Module):
 
     def mlp(self, x_BTD):
         """w_out maxmin(w_in x), or w_out gelu(w_in x) / 1.1289 with GeLU in its tanh form."""
-        h_BTX, w_out = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), self.w_out
-        if self.config.activation == "gelu":
-            # (the forms agree in bfloat16, and a CPU computes the exact one faster)
-            form = "none" if x_BTD.dtype == torch.bfloat16 else "tanh"
-            h_BTX, w_out = F.gelu(h_BTX, approximate=form), w_out / GELU_SCALE
-        else:
-            h_BTX = maxmin(h_BTX)
-        return F.linear(h_BTX, w_out.to(x_BTD.dtype))
+        h_BTX, dtype = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), x_BTD.dtype
+        if self.config.activation == "maxmin":
+            return F.linear(maxmin(h_BTX), self.w_out.to(dtype))
+        # (the forms agree in bfloat16, and a CPU computes the exact one faster)
+        h_BTX = F.gelu(h_BTX, approximate="none" if dtype == torch.bfloat16 else "tanh")
+        return F.linear(h_BTX, (self.w_out / GELU_SCALE).to(dtype))
 
     def forward(self, x_BTD):
         x_BTD = torch.lerp(x_BTD, self.attention(x_BTD), self.mix)
@@ -295,11 +295,10 @@ class Transformer(torch.nn.Module):
         self.head_VD = torch.nn.Parameter(torch.zeros(len(vocabulary), config.width))
         limits, stiefel = config.limits(), config.constraint == "stiefel"
         for role, W in self.matrices():
-            # All singular values equal: of norm 1, if that is within the limit; stiefel: on it.
+            # All singular values equal: norm 1 if that is within the limit; on it for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
             W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
-            # o and w_out start at 0, and so each block as (1 - a) x. Not if a is so large that the
-            # signal would be lost, nor under stiefel, which does not allow 0.
+            # o and w_out start at 0, blocks as (1 - a) x, but where a large a would lose the signal.
             if role in ("o", "out") and not stiefel and self.mix < 0.4:
                 W.data.zero_()
 
@@ -343,8 +342,8 @@ class Transformer(torch.nn.Module):
 # THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
 # token moves in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), at first S = D I: RMS at most 1.
 #   8. E(S) is convex and symmetric: averages of what moves in it do, whatever the pattern.
-#   9. By position, P does not move. A token gives itself at least p_h = min_t P^h_tt; the rest is an
-#      average y_h. So (1 - a) dx_t + a out_t is the sum of G_0 dx_t and all G_h y_h (ellipsoid_sum):
+#   9. By position P does not move. A token gives itself at least p_h = min_t P^h_tt, the rest is an
+#      average y_h. So (1 - a) dx_t + a out_t is the sum of G_0 dx_t and all G_h y_h (ellipsoid_sum),
 #      G_0 = (1 - a) I + a beta sum_h p_h C_h and G_h = a beta (1 - p_h) C_h. The more tokens a
 #      softmax of a bias sees, the less it gives to one: p_h is that of the last position.
 #  10. By content p_h = 0, and a beta sum_h C_h u_h is one more part (ellipsoid_pattern). It depends
@@ -400,7 +399,7 @@ def certificate(model, rho=0.0, free=None):
 def follow(model, rho=0.0, free=None):
     """[(S, log)] after each block, steps 8 to 11: the stream moves in E(exp(log) S).
 
-    free (step 13) is filled with zeros where it is empty. A movement has U uses, with weights each.
+    free (step 13) is filled with zeros where it is empty. U: uses of a movement, an ellipsoid each.
     """
     config, free, after = model.config, {} if free is None else free, []
     H, D, content = config.heads, config.width, config.logit_scale > 0
@@ -410,7 +409,6 @@ def follow(model, rho=0.0, free=None):
     for i, block in enumerate(model.blocks):
         def weights(name, *shape):
             return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
-
         a, v_HED, o_HDE = block.mix, block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
         C_HDD = a * block.attention_scale * o_HDE @ v_HED
         p_H11 = torch.zeros(H, 1, 1).double() if content else block.bias_HT.softmax(1)[:, :1, None]
@@ -421,25 +419,23 @@ def follow(model, rho=0.0, free=None):
         N, U = len(mlp[0]), 1 if content or i == config.blocks - 1 else H + 1
         if content:
             q_HED, k_HED = config.logit_scale * H / D * block.q.view(H, -1, D), block.k.view(H, -1, D)
-            frees = weights("heads", H), weights("S", H, D // H // 2), weights("X", H, D // H // 2)
-            S, log = ellipsoid_pattern(
-                S_UDD[0], X, q_HED, k_HED, C_HDD, config.positions == "rope", *frees)
+            w = weights("heads", H), weights("S", H, D // H // 2), weights("X", H, D // H // 2)
+            S, log = ellipsoid_pattern(S_UDD[0], X, q_HED, k_HED, C_HDD, config.positions == "rope", *w)
             S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
             X, log_X = ellipsoid(G_KDD @ X @ G_KDD.mT, log_X)
             X, log_X = ellipsoid_sum(X, log_X, weights("tokens", H + 1))
-            frees = weights("values", N), weights("share")
-            X, log_X = ellipsoid_layer(X, log_X, *mlp_slopes(block, 0.5), *frees)
-        sums, neurons = weights("parts", U, len(S_KDD)), weights("neurons", U, N)
-        shares = weights("shares", U)
-        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, sums[u]), *mlp, neurons[u], shares[u])
-                for u in range(U)]
+            w = weights("values", N), weights("share")
+            X, log_X = ellipsoid_layer(X, log_X, *mlp_slopes(block, 0.5), *w)
+        w = zip(weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U))
+        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts_K), *mlp, neurons_N, share)
+                for parts_K, neurons_N, share in w]
         S_UDD, log_U = map(torch.stack, zip(*uses))
         after.append(uses[0])
     return after
 
 
 def mlp_slopes(block, spread):
-    """(F, A, B) of step 11. spread: how far GeLU's slopes, or its values, are from z / 2 at most."""
+    """(F, A, B) of step 11. spread: how far GeLU's slopes (values) are from 1/2 (z/2) at most."""
     a, w_in, w_out = block.mix, block.w_in, block.w_out
     stream = (1 - a) * torch.eye(len(w_out)).double()
     if block.config.activation == "gelu":
@@ -589,10 +585,7 @@ def windows(tokens_N, T, batch=32):
 
 # ==== Run folders: one rule for starting and going on =============================================
 def go_on(config):
-    """(config, model, checkpoint) to load, to sample or to go on with; None twice for a new run.
-
-    What is stored has its own settings. Another value given for one of them is an error.
-    """
+    """(config, model, checkpoint) of what is stored, if anything. Settings that differ are an error."""
     source = config.load or config.sample
     if not source and not (config.out and (Path(config.out) / "checkpoint.pt").exists()):
         return config, None, None
@@ -617,7 +610,7 @@ def go_on(config):
 
 
 def new_folder(config):
-    """The folder of a run that starts: config.out, or the first free runs/SCRIPT_PRESET_seedN."""
+    """The folder of a run: config.out, or the first free runs/SCRIPT_PRESET_seedN."""
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         return Path(config.out)
@@ -646,9 +639,8 @@ def load_checkpoint(folder):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
-        config = Config(**state["config"])
-        uncoded = dataclasses.replace(config, constraint="none")  # (a name in a file runs no code)
-        model = Transformer(uncoded, state["vocabulary"])
+        config = Config(**state["config"])  # (its constraint may name code, which is not run here)
+        model = Transformer(dataclasses.replace(config, constraint="none"), state["vocabulary"])
         model.load_state_dict(state["model"])
         return config, model, state
 
@@ -663,11 +655,9 @@ class NumpyOnly(pickle.Unpickler):
 
 
 def load_published(path):
-    """(config, model) of the authors' .npz: pickled dictionaries of settings, and of matrices in the
-    order embedding; v, q, k, o, in, out of each block; head.
-    """
-    stored = {}
-    with reading(path, "in the published form"), zipfile.ZipFile(path) as archive:
+    """(config, model) of the authors' .npz: pickled dictionaries of settings, and of numbered matrices."""
+    stored, order = {}, ("v", "q", "k", "o", "w_in", "w_out")
+    with reading(f"--load {path}", "in the published form"), zipfile.ZipFile(path) as archive:
         if sum(info.file_size for info in archive.infolist()) > 2**31:
             raise ValueError("more than 2 GB when unpacked")
         for name in ("args", "weights_checkpoint_0"):
@@ -683,7 +673,7 @@ def load_published(path):
             heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
             logit_scale=float(args["softmax_scale"]), final_scale=float(args.get("final_scale", 1)),
             residual_scale=float(args["residual_scale"]))
-        model, order = Transformer(config, VOCABULARY), ("v", "q", "k", "o", "w_in", "w_out")
+        model = Transformer(config, VOCABULARY)
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
         weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
         model.load_state_dict(dict(weights, embedding_VD=weights["embedding_VD"].T))
@@ -722,7 +712,7 @@ def main(config):
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if (model and model.vocabulary != vocabulary) or (state and state["tokens"] != len(train_N)):
         raise UserError(f"--data {data_name}: has {len(train_N)} characters to train, {len(vocabulary)} "
-                        f"different; the model was trained on others; give it the same text")
+                        f"different; {config.load or config.out} was trained on others; give that text")
     encode(config.prompt, vocabulary)  # (a wrong prompt is reported before training)
 
     # ---- build
@@ -741,11 +731,10 @@ def main(config):
     optimizers = [(optimizer, lr), (adam([model.embedding_VD]), config.embed_lr)]
     if config.positions == "bias":
         optimizers.append((adam([block.bias_HT for block in model.blocks]), config.bias_lr))
-    start, seconds, log, out = 0, 0.0, [], Path(config.out) if state else new_folder(config)
-    if state:
-        start, seconds, log = state["step"], state["seconds"], state["log"]
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    state = state or dict(step=0, seconds=0.0, log=[], optimizers=[])
+    start, seconds, log, out = state["step"], state["seconds"], state["log"], new_folder(config)
+    for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
           f"({len(train_N):,} characters to train, {len(validation_N):,} to validate, "
@@ -753,9 +742,9 @@ def main(config):
 
     # ---- train
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
-    bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
+    steps = tqdm(range(start, config.steps), disable=not sys.stderr.isatty(), leave=False)
     losses, began = [], time.perf_counter()
-    for step in range(start, config.steps):
+    for step in steps:
         x_BT, y_BT = batch_of(train_N, step, config)
         logits_NV = config.loss_temperature * model(x_BT.to(device), dtype).flatten(0, 1)
         loss = F.cross_entropy(logits_NV, y_BT.to(device).flatten())
@@ -771,7 +760,6 @@ def main(config):
                 W.data.copy_(after_unknown_step(constraint, W, limits[role], lr * fraction))
         model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
         losses.append(loss.detach())
-        bar.update()
 
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
@@ -789,14 +777,13 @@ def main(config):
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             left = last["ms_per_step"] / 1000 * (config.steps - done)
-            bar.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  validation loss "
-                      f"{last['val_loss_at_temperature']:.3f}  accuracy {100 * last['val_accuracy']:5.2f} %  "
-                      f"largest norm {last['max_weight_norm']:.3f}  bound (max-token RMS) "
-                      f"{power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
-                      f"{left:.0f} s left", file=sys.stdout)
+            tqdm.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  validation loss "
+                       f"{last['val_loss_at_temperature']:.3f}  accuracy "
+                       f"{100 * last['val_accuracy']:5.2f} %  largest norm {last['max_weight_norm']:.3f}  "
+                       f"bound (max-token RMS) {power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
+                       f"{left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
-    bar.close()
     log = log or [measure(model, validation_N, 0, None, 0.0)]  # (of --load)
     return report(config, model, out, log, data_name, validation_N, dtype)
 
@@ -818,10 +805,10 @@ def measure(model, validation_N, step, train_loss, seconds):
     """A line of the log. Its bound is the untuned one."""
     loss, hot_loss, accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
     bound = certificate(model)
-    largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
     return dict(step=step, train_loss=train_loss, val_loss=loss, val_loss_at_temperature=hot_loss,
-                val_accuracy=accuracy, norms=bound["norms"], max_weight_norm=largest,
-                lipschitz_log10=bound["log10"], ms_per_step=1000 * seconds / max(1, step))
+                val_accuracy=accuracy, norms=bound["norms"], lipschitz_log10=bound["log10"],
+                max_weight_norm=max(bound["norms"][role] for role in bound["norms"] if role != "embedding"),
+                ms_per_step=1000 * seconds / max(1, step))
 
 
 def report(config, model, out, log, data_name, validation_N, dtype):
@@ -844,9 +831,8 @@ def report(config, model, out, log, data_name, validation_N, dtype):
 
     print(f"\n{config.load or config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
           f"steps, seed {config.seed}, data: {data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, "
-          f"cross-entropy of the logits {last['val_loss']:.3f}, at the loss temperature "
-          f"{config.loss_temperature:g} {last['val_loss_at_temperature']:.3f}\n"
-          "  certified token accuracy at rho (RMS, every embedding)",
+          f"loss {last['val_loss']:.3f}, at the loss temperature {config.loss_temperature:g} "
+          f"{last['val_loss_at_temperature']:.3f}\n  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print("  certificate (max-token RMS)\n"
@@ -854,9 +840,9 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     for i, row in enumerate(bound["rows"]):
         R, pattern = row["radius_log10"], log10(row["pattern"]) + 2 * row["radius_log10"]
         cells = R, log10(row["value"]), pattern, log10(row["mlp"]), row["stream_log10"]
-        print("    {:5d} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
-    print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits: the smaller one of the "
-          f"product, {power(bound['product_log10'])}, and the ellipsoid, {power(bound['ellipsoid_log10'])}")
+        print("    {:5} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
+    print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
+          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
     draw(config, out, log, bound, certified)
     print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
     sample(model, config, dtype)
@@ -882,7 +868,8 @@ def draw(config, out, log, bound, certified):
     a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
     b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     c.set(title=f"certified tokens, %; constant {power(bound['log10'])}", xlabel="rho (RMS, each embedding)")
-    figure.legend(loc="outside lower center", ncols=9)
+    a.legend()
+    b.legend()
     figure.savefig(out / "curves.png", dpi=110)
 
 
