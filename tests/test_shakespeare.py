@@ -347,6 +347,7 @@ def sublayers(model):
 def test_every_ellipsoid_survives_attack(case, kind):
     """Untuned, tuned and with random weights: after each sublayer in every direction, and end to end."""
     model = random_model(kind, norm=1.3, blocks=2, **case).requires_grad_(False)
+    model.embedding_VD *= 1.6 / rms(model.embedding_VD).max()  # R = 1.6
     bound, free = certificate(model), tuned(model, 6)
     assert certificate(model, free=free)["ellipsoid_log10"] <= bound["ellipsoid_log10"]
     assert bound["log10"] == min(bound["product_log10"], bound["ellipsoid_log10"])
@@ -423,6 +424,19 @@ def test_the_moved_pattern_is_in_its_ellipsoid(case):
     torch.testing.assert_close(pattern(x), block.attention(x))
     found = attack(pattern, R, T, D, lambda y, dy: torch.stack([gauge(model.mix * dy, *part) for part in parts]))
     assert 0.01 < found[0] <= 1 and found[1] <= 1
+
+
+@torch.no_grad()
+def test_the_tokens_ellipsoid_is_reached():
+    """Where attention and its stream only halve, and half of GeLU's inputs are lost: exactly, by large tokens."""
+    model = random_model(width=8, hidden=8, heads=1)
+    block, R = model.blocks[0], 50.0
+    block.o.zero_()
+    block.w_in.copy_(shakespeare.GELU_SCALE * torch.eye(8))
+    block.w_out.copy_(-torch.eye(8))
+    model.embedding_VD.fill_(-R)
+    X, log_X = on_the_way(model)[1]["ellipsoid_layer"][0]
+    assert gauge(model.blocks(-R * torch.ones(1, 1, 8).double()), X, log_X).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "maxmin"])
@@ -659,6 +673,28 @@ def test_no_margin_exceeds_the_radius(monkeypatch):
             patch.setattr(Transformer, "forward", None)
             shortcut = shakespeare.certified_tokens(model, TOKENS, None, (100 * rho,))[100 * rho]
         assert torch.equal(looked, shortcut) and not looked.any() and len(looked) == 600
+
+
+@torch.no_grad()
+def test_positions_are_looked_at_if_some_may_stand(monkeypatch):
+    """Characters 0 and 1 cannot be told apart at this rho whatever the text, but character 2 can be certified."""
+    model = random_model("random", norm=2.0, blocks=2, **CASES[1])
+    x_BT, _ = next(shakespeare.windows(TOKENS, T, batch=100))
+    along = F.normalize(model.blocks(F.embedding(x_BT, model.embedding_VD))[0, -1], dim=0)
+    across = F.normalize(torch.linalg.qr(torch.stack([along, torch.ones(D).double()], 1))[0][:, 1], dim=0)
+    model.head_VD.copy_(-1e5 * along)
+    model.head_VD[:3] = torch.stack([across, -across, 1e5 * along])
+    S = 1e8 * torch.outer(across, across) + 1e-6 * torch.eye(D).double()
+    monkeypatch.setattr(shakespeare, "follow", lambda *a, **k: [(S, torch.zeros(()))] * 2)
+    monkeypatch.setattr(shakespeare, "tuned", lambda *a, **k: {})
+    predicted_windows(monkeypatch, model, TOKENS)
+    batches = list(shakespeare.windows())
+    monkeypatch.setattr(shakespeare, "windows", lambda *a: iter(batches))
+    rho, bound = 0.1, certificate(model, 0.1)
+    apart_2R = 2 * D**0.5 * 10 ** bound["radius_log10"]
+    assert rho * min(2e4, 2 * D**0.5 * 10 ** bound["body_log10"]) > apart_2R  # 0 and 1
+    alone, beside = (shakespeare.certified_tokens(model, TOKENS, None, rhos)[rho] for rhos in ((rho,), (rho, 1e-9)))
+    assert torch.equal(alone, beside) and alone.any()
 
 
 # ---- model and published checkpoints ----------------------------------------------------------------
