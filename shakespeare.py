@@ -777,10 +777,11 @@ def main(config):
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             left = last["ms_per_step"] / 1000 * (config.steps - done)
-            tqdm.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  validation loss "
-                       f"{last['val_loss_at_temperature']:.3f}  accuracy "
-                       f"{100 * last['val_accuracy']:5.2f} %  largest norm {last['max_weight_norm']:.3f}  "
-                       f"bound (max-token RMS) {power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
+            tqdm.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  "
+                       f"validation loss {last['val_loss_at_temperature']:.3f}  "
+                       f"accuracy {100 * last['val_accuracy']:5.2f} %  largest norm "
+                       f"{last['max_weight_norm']:.3f}  bound (max-token RMS) "
+                       f"{power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
                        f"{left:.0f} s left", file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
