@@ -941,7 +941,13 @@ def report(config, model, out, log, data_name, dtype, world_size):
     print("  largest entry after each block", *(f"  {entry:.3g}" for entry in last["activations"]))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS): the smaller of "
           f"product, {power(bound['product_log10'])}, and ellipsoid, {power(bound['ellipsoid_log10'])}")
+    draw(config, out, log)
+    print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
+    return summary
 
+
+def draw(config, out, log):
+    """curves.png: losses, norms and largest entries."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
     steps, figure = [record["step"] for record in log], Figure(figsize=(14, 4.5), layout="constrained")
     a, b, c = figure.subplots(1, 3)
@@ -955,8 +961,6 @@ def report(config, model, out, log, data_name, dtype, world_size):
     c.set(title="largest entry after each block", xlabel="step", ylim=(0, None))
     a.legend(), b.legend()
     figure.savefig(out / "curves.png", dpi=110)
-    print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
-    return summary
 
 
 @torch.no_grad()

@@ -47,9 +47,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from constraints import (after_unknown_step, cap_rows, ellipsoid, ellipsoid_layer, ellipsoid_norm,
-                         ellipsoid_pairs, ellipsoid_pattern, ellipsoid_sum, exact_norm,
-                         find_constraint, log10, power, sigma_per_norm, tune)
+from constraints import (after_unknown_step, cap_rows, ellipsoid_blocks, ellipsoid_norm,
+                         ellipsoid_pairs, exact_norm, find_constraint, log10, mlp_slopes, power,
+                         sigma, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
@@ -341,21 +341,16 @@ class Transformer(torch.nn.Module):
 #
 # THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
 # token moves in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), at first S = D I: RMS at most 1.
-#   8. E(S) is convex and symmetric: averages of what moves in it do, whatever the pattern.
-#   9. By position P does not move. A token gives itself at least p_h = min_t P^h_tt, the rest is an
-#      average y_h. So (1 - a) dx_t + a out_t is the sum of G_0 dx_t and all G_h y_h (ellipsoid_sum),
-#      G_0 = (1 - a) I + a beta sum_h p_h C_h and G_h = a beta (1 - p_h) C_h. The more tokens a
-#      softmax of a bias sees, the less it gives to one: p_h is that of the last position.
-#  10. By content p_h = 0, and a beta sum_h C_h u_h is one more part (ellipsoid_pattern). It depends
-#      on where the tokens are: in E(X), from X = R^2 D I on by the same steps.
-#  11. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (ellipsoid_layer). GeLU has slopes
-#      1/2 +- (g - 1/2) and values z/2 +- |z|/2. A pair of MaxMin keeps its sum, and its difference
-#      but for the sign: halves of w_in and w_out enter A as sums, F and B as differences.
-#  12. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
+#   8. Attention adds up free parts (ellipsoid_blocks): by position what a token keeps of itself,
+#      p_h = min_t P^h_tt of head h included, and an average of the rest; by content p_h = 0, and the
+#      moved pattern is one more. The more tokens a softmax of a bias sees, the less it gives to one:
+#      p_h is that of the last position.
+#   9. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (mlp_slopes, ellipsoid_layer). GeLU has
+#      slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2.
+#  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
 #      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
-#  13. The weights of sums and of neurons are free: zeros are the untuned start, `tuned` descends from
-#      there. As any weights are true, each part of the next sum (step 9) may use an ellipsoid of the
-#      same movement with weights of its own.
+#  11. The weights of parts and of neurons are free: zeros are the untuned start, from which `tuned`
+#      descends.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
@@ -397,58 +392,29 @@ def certificate(model, rho=0.0, free=None):
 
 
 def follow(model, rho=0.0, free=None):
-    """[(S, log)] after each block, steps 8 to 11: the stream moves in E(exp(log) S).
-
-    free (step 13) is filled with zeros where it is empty. U: uses of a movement, an ellipsoid each.
-    """
-    config, free, after = model.config, {} if free is None else free, []
-    H, D, content = config.heads, config.width, config.logit_scale > 0
-    eye, R = torch.eye(D).double(), model.embedding_VD.square().mean(1).max().sqrt() + rho
-    S_UDD, log_U = ellipsoid(eye[None], math.log(D))
-    X, log_X = ellipsoid(eye, math.log(D) + 2 * R.clamp(min=1e-300).log() + 1e-9)
-    for i, block in enumerate(model.blocks):
-        def weights(name, *shape):
-            return free.setdefault(f"{name} {i}", torch.zeros(shape).double())
-        a, v_HED, o_HDE = block.mix, block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
-        C_HDD = a * block.attention_scale * o_HDE @ v_HED
-        p_H11 = torch.zeros(H, 1, 1).double() if content else block.bias_HT.softmax(1)[:, :1, None]
-        G_0 = (1 - a) * eye + (p_H11 * C_HDD).sum(0)
-        G_KDD = torch.cat([G_0[None], (1 - p_H11) * C_HDD])
-        S_KDD, log_K = ellipsoid(G_KDD @ S_UDD @ G_KDD.mT, log_U)
-        mlp = mlp_slopes(block, GELU_SLOPE - 0.5)
-        N, U = len(mlp[0]), 1 if content or i == config.blocks - 1 else H + 1
-        if content:
+    """[(S, log)] after each block, steps 8 and 9: the stream moves in E(exp(log) S)."""
+    config, a, blocks = model.config, model.mix, []
+    H, D = config.heads, config.width
+    for block in model.blocks:
+        v_HED, o_HDE = block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
+        matrices = dict(stream=1 - a, C_HDD=a * block.attention_scale * o_HDE @ v_HED, p_H=None)
+        if config.logit_scale > 0:
             q_HED, k_HED = config.logit_scale * H / D * block.q.view(H, -1, D), block.k.view(H, -1, D)
-            w = weights("heads", H), weights("S", H, D // H // 2), weights("X", H, D // H // 2)
-            S, log = ellipsoid_pattern(S_UDD[0], X, q_HED, k_HED, C_HDD, config.positions == "rope", *w)
-            S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
-            X, log_X = ellipsoid(G_KDD @ X @ G_KDD.mT, log_X)
-            X, log_X = ellipsoid_sum(X, log_X, weights("tokens", H + 1))
-            w = weights("values", N), weights("share")
-            X, log_X = ellipsoid_layer(X, log_X, *mlp_slopes(block, 0.5), *w)
-        w = zip(weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U))
-        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts_K), *mlp, neurons_N, share)
-                for parts_K, neurons_N, share in w]
-        S_UDD, log_U = map(torch.stack, zip(*uses))
-        after.append(uses[0])
-    return after
-
-
-def mlp_slopes(block, spread):
-    """(F, A, B) of step 11. spread: how far GeLU's slopes (values) are from 1/2 (z/2) at most."""
-    a, w_in, w_out = block.mix, block.w_in, block.w_out
-    stream = (1 - a) * torch.eye(len(w_out)).double()
-    if block.config.activation == "gelu":
-        w_out = a / GELU_SCALE * w_out
-        return w_in, stream + w_out @ w_in / 2, spread * w_out
-    (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
-    A = stream + a / 2 * (out_1 + out_2) @ (in_1 + in_2)
-    return (in_1 - in_2) / 2**0.5, A, a * (out_1 - out_2) / 2**0.5
+            matrices.update(q_HED=q_HED, k_HED=k_HED, rotates=config.positions == "rope")
+        else:
+            matrices.update(p_H=block.bias_HT.softmax(1)[:, 0])
+        w_out, spreads = a * block.w_out, (None, None)
+        if config.activation == "gelu":
+            w_out, spreads = w_out / GELU_SCALE, (GELU_SLOPE - 0.5, 0.5)
+        moves, values = (mlp_slopes(1 - a, block.w_in, w_out, spread) for spread in spreads)
+        blocks.append(dict(matrices, moves=moves, values=values))
+    R = model.embedding_VD.square().mean(1).max().sqrt().item() + rho
+    return ellipsoid_blocks(blocks, R, {} if free is None else free)
 
 
 @torch.enable_grad()
 def tuned(model, steps=30, free=None, pairs=False):
-    """Step 13, from `free` on: for the least norm, or the least mean logarithm of pairs of logits."""
+    """Step 11, from `free` on: for the least norm, or the least mean logarithm of pairs of logits."""
     model, free = copied(model), copy.deepcopy(free or {})
     U = model.config.final_scale * model.head_VD
 
@@ -468,11 +434,6 @@ def copied(model):
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("the model has weights that are not finite: there is nothing to certify")
     return model
-
-
-def sigma(W):
-    """Largest singular value of a matrix or each of a stack."""
-    return torch.linalg.matrix_norm(W, ord=2)
 
 
 @torch.no_grad()

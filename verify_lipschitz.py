@@ -35,9 +35,10 @@ import torch
 import torch.nn.functional as F
 
 import mlp_cifar
+import nanogpt_lipschitz
+import shakespeare
 from constraints import log10
 from mlp_cifar import UserError
-from old_interface import nanogpt_lipschitz, shakespeare  # (goes when both have the new one)
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
 # vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
@@ -47,7 +48,6 @@ from old_interface import nanogpt_lipschitz, shakespeare  # (goes when both have
 # ==== Config ======================================================================================
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
 ERRORS = (UserError, shakespeare.UserError, nanogpt_lipschitz.UserError)
-TUNED = dict(mlp_cifar=dict(steps=30), shakespeare=dict(search=20))  # as for summary.json
 FLAGS = dict(budget="multiplies the steps of every search", images="test images to attack",
              windows="windows of validation text, a quarter of which is attacked",
              data="where the run's own data are now, if they moved", seed="of the searches")
@@ -323,7 +323,7 @@ def evaluation_data(table, script, run, model, trained_on):
 
 # ==== MLP: an image is one token, so that the same search serves ==================================
 def verify_mlp(table, script, run, model, trained_on):
-    bound, to_rms = mlp_cifar.certificate(model, **TUNED[script.SCRIPT]), log10(mlp_cifar.RMS_PER_L2)
+    bound, to_rms = mlp_cifar.certificate(model, steps=30), log10(mlp_cifar.RMS_PER_L2)
     tight, product = bound["tight_log10"] + to_rms, bound["product_log10"] + to_rms  # RMS->RMS
     images_NP, labels_N = evaluation_data(table, script, run, model, trained_on)
     x_NP = images_NP[:table.config.images].double() / 255
@@ -368,7 +368,8 @@ def verify_mlp(table, script, run, model, trained_on):
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
 def verify_transformer(table, script, run, model, trained_on):
-    bound = script.certificate(model, **TUNED.get(script.SCRIPT, {}))
+    free = script.tuned(model)
+    bound = script.certificate(model, free=free)
     tokens_N = evaluation_data(table, script, run, model, trained_on)
     embedding_VD, T = model.embedding_VD, run.seq_len
     table.of_weights = dict(
@@ -385,22 +386,19 @@ def verify_transformer(table, script, run, model, trained_on):
         return
     head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
     attack_bounds(table, script, run, model, head, bound, tokens_N)
-    if len(embedding_VD) <= 1024:  # (pairs of more tokens would fill the memory)
-        whole = script is shakespeare
+    if script is shakespeare and len(embedding_VD) <= 1024:  # (pairs of more would fill the memory)
         n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions
-        certified = script.certified_tokens(model, tokens_N if whole else tokens_N[:n + 1])
-        x_WT = tokens_N[:n].view(-1, T)
-        documents = {} if whole else dict(docs_BT=model.embed(x_WT, torch.float64)[1])
+        certified = script.certified_tokens(model, tokens_N, free)
         table.attack_predictions(
             "validation text", "rho: RMS at every embedding", certified,
-            lambda x: head(model.body(x, **documents)).flatten(0, 1), F.embedding(x_WT, embedding_VD),
-            tokens_N[1:n + 1], length=1, steps=10)
-        if whole:
-            table.of_data["certified_token_accuracy"] = shares(certified)
+            lambda x: head(model.blocks(x)).flatten(0, 1),
+            F.embedding(tokens_N[:n].view(-1, T), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
+        table.of_data["certified_token_accuracy"] = shares(certified)
 
 
 def attack_bounds(table, script, run, model, head, bound, tokens_N):
     """Sublayers, blocks, the head, and the whole from embeddings to logits."""
+    body = model.blocks if script is shakespeare else model.body
     T, generator = min(32, run.seq_len), torch.Generator().manual_seed(table.seed)
     start_3W = torch.randint(len(tokens_N) - T, (3, 64), generator=generator)
     windows = tokens_N[start_3W[..., None] + torch.arange(T)]
@@ -412,10 +410,10 @@ def attack_bounds(table, script, run, model, head, bound, tokens_N):
     table.bound("head", "norm", bound["norms"]["head"] * run.final_scale, found, NORM)
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real[:8], R * directions(8, T, run.width, seed=table.seed)])
-    found = table.climb(lambda x: head(model.body(x)), starts, R)
+    found = table.climb(lambda x: head(body(x)), starts, R)
     table.bound("network", "certificate", bound["log10"], found, NORM, log=True)
     for what, other in (("real windows, two by two", y), ("one token swapped", swapped)):
-        apart_W = rms(head(model.body(x) - model.body(other))).amax(-1)
+        apart_W = rms(head(body(x) - body(other))).amax(-1)
         found = (apart_W / rms(x - other).amax(-1).clamp(min=1e-300)).max().item()
         table.bound("network", what, bound["log10"], found, NORM, log=True)
 
@@ -431,14 +429,15 @@ def attack_layers(table, script, run, model, bound, real_STD):
 
     real = [x_STD.nan_to_num(0, 0, 0) for x_STD in streams(real_STD)]
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
-        where, R, R_mlp = f"block {i + 1}", min(1e60, row["radius"]), min(1e60, row["radius_mlp"])
+        where, a = f"block {i + 1}", model.mix
+        R, R_mlp = (10 ** min(60, row[key]) for key in ("radius_log10", "radius_mlp_log10"))
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)])
         single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
-        attention = row["value"] + row["pattern"] * row["radius"] * row["radius"]
+        attention = row["value"] + row["pattern"] * R * R
         for what, f, x_STD, radius, alone, with_stream in (
-                ("attention", block.attention, starts, R, attention, row["attention"]),
-                ("MLP", block.mlp, single, R_mlp, row["mlp_derivative"], row["mlp"])):
+                ("attention", block.attention, starts, R, attention, 10 ** row["attention_log10"]),
+                ("MLP", block.mlp, single, R_mlp, row["mlp"], (1 - a) + a * row["mlp"])):
             table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
             found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
             table.bound(where, f"{what} + stream", with_stream, found, NORM)
@@ -447,7 +446,8 @@ def attack_layers(table, script, run, model, bound, real_STD):
             table.bound(where, "attention logits", certified, found, "abs")
 
     # The ball: ascent of the largest token at the end.
-    radii = [row[key] for row in bound["rows"] for key in ("radius", "radius_mlp")] + [bound["radius"]]
+    radii = [row[key] for row in bound["rows"] for key in ("radius_log10", "radius_mlp_log10")]
+    radii = [10 ** min(60, R) for R in (*radii, bound["radius_log10"])]
     x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
     for _ in range(table.steps):
         x_STD = into_ball(x_STD, radii[0]).detach().requires_grad_()
