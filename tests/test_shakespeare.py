@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from matrices import sigma_limit, with_spectrum
 
+import constraints
 import shakespeare
 from constraints import CONSTRAINTS, ellipsoid, ellipsoid_layer, ellipsoid_norm, ellipsoid_pairs, lifted, tune
 from shakespeare import Config, Transformer, UserError, certificate, follow, parse_arguments, sigma, tuned
@@ -275,7 +276,7 @@ def test_radius_is_not_left():
         assert rms(x).max() <= 10 ** bound["radius_log10"]
 
 
-# ---- the ellipsoid: steps 8 to 13
+# ---- the ellipsoid: steps 8 to 11
 def gauge(z, S, log):
     """The largest |c z| / sqrt(c S c^T) over all directions c: z is in E(exp(log) S) where this is at most 1."""
     C = torch.linalg.cholesky(lifted(S))
@@ -288,16 +289,23 @@ def on_the_way(model, rho=0.0, free=None):
     calls = {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ellipsoid_sum", "ellipsoid_layer", "ellipsoid_pattern"):
-            def record(*args, name=name, f=getattr(shakespeare, name)):
+            def record(*args, name=name, f=getattr(constraints, name)):
                 calls.setdefault(name, []).append(f(*args))
                 return calls[name][-1]
-            patch.setattr(shakespeare, name, record)
+            patch.setattr(constraints, name, record)
         after = follow(model, rho, free)
     return after, calls
 
 
+def mlp_parts(block, spread):
+    """(F, A, B) of the MLP and its stream."""
+    gelu = block.config.activation == "gelu"
+    w_out = block.mix * block.w_out / (shakespeare.GELU_SCALE if gelu else 1)
+    return constraints.mlp_slopes(1 - block.mix, block.w_in, w_out, spread if gelu else None)
+
+
 def random_free(model, seed=0, size=0.7):
-    """Any weights of step 13: all must be true."""
+    """Any weights of step 11: all must be true."""
     free, generator = {}, torch.Generator().manual_seed(seed)
     follow(model, 0.0, free)
     return {name: size * torch.randn(zero.shape, generator=generator).double() for name, zero in free.items()}
@@ -306,7 +314,7 @@ def random_free(model, seed=0, size=0.7):
 @torch.no_grad()
 def claims(model, free):
     """A function of (values, movements) after each sublayer (2 blocks, B, T, D): found / certified, (M, B, T), of
-    the ellipsoids of step 13 after each sublayer, those of the tokens, and at the end random directions, norm, pairs.
+    the ellipsoids of step 11 after each sublayer, those of the tokens, and at the end random directions, norm, pairs.
     """
     after, calls = on_the_way(model, 0.0, free)
     sums, layers, (S, log) = calls["ellipsoid_sum"], calls["ellipsoid_layer"], after[-1]
@@ -401,7 +409,7 @@ def test_the_first_positions_own_share_is_caught():
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 1, 3, 4, 6)], ids=named)
 def test_the_moved_pattern_is_in_its_ellipsoid(case, turned):
-    """Step 10 alone: how far attention moves if only its pattern does, in every direction. Turned: queries and keys
+    """Step 8 alone: how far attention moves if only its pattern does, in every direction. Turned: queries and keys
     that meet only if RoPE turns one against the other.
     """
     model = random_model("random", norm=1.5, **case).requires_grad_(False)
@@ -450,14 +458,14 @@ def test_the_tokens_ellipsoid_is_reached():
 
 @pytest.mark.parametrize("activation", ["gelu", "maxmin"])
 def test_slopes_and_values_of_the_mlp(activation):
-    """Step 11: the stream with its MLP, its movement and its value, are A z + B v, |v_i| <= |(F z)_i|."""
+    """Step 9: the stream with its MLP, its movement and its value, are A z + B v, |v_i| <= |(F z)_i|."""
     model = random_model("random", activation=activation, heads=1, residual_scale=1.4, norm=2.0).requires_grad_(False)
     block, g = model.blocks[0], shakespeare.GELU_SLOPE
     z, dz = 2 * torch.randn(2, 500, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     value, moved = torch.func.jvp(lambda x: torch.lerp(x, block.mlp(x), model.mix), (z,), (dz,))
     h = F.linear(z, block.w_in)
     for spread, x, y in ((0.5, z, value), (g - 0.5, dz, moved)):
-        F_ND, A, B = shakespeare.mlp_slopes(block, spread)
+        F_ND, A, B = mlp_parts(block, spread)
         Fx = F.linear(x, F_ND)
         if activation == "maxmin":
             above = (h[:, :16] - h[:, 16:]).sign()  # of the pair: by it the difference stays or changes its sign
@@ -473,7 +481,7 @@ def test_slopes_and_values_of_the_mlp(activation):
 
 @pytest.mark.parametrize("activation", ["gelu", "maxmin"])
 def test_the_stream_and_the_mlp_against_enumeration(activation):
-    """Step 11: never below the worst swaps, or slopes at the ends of their range, and near them if tuned."""
+    """Step 9: never below the worst swaps, or slopes at the ends of their range, and near them if tuned."""
     model = random_model("random", width=4, hidden=8, heads=1, residual_scale=1.5, activation=activation, norm=1.4)
     block, a, eye = model.requires_grad_(False).blocks[0], model.mix, torch.eye(4).double()
     g, worst = shakespeare.GELU_SLOPE, 0.0
@@ -485,7 +493,7 @@ def test_the_stream_and_the_mlp_against_enumeration(activation):
             stay, swap = torch.diag(1 - bits[:4]), torch.diag(bits[:4])
             J = torch.cat([torch.cat([stay, swap], 1), torch.cat([swap, stay], 1)])
         worst = max(worst, sigma((1 - a) * eye + a * block.w_out @ J @ block.w_in).item())
-    parts = shakespeare.mlp_slopes(block, g - 0.5)
+    parts = mlp_parts(block, g - 0.5)
 
     def bound(free):
         neurons = free.setdefault("neurons", torch.zeros(len(parts[0])).double())
@@ -638,7 +646,7 @@ def test_certified_tokens_survive_attack(case, monkeypatch):
 
 @torch.no_grad()
 def test_certified_tokens_by_brute_force():
-    """Step 12, position by position and pair by pair, from S itself and from the product."""
+    """Step 10, position by position and pair by pair, from S itself and from the product."""
     for case in (CASES[1], CASES[9]):
         model, rho = random_model("random", blocks=2, **case), 0.01
         model.head_VD *= 3
