@@ -430,13 +430,14 @@ def attack_layers(table, script, run, model, bound, real_STD):
     real = [x_STD.nan_to_num(0, 0, 0) for x_STD in streams(real_STD)]
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
         where, a = f"block {i + 1}", model.mix
-        R, R_mlp = (10 ** min(60, row[key]) for key in ("radius_log10", "radius_mlp_log10"))
+        R, R_mlp = (10.0 ** min(60.0, row[key]) for key in ("radius_log10", "radius_mlp_log10"))
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)])
         single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
         attention = row["value"] + row["pattern"] * R * R
         for what, f, x_STD, radius, alone, with_stream in (
-                ("attention", block.attention, starts, R, attention, 10 ** row["attention_log10"]),
+                ("attention", block.attention, starts, R, attention,
+                 10.0 ** min(300.0, row["attention_log10"])),
                 ("MLP", block.mlp, single, R_mlp, row["mlp"], (1 - a) + a * row["mlp"])):
             table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
             found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
@@ -447,7 +448,7 @@ def attack_layers(table, script, run, model, bound, real_STD):
 
     # The ball: ascent of the largest token at the end.
     radii = [row[key] for row in bound["rows"] for key in ("radius_log10", "radius_mlp_log10")]
-    radii = [10 ** min(60, R) for R in (*radii, bound["radius_log10"])]
+    radii = [10.0 ** min(60.0, R) for R in (*radii, bound["radius_log10"])]
     x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
     for _ in range(table.steps):
         x_STD = into_ball(x_STD, radii[0]).detach().requires_grad_()
@@ -502,7 +503,8 @@ def verify(config, path):
     except Exception as problem:  # a file may be wrong in dozens of ways
         if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
             return table
-        raise UserError(f"cannot be used ({shakespeare.one_line(problem)}); give the folder of a run "
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+        raise UserError(f"cannot be used ({reason}); give the folder of a run "
                         f"of {', '.join(SCRIPTS)}, or an .npz file") from problem
     if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
         table.bound(bad[0], "is not finite", 0.0, math.inf, "")
