@@ -2,9 +2,8 @@
 
 WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes
 none. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and holds
-them against what the files of a run say. Then it looks for the pair: sublayer by sublayer and end to
-end, in the norm and the ball for which a bound is claimed. What it finds is a lower bound on the
-constant: found / certified above 1 is a bug, below 1 the tightness.
+them against what the files of a run say. Then it looks for the pair, in the norm and the ball for
+which a bound is claimed: found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
     python verify_lipschitz.py runs/NAME [...]        # run folders, folders of them, published .npz
@@ -17,7 +16,7 @@ RESULT: a table, verify.json and verify.png in the run's folder, and an exit sta
     2  could not be checked in full: a file, a value or the data are missing (without summary.json:
        nothing claimed). A published .npz claims nothing itself: attacks alone decide.
 
-ANCESTRY. Projected gradient attacks: Madry et al. (2018); margin: Carlini and Wagner (2017).
+ANCESTRY. Attacks by projected gradients: Madry et al. (2018), Carlini and Wagner (2017).
 """
 
 import argparse
@@ -448,17 +447,17 @@ def attack_layers(table, script, run, model, bound, real_STD):
 
     # The ball: ascent of the largest token at the end.
     radii = [row[key] for row in bound["rows"] for key in ("radius_log10", "radius_mlp_log10")]
-    radii = [10.0 ** min(60.0, R) for R in (*radii, bound["radius_log10"])]
+    radii, R = [*radii, bound["radius_log10"]], 10.0 ** radii[0]
     x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
     for _ in range(table.steps):
-        x_STD = into_ball(x_STD, radii[0]).detach().requires_grad_()
+        x_STD = into_ball(x_STD, R).detach().requires_grad_()
         rms_ST = [rms(x) for x in streams(x_STD)]
         seen = [max(largest, r_ST.max().item()) for largest, r_ST in zip(seen, rms_ST)]
         gradient, = torch.autograd.grad(rms_ST[-1].amax(-1).sum(), x_STD)
         largest_S11 = rms(gradient).amax(-1).clamp(min=1e-300)[:, None, None]
-        x_STD = x_STD.detach() + 0.3 * radii[0] * gradient / largest_S11
+        x_STD = x_STD.detach() + 0.3 * R * gradient / largest_S11
     for i, (radius, largest) in enumerate(zip(radii, seen)):
-        table.bound("stream", f"radius after {i} sublayers", radius, largest, "max-token RMS")
+        table.bound("stream", f"radius after {i} sublayers", radius, largest, "max-token RMS", log=True)
 
 
 def split_tokens(block, heads, T, R):
