@@ -43,7 +43,7 @@ def attention_logits(model, window_BT):
         seen = max(seen, logits_BHTT.tril().abs().max().item())  # (a token attends to those before it)
         q_H, k_H = (torch.linalg.matrix_norm(W.double().view(H, D // H, D), ord=2)
                     for W in (block.q, block.k))
-        bound = max(bound, (s * q_H * k_H * row["radius"] ** 2 * D).max().item())
+        bound = max(bound, (s * q_H * k_H * 10 ** (2 * row["radius_log10"]) * D).max().item())
         x_BTD = block(x_BTD)
     return seen, bound
 
