@@ -459,7 +459,7 @@ def test_main_leaves_its_caller_alone(tmp_path):
 # ---- bad input: one line, exit status 2, nothing damaged ---------------------------------------------------------------
 @pytest.mark.parametrize("flags, says", [
     ("--w_max -1", "--w_max"), ("--w_max 0", "--w_max"), ("--w_max nan", "--w_max"), ("--w_max inf", "--w_max"),
-    ("--w_max 1,2", "3 of them"), ("--w_max six", "--w_max"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"),
+    ("--w_max 1,2", "3 with commas"), ("--w_max six", "--w_max"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"),
     ("--constrain_every 0", "from 1 to 64"), ("--lr nan", "--lr"), ("--lr -0.1", "--lr"), ("--batch 0", "--batch"),
     ("--constraint clip", "soft_cap"), ("--constraint nobody.py:f", "nobody.py"), ("--step 10", "--step"),
     ("--optimizer sgd", "muon"), ("--dtype float8", "bfloat16"), ("--preset best", "paper_adamw"), ("--device tpu", "--device"),
