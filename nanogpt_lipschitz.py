@@ -1008,6 +1008,7 @@ if __name__ == "__main__":
         if status == 1:
             sys.excepthook(*sys.exc_info())
         print(f"{SCRIPT}.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr)
-    if status and rank:  # (sys.exit could wait for messages to and from the others for ever)
+    if rank:  # (sys.exit could wait for messages of the others for ever, and gloo's threads abort it
+        sys.stdout.flush()  # in one run of twenty, at which torchrun kills rank 0 in its report)
         os._exit(status)
     sys.exit(status)
