@@ -362,19 +362,20 @@ def ellipsoid_sum(S_KDD: torch.Tensor, log_K: torch.Tensor, free_K=0.0):
 def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0):
     """(S', log') that holds every A z + B v with z in E(exp(log) S) and |v_i| <= |(F z)_i| for each i.
 
-    ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by dz/2 + v. Any free_N and
+    ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by (dz + v) / 2. Any free_N and
     free_share (a scalar) give a true one. Zeros are ECLipsE-Fast (Xu and Sivaranjani 2024), a value for each
     neuron is LipSDP (Fazlyab et al. 2019).
     """
     # 1. With S = C C^T, z = C y with |y| <= 1. For L = diag(l), any l > 0: v^T L v <= z^T F^T L F z.
     # 2. So y^T (I - K) y + v^T L v <= y^T y <= 1 with K = C^T F^T L F C. If K < I, A C y + B v is in the
     #    ellipsoid of S' = A C (I - K)^-1 C^T A^T + B L^-1 B^T, the image of that of (y, v).
-    # 3. K < I: take L = share diag(exp(free_N)) / sigma(C^T F^T diag(exp(free_N)) F C), share < 1.
+    # 3. K < I: take L = share diag(exp(free_N)) / sigma(C^T F^T diag(exp(free_N)) F C), and share =
+    #    sigmoid(free_share), at most 1 - 1e-4: beyond, rounding would pass the allowance of 1e-9.
     C = torch.linalg.cholesky(lifted(S_DD))
     FC = F_ND @ C
     l_N = (torch.as_tensor(free_N) + torch.zeros_like(FC[:, 0])).exp()
     K = FC.mT @ (l_N[:, None] * FC)
-    share = torch.sigmoid(torch.as_tensor(free_share)).clamp(max=1 - 1e-6)
+    share = torch.sigmoid(torch.as_tensor(free_share)).clamp(max=1 - 1e-4)
     scale = share / torch.linalg.eigvalsh(K)[-1].clamp(min=1e-300)
     half = torch.linalg.cholesky(torch.eye(len(K)).to(K) - scale * K)
     root = torch.linalg.solve_triangular(half, (A_OD @ C).mT, upper=False)
@@ -400,15 +401,16 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
     Tokens are in E(X) and move in E(S); logits of head h are q_h x_t . k_h x_j, with RoPE in between if
     `rotates`. Free are a weight for each head and, for RoPE, for each pair that turns (H, E / 2), twice.
     """
+    # Movements are derivatives: tokens fill a convex set, so a bound on these is one on differences.
     # 1. If each logit of a row moves by at most e_h, the softmax moves by at most e_h in l1 (over sets of
     #    probability p: 4 p (1 - p) e_h <= e_h). So u_h is in e_h E(X).
     # 2. |c sum_h C_h u_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0, the sum
     #    is in the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
     # 3. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), the first is at most
-    #    sqrt(y K_h y^T), y = q_h dx_t, K_h = k_h X k_h^T. RoPE turns one against the other: any K_h will do
+    #    sqrt(y^T K_h y), y = q_h dx_t, K_h = k_h X k_h^T. RoPE turns one against the other: any K_h will do
     #    that is as large and does not change by turning. sigma(d k_h X k_h^T d) d^-2 is, with d > 0
     #    diagonal and one value for both coordinates that turn together.
-    # 4. All heads see one token, dx_t in E(S): sum_h t_h^2 y_h K_h y_h^T is at most n_1^2, the largest
+    # 4. All heads see one token, dx_t in E(S): sum_h t_h^2 y_h^T K_h y_h is at most n_1^2, the largest
     #    z^T (sum_h t_h^2 q_h^T K_h q_h) z on E(S); likewise n_2^2 for the second part. With Minkowski,
     #    sum_h t_h^2 e_h^2 <= (n_1 + n_2)^2.
     roots = []  # K_h^1/2 q_h, of both parts of e_h
@@ -430,7 +432,7 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
 
 
 def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
-    """[(S, log)]: after each block of a transformer tokens move in E(exp(log) S), if RMS <= 1 at the start.
+    """[(S, log)]: after each block of a transformer tokens move in E(exp(log) S), if at first by RMS <= 1.
 
     A block, matrices in float64:  x_t <- stream x_t + sum_h C_h sum_j P^h_tj x_j,  x_t <- mlp(x_t)
     stream, C_HDD    as above
@@ -465,6 +467,7 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
             S, log = ellipsoid_pattern(
                 S_UDD[0], X, block["q_HED"], block["k_HED"], C_HDD, block["rotates"],
                 weights("heads", H), weights("S", *pairs), weights("X", *pairs))
+            # (S and X went in without their logs: e_h^2 scales as S X, and u_h is in e_h E(X))
             S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
             X, log_X = ellipsoid_sum(*ellipsoid(G_KDD @ X @ G_KDD.mT, log_X), weights("tokens", H + 1))
             X, log_X = ellipsoid_layer(X, log_X, *block["values"], weights("values", N), weights("share"))

@@ -939,8 +939,8 @@ def report(config, model, out, log, data_name, dtype, world_size):
           f"{100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}")
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print("  largest entry after each block", *(f"  {entry:.3g}" for entry in last["activations"]))
-    print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS): the smaller of "
-          f"product, {power(bound['product_log10'])}, and ellipsoid, {power(bound['ellipsoid_log10'])}")
+    print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS; product "
+          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
     draw(config, out, log)
     print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
     return summary

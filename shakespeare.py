@@ -191,7 +191,7 @@ def parse_arguments(argv=None):
 
 
 # ==== Model: attention and MLP, each mixed into the residual stream, and no norm layer ============
-GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (exact: 1.1289041452)
+GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (erf form: 1.12890415)
 GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its slope
 
 
@@ -203,7 +203,10 @@ def maxmin(z):
 
 
 def rotate(x_BHTE):
-    """RoPE as the paper has it: turn a head's pair (i, i + E/2) by position / 10000^(i / (E/2))."""
+    """RoPE as the paper has it: the angle of a head's pair (i, i + E/2) is position / 10000^(2i / E).
+
+    Pairs are reflected. Of q and k together that leaves a turn by the difference of positions.
+    """
     T, E = x_BHTE.shape[-2:]
     rate_E = 10000 ** (torch.arange(E // 2, dtype=torch.float64) / (E // 2))
     angle_TE = torch.arange(T, dtype=torch.float64)[:, None] / rate_E
@@ -229,7 +232,7 @@ class Block(torch.nn.Module):
         self.o = Parameter(torch.zeros(D, D))
         self.w_in = Parameter(torch.zeros(config.hidden, D))
         self.w_out = Parameter(torch.zeros(D, config.hidden))
-        if config.positions == "bias":  # head h of block i starts h 2^i characters ago
+        if config.positions == "bias":  # head h of block i starts h 2^min(i, 5) characters ago
             step = 2 ** min(index, 5)
             centre_H = (step * torch.arange(config.heads)).clamp(max=config.seq_len - 1)
             distance_HT = (torch.arange(config.seq_len) - centre_H[:, None]).abs()
@@ -272,7 +275,7 @@ class Block(torch.nn.Module):
         h_BTX, dtype = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), x_BTD.dtype
         if self.config.activation == "maxmin":
             return F.linear(maxmin(h_BTX), self.w_out.to(dtype))
-        # (the forms agree in bfloat16, and a CPU computes the exact one faster)
+        # (in bfloat16 the exact form: a CPU computes it faster, and GELU_SLOPE is above its slope, too)
         h_BTX = F.gelu(h_BTX, approximate="none" if dtype == torch.bfloat16 else "tanh")
         return F.linear(h_BTX, (self.w_out / GELU_SCALE).to(dtype))
 
@@ -298,7 +301,7 @@ class Transformer(torch.nn.Module):
             # All singular values equal: norm 1 if that is within the limit; on it for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
             W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
-            # o and w_out start at 0, blocks as (1 - a) x, but where a large a would lose the signal.
+            # o and w_out start at 0, blocks as (1 - a) x. Not if so little of x would reach the head.
             if role in ("o", "out") and not stiefel and self.mix < 0.4:
                 W.data.zero_()
 
@@ -325,32 +328,36 @@ class Transformer(torch.nn.Module):
 #   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
 #      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
 #      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
-#   2. Keys come from any token: e_h <= s sigma(k_h) (|dq_h| r + |q_h|). RoPE changes no norm.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE changes no norm.
 #   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
 #      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
-#   4. The queries of a token come from one vector and share its energy. Let Q be q with the rows of
-#      head h times sigma(v_h) sigma(k_h). Then beta sum_h C_h u_h is at most pattern R^2 long, with
+#   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
+#      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2 <= sigma(Q)^2, and
+#      |Q x_t| <= sigma(Q) r; both add up. So beta sum_h C_h u_h is at most pattern R^2 long, with
 #      pattern = beta 2 s D sigma(o) sigma(Q), and attention's derivative is value + pattern R^2.
 #      For one head this is the paper's formula. For H heads that one, with norms of whole matrices,
 #      is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
-#   5. The output of attention is at most value R: it averages tokens of norm r, not of norm 1.
+#   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
 #   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes
 #      are in [1 - g, g] and |gelu(z)| <= |z|: its derivative is n g / 1.1289, its output n R / 1.1289.
-#   7. Residual: R <- (1 - a) R + a gain R, and the constant is multiplied by (1 - a) + a derivative.
-#      R starts as the largest RMS of an embedding, plus rho; the head's norm comes last.
+#   7. Residual: the constant is multiplied by (1 - a) + a derivative, R by (1 - a) + a gain, with gain
+#      the bound on output / R of step 5 or 6. R starts as the largest RMS of an embedding, plus rho;
+#      the head's norm comes last.
 #
 # THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
 # token moves in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), at first S = D I: RMS at most 1.
-#   8. Attention adds up free parts (ellipsoid_blocks): by position what a token keeps of itself,
-#      p_h = min_t P^h_tt of head h included, and an average of the rest; by content p_h = 0, and the
-#      moved pattern is one more. The more tokens a softmax of a bias sees, the less it gives to one:
-#      p_h is that of the last position.
+#   8. Attention adds up independent parts (ellipsoid_blocks). If its pattern depends on positions
+#      alone: what a token keeps of itself, p_h = min_t P^h_tt from head h, and for each head an
+#      average of the rest. (The more tokens a softmax of a bias sees, the less it gives to one: p_h
+#      is that of the last position.) If it depends on content: p_h = 0, and the moved pattern.
 #   9. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (mlp_slopes, ellipsoid_layer). GeLU has
 #      slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2.
 #  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
 #      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
 #  11. The weights of parts and of neurons are free: zeros are the untuned start, from which `tuned`
 #      descends.
+#  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when every embedding moves by RMS <=
+#      rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D) times the product.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
@@ -440,8 +447,7 @@ def copied(model):
 def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     """{rho: bool of each position}: right, however far up to rho (RMS) each embedding is moved.
 
-    y stands if f_y - f_j exceeds rho times the constant of f_y - f_j for all j, the smaller one of
-    the product and the ellipsoid, tuned for pairs from `free` on.
+    Step 12, with the smaller one of product and ellipsoid, tuned for pairs from `free` on.
     """
     model, reach, hopeless = copied(model), {}, True
     U, D = model.config.final_scale * model.head_VD, model.config.width
