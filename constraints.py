@@ -346,6 +346,18 @@ def lifted(S_DD):
     return S_DD + (1e-13 * trace + 1e-300) * torch.eye(S_DD.shape[-1]).to(S_DD)
 
 
+def image(G_OD, S_DD, size=0.0):
+    """G S G^T (..., O, O), a little too large: so that it holds G z where that, or G itself, cancels.
+
+    size: if G is a sum, the sum of the Frobenius norms.
+    """
+    # G C, C C^T = S, is off by at most D 2^-53 size |C| =: d, its square by 2 d |G C| + d^2, at most
+    # 1e-9 |G C|^2 + (1 + 1e9) d^2, and d^2 < 1e-26 size^2 trace(S) for D < 900.
+    R = G_OD @ torch.linalg.cholesky(lifted(S_DD))
+    size = torch.linalg.matrix_norm(G_OD).clamp(min=size) ** 2 * S_DD.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (1 + 1e-9) * R @ R.mT + 1e-17 * size[..., None, None] * torch.eye(G_OD.shape[-2]).to(R)
+
+
 def ellipsoid_sum(S_KDD: torch.Tensor, log_K: torch.Tensor, free_K=0.0):
     """(S, log) of an ellipsoid that holds every z_1 + ... + z_K, z_k in the k-th, each free of the others.
 
@@ -359,12 +371,12 @@ def ellipsoid_sum(S_KDD: torch.Tensor, log_K: torch.Tensor, free_K=0.0):
     return ellipsoid((S_KDD * ((log_K - top).exp() * w_K.sum() / w_K)[:, None, None]).sum(0), top)
 
 
-def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0):
+def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0, size=0.0):
     """(S', log') that holds every A z + B v with z in E(exp(log) S) and |v_i| <= |(F z)_i| for each i.
 
     ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by (dz + v) / 2. Any free_N and
-    free_share (a scalar) give a true one. Zeros are ECLipsE-Fast (Xu and Sivaranjani 2024), a value for each
-    neuron is LipSDP (Fazlyab et al. 2019).
+    free_share (a scalar) give a true one; size is that of image, for A. Zeros are ECLipsE-Fast (Xu and
+    Sivaranjani 2024), a value for each neuron is LipSDP (Fazlyab et al. 2019).
     """
     # 1. With S = C C^T, z = C y with |y| <= 1. For L = diag(l), any l > 0: v^T L v <= z^T F^T L F z.
     # 2. So y^T (I - K) y + v^T L v <= y^T y <= 1 with K = C^T F^T L F C. If K < I, A C y + B v is in the
@@ -378,21 +390,23 @@ def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0):
     share = torch.sigmoid(torch.as_tensor(free_share)).clamp(max=1 - 1e-4)
     scale = share / torch.linalg.eigvalsh(K)[-1].clamp(min=1e-300)
     half = torch.linalg.cholesky(torch.eye(len(K)).to(K) - scale * K)
-    root = torch.linalg.solve_triangular(half, (A_OD @ C).mT, upper=False)
-    return ellipsoid(root.mT @ root + (B_ON / (scale * l_N)) @ B_ON.mT, log)
+    root = torch.linalg.solve_triangular(half, C.mT, upper=False)  # root^T root = C (I - K)^-1 C^T
+    return ellipsoid(image(A_OD, root.mT @ root, size) + (B_ON / (scale * l_N)) @ B_ON.mT, log)
 
 
 def ellipsoid_norm(S_DD, log, U_KD) -> torch.Tensor:
     """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
-    C = torch.linalg.cholesky(lifted(S_DD))
-    UC = U_KD @ C
-    return (torch.linalg.eigvalsh(gram(UC))[-1].clamp(min=1e-300).log() + log) / 2 + 1e-9
+    UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
+    largest = torch.linalg.eigvalsh(gram(UC))[-1] + 1e-17 * U_KD.square().sum() * S_DD.trace()  # see image
+    return (largest.clamp(min=1e-300).log() + log) / 2 + 2e-9
 
 
 def ellipsoid_pairs(S_DD, log, U_KD) -> torch.Tensor:
     """(K, K): logarithm of the largest |(u_i - u_j) z|, u the rows of U, rounded up; -inf if they agree."""
     UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
-    return torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist").log() + log / 2 + 1e-9
+    apart_KK = torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist")
+    rounding = 1e-13 * (2 * U_KD.square().sum(1).max() * S_DD.trace()).sqrt()  # see image
+    return torch.where(apart_KK > 0, apart_KK + rounding, apart_KK).log() + log / 2 + 1e-9
 
 
 def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free_S=0.0, free_X=0.0):
@@ -415,7 +429,7 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
     #    sum_h t_h^2 e_h^2 <= (n_1 + n_2)^2.
     roots = []  # K_h^1/2 q_h, of both parts of e_h
     for Y_DD, free in ((X_DD, free_X), (S_DD, free_S)):
-        K_HEE = k_HED @ Y_DD @ k_HED.mT
+        K_HEE = image(k_HED, Y_DD)
         if rotates:
             pair = K_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2).clamp(min=1e-300)
             d = (free - (pair.log() - pair.log().mean()) / 4).exp().repeat(1, 2)
@@ -423,12 +437,13 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
             roots.append((largest.clamp(min=1e-300).sqrt() / d)[:, :, None] * q_HED)
         else:
             roots.append(torch.linalg.cholesky(lifted(K_HEE)).mT @ q_HED)
-    CXC, log_H = ellipsoid(C_HDD @ X_DD @ C_HDD.mT)
+    CXC, log_H = ellipsoid(image(C_HDD, X_DD))
     sizes = [ellipsoid(Kq @ Y_DD @ Kq.mT)[1] for Kq, Y_DD in zip(roots, (S_DD, X_DD))]
     t_H = (free_H + (log_H - torch.logaddexp(*sizes)) / 4).exp()[:, None, None]
     n_1, n_2 = (ellipsoid_norm(Y_DD, 0.0, (t_H * Kq).flatten(0, 1)).exp()
                 for Kq, Y_DD in zip(roots, (S_DD, X_DD)))
-    return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (n_1 + n_2).log())
+    up = 1 + 1e-6  # (K_h^1/2 q_h may cancel)
+    return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (up * (n_1 + n_2)).log())
 
 
 def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
@@ -438,7 +453,7 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
     stream, C_HDD    as above
     p_H              what head h gives a token of itself, at least, if P does not depend on content; else None
     q_HED, k_HED, rotates      if it does: logits q_h x_t . k_h x_j (see ellipsoid_pattern)
-    moves, values    (F, A, B) of ellipsoid_layer of the MLP and its stream, for movements and for tokens
+    moves, values    mlp_slopes of the MLP and its stream, for movements and for tokens
     R                largest RMS of a token at the start
     free             weights, filled with zeros where there are none
     """
@@ -461,7 +476,8 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
         H, U = len(C_HDD), 1 if content or i == len(blocks) - 1 else len(C_HDD) + 1
         p_H11 = torch.zeros(H, 1, 1).to(eye) if content else block["p_H"][:, None, None]
         G_KDD = torch.cat([(block["stream"] * eye + (p_H11 * C_HDD).sum(0))[None], (1 - p_H11) * C_HDD])
-        S_KDD, log_K = ellipsoid(G_KDD @ S_UDD @ G_KDD.mT, log_U)
+        size = block["stream"] * D**0.5 + torch.linalg.matrix_norm(C_HDD).sum().item()
+        S_KDD, log_K = ellipsoid(image(G_KDD, S_UDD, size), log_U)
         if content:
             pairs = H, block["q_HED"].shape[1] // 2
             S, log = ellipsoid_pattern(
@@ -469,10 +485,12 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
                 weights("heads", H), weights("S", *pairs), weights("X", *pairs))
             # (S and X went in without their logs: e_h^2 scales as S X, and u_h is in e_h E(X))
             S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
-            X, log_X = ellipsoid_sum(*ellipsoid(G_KDD @ X @ G_KDD.mT, log_X), weights("tokens", H + 1))
-            X, log_X = ellipsoid_layer(X, log_X, *block["values"], weights("values", N), weights("share"))
+            X, log_X = ellipsoid_sum(*ellipsoid(image(G_KDD, X, size), log_X), weights("tokens", H + 1))
+            F, A, B, size = block["values"]
+            X, log_X = ellipsoid_layer(X, log_X, F, A, B, weights("values", N), weights("share"), size)
         free_U = zip(weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U))
-        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts_K), *block["moves"], neurons_N, share)
+        F, A, B, size = block["moves"]
+        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts_K), F, A, B, neurons_N, share, size)
                 for parts_K, neurons_N, share in free_U]
         S_UDD, log_U = map(torch.stack, zip(*uses))
         after.append(uses[0])
@@ -480,17 +498,20 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
 
 
 def mlp_slopes(stream, w_in, w_out, spread=None):
-    """(F, A, B) of ellipsoid_layer for stream x + w_out f(w_in x).
+    """(F, A, B, size) of ellipsoid_layer for stream x + w_out f(w_in x).
 
     f is MaxMin, of neuron i of the first half and i of the second, or has slopes 1/2 +- spread (values
     f(z) = z/2 +- spread |z|).
     """
     eye = stream * torch.eye(len(w_out)).to(w_out)
+    norms = [torch.linalg.matrix_norm(W).item() for W in (eye, w_out, w_in)]
+    size = norms[0] + norms[1] * norms[2]
     if spread is not None:
-        return w_in, eye + w_out @ w_in / 2, spread * w_out
+        return w_in, eye + w_out @ w_in / 2, spread * w_out, size
     # A pair has the sum a + b and the difference |a - b|, which moves by at most |d(a - b)|.
     (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
-    return (in_1 - in_2) / 2**0.5, eye + (out_1 + out_2) @ (in_1 + in_2) / 2, (out_1 - out_2) / 2**0.5
+    A = eye + (out_1 + out_2) @ (in_1 + in_2) / 2
+    return (in_1 - in_2) / 2**0.5, A, (out_1 - out_2) / 2**0.5, size
 
 
 def sigma(W: torch.Tensor) -> torch.Tensor:

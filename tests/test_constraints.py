@@ -464,11 +464,11 @@ def test_ellipsoids_of_relu_layers_are_eclipse_fast(sizes):
         ours = ellipsoid_layer(*ours, torch.eye(W.shape[1]).double(), W / 2, W / 2)
         lam = 2 / torch.linalg.matrix_norm(theirs, ord=2)
         theirs = W @ torch.linalg.solve(lam * torch.eye(len(theirs)).double() - lam**2 * theirs / 4, W.T)
-    torch.testing.assert_close(whole(ours), theirs, rtol=1e-9, atol=0)
+    torch.testing.assert_close(whole(ours), theirs, rtol=1e-8, atol=0)
     eye = torch.eye(sizes[-1]).double()
-    assert ellipsoid_norm(*ours, eye).exp().item() == pytest.approx(torch.linalg.eigvalsh(theirs)[-1].sqrt().item(), rel=2e-9)
+    assert ellipsoid_norm(*ours, eye).exp().item() == pytest.approx(torch.linalg.eigvalsh(theirs)[-1].sqrt().item(), rel=5e-9)
     u = eye[0] - eye[1]
-    assert ellipsoid_pairs(*ours, eye)[0, 1].exp().item() == pytest.approx((u @ theirs @ u).sqrt().item(), rel=2e-9)
+    assert ellipsoid_pairs(*ours, eye)[0, 1].exp().item() == pytest.approx((u @ theirs @ u).sqrt().item(), rel=5e-9)
 
 
 @pytest.mark.parametrize("rank", [3, 6])
@@ -477,7 +477,7 @@ def test_largest_values_over_an_ellipsoid(rank):
     S, U, shift = shape_matrix(6, rank, 0), randn(7, 6, seed=1), torch.tensor(1000.0).double()
     norm = ellipsoid_norm(S, shift, U) - shift / 2
     exact = torch.linalg.eigvalsh(U @ S @ U.T)[-1].sqrt().log()
-    assert 0 <= norm - exact <= 3e-9
+    assert 0 <= norm - exact <= 5e-9
     pairs = ellipsoid_pairs(S, shift, U) - shift / 2
     exact = support(S, U[:, None] - U).log()
     assert (pairs >= exact).all() and (pairs - exact)[~torch.eye(7).bool()].max() <= 1e-8

@@ -444,6 +444,32 @@ def test_the_moved_pattern_is_in_its_ellipsoid(case, turned):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("gap", [2.0**-12, 2.0**-20, 0.0])
+def test_what_cancels_is_not_certified_away(gap):
+    """The first block writes along u alone, the second reads along r: what is left is r u = gap^2, or, of float32
+    vectors orthogonal but for rounding, some 1e-9. Rounding in G S G^T must not pass for less. T = 1, and linear.
+    """
+    model = random_model("random", positions="bias", blocks=2, width=4, heads=1, hidden=4, seq_len=1, activation="maxmin", logit_scale=0.0,
+                         attention_scale=1.0, residual_scale=4.0, vocabulary="abcd")
+    for p in model.parameters():
+        p.zero_()
+    generator, (first, second), half = torch.Generator().manual_seed(1739), model.blocks, 2**-0.5
+    u, r, w = (F.normalize(torch.randn(4, generator=generator), dim=0) for _ in range(3))
+    r = F.normalize(r - u * (u @ r), dim=0)
+    if gap:
+        u, r = torch.tensor([1, 1 + gap, 0, 0]), torch.tensor([1, gap - 1, 0, 0])
+    for W in (model.embedding_VD, model.head_VD, first.v, first.o, second.o):
+        W += torch.eye(4)
+    first.w_in[0::2], first.w_out[:, 0::2] = half * w, half * u[:, None].double()
+    second.v[0] = r
+    second.w_in[0, 0] = second.w_in[2, 0] = second.w_out[0, 0] = second.w_out[0, 2] = half
+    x = torch.eye(4).double()[:, None]
+    J = F.linear(model.blocks(x), model.head_VD)[:, 0].T
+    found = torch.linalg.matrix_norm(J, ord=2).item()
+    assert 0 < found <= 10 ** certificate(model)["log10"]
+
+
+@torch.no_grad()
 def test_the_tokens_ellipsoid_is_reached():
     """Where attention and its stream only halve, and half of GeLU's inputs are lost: exactly, by large tokens."""
     model = random_model(width=8, hidden=8, heads=1)
@@ -465,7 +491,7 @@ def test_slopes_and_values_of_the_mlp(activation):
     value, moved = torch.func.jvp(lambda x: torch.lerp(x, block.mlp(x), model.mix), (z,), (dz,))
     h = F.linear(z, block.w_in)
     for spread, x, y in ((0.5, z, value), (g - 0.5, dz, moved)):
-        F_ND, A, B = mlp_parts(block, spread)
+        F_ND, A, B, _ = mlp_parts(block, spread)
         Fx = F.linear(x, F_ND)
         if activation == "maxmin":
             above = (h[:, :16] - h[:, 16:]).sign()  # of the pair: by it the difference stays or changes its sign
@@ -493,7 +519,7 @@ def test_the_stream_and_the_mlp_against_enumeration(activation):
             stay, swap = torch.diag(1 - bits[:4]), torch.diag(bits[:4])
             J = torch.cat([torch.cat([stay, swap], 1), torch.cat([swap, stay], 1)])
         worst = max(worst, sigma((1 - a) * eye + a * block.w_out @ J @ block.w_in).item())
-    parts = mlp_parts(block, g - 0.5)
+    parts = mlp_parts(block, g - 0.5)[:3]
 
     def bound(free):
         neurons = free.setdefault("neurons", torch.zeros(len(parts[0])).double())
