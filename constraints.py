@@ -525,7 +525,8 @@ def log10(x: float) -> float:
 
 def power(exponent: float) -> str:
     """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
-    return f"{10**exponent * 1.0005:.4g}" if abs(exponent) < 6 else f"10^{exponent + 0.05:.1f}"
+    plain = abs(exponent) < 6 or exponent == -math.inf
+    return f"{10**exponent * 1.0005:.4g}" if plain else f"10^{exponent + 0.05:.1f}"
 
 
 def tune(goal, free: dict, steps: int, lr: float = 0.1):

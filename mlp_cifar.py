@@ -470,7 +470,7 @@ def main(config):
         for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
-          f"({len(labels_N)} images to train, {len(test_set[1])} to test), run folder {out}", flush=True)
+          f"({len(labels_N)} to train, {len(test_set[1])} to test), run folder {out}, from step {start}", flush=True)
 
     # ---- train
     if config.random_labels:

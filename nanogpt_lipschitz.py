@@ -475,7 +475,8 @@ class Tokens:
         for name, tokens in self.shards:
             piece = tokens[max(0, start):max(0, start + count)].astype(np.int64)
             if piece.size and piece.max() >= self.vocab:
-                raise UserError(f"{name}: holds token {piece.max()}: --vocab must be above that")
+                raise UserError(f"{name}: holds token {piece.max()}: --vocab must be above that "
+                                "(GPT-2's tokens need --vocab 50257)")
             pieces.append(piece)
             start -= len(tokens)
         return torch.from_numpy(np.concatenate(pieces))
@@ -942,7 +943,8 @@ def report(config, model, out, log, data_name, dtype, world_size):
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS; product "
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
     draw(config, out, log)
-    print(f"Picture, log and checkpoint are in {out}. Sample: python {SCRIPT}.py --sample {out}")
+    print(f"Picture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample {out}\n"
+          f"Attack its claims: python verify_lipschitz.py {out}")
     return summary
 
 
