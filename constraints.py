@@ -474,7 +474,7 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
 
         C_HDD, content, N = block["C_HDD"], block["p_H"] is None, len(block["moves"][0])
         H, U = len(C_HDD), 1 if content or i == len(blocks) - 1 else len(C_HDD) + 1
-        p_H11 = torch.zeros(H, 1, 1).to(eye) if content else block["p_H"][:, None, None]
+        p_H11 = torch.zeros(H, 1, 1).to(eye) if content else block["p_H"][:, None, None] * (1 - 1e-12)
         G_KDD = torch.cat([(block["stream"] * eye + (p_H11 * C_HDD).sum(0))[None], (1 - p_H11) * C_HDD])
         size = block["stream"] * D**0.5 + torch.linalg.matrix_norm(C_HDD).sum().item()
         S_KDD, log_K = ellipsoid(image(G_KDD, S_UDD, size), log_U)
@@ -516,7 +516,8 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
 
 def sigma(W: torch.Tensor) -> torch.Tensor:
     """Largest singular value of W (..., fan_out, fan_in), in the precision of W."""
-    return torch.linalg.eigvalsh(gram(W))[..., -1].clamp(min=0).sqrt()
+    scale = W.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300)  # (squares may leave the range)
+    return torch.linalg.eigvalsh(gram(W / scale))[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
 
 
 def log10(x: float) -> float:

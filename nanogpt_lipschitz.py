@@ -385,6 +385,7 @@ class Transformer(torch.nn.Module):
 def certificate(model, rho=0.0, free=None):
     """As in shakespeare.py: log10, product_log10, ellipsoid_log10, body_log10, radius_log10, norms, rows.
 
+    With attention by position for sequences of up to seq_len tokens, as own_share_H counts so many.
     rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
     """
     config, a, up, norms, rows = model.config, model.mix, 1 + 1e-9, {}, []
