@@ -596,6 +596,7 @@ else:
 
     nano.evaluate = noted
     nano.main(nano.parse_arguments())
+    os._exit(0)  # as the script does
 """
 
 
