@@ -523,7 +523,7 @@ def log10(x: float) -> float:
 
 def power(exponent: float) -> str:
     """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
-    plain = abs(exponent) < 6 or exponent == -math.inf
+    plain = abs(exponent) < 6 or math.isinf(exponent)
     return f"{10**exponent * 1.0005:.4g}" if plain else f"10^{exponent + 0.05:.1f}"
 
 
