@@ -3,20 +3,14 @@
 WHAT IT SHOWS. Muon moves each weight matrix by a known amount and a constraint takes back what
 exceeds its limit, so the network is as Lipschitz as the limits say, at every step. That certifies
 images: one of large margin keeps its class under *every* perturbation up to a radius. (The CIFAR-10
-experiments of arXiv 2507.13338; certified accuracy is ours.)
+experiments of arXiv 2507.13338, whose authors' code is in JAX; certified accuracy is ours, after
+Tsuzuku et al. 2018; ellipsoids: constraints.py. README.md has results.)
 
 COMMANDS
     python mlp_cifar.py                                      # a minute, once CIFAR-10 is there
     python mlp_cifar.py --preset paper                       # the paper's settings; --help has more
     python mlp_cifar.py --optimizer adamw --constraint none  # no constraint: see how the norms grow
     python mlp_cifar.py --out DIR                            # DIR holds a stopped run: it goes on
-
-RESULT (seeds 0 to 2; CIFAR-10 re-encoded as JPEG; two cores of an AMD EPYC with bfloat16)
-    58.9 +- 0.2 % test accuracy at a bound of 70.9 +- 0.1 (RMS->RMS; 88.6 by the product of
-    norms), 41.1 +- 0.1 % certified at l2 radius 36/255. 30 s in all.
-
-ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX); none of
-their code is used. Certified accuracy is as in Tsuzuku et al. (2018); ellipsoids: constraints.py.
 """
 
 import argparse
@@ -26,31 +20,33 @@ import io
 import json
 import math
 import os
+import pickle
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
+from PIL import Image
 
-from constraints import (after_unknown_step, ellipsoid, ellipsoid_layer, ellipsoid_norm,
-                         ellipsoid_pairs, exact_norm, find_constraint, log10, power,
-                         sigma_per_norm, singular_values, tune)
+from constraints import (CONSTRAINTS, after_unknown_step, ellipsoid, ellipsoid_layer, ellipsoid_norm,
+                         ellipsoid_pairs, exact_norm, find_constraint, log10, power, sigma_per_norm,
+                         singular_values, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "mlp_cifar"
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels
-RMS_PER_L2 = (3072 / 10) ** 0.5  # an l2->l2 constant from pixels to logits, times this, is RMS->RMS
-
-# Shapes: B images in a batch, N in a set, P = 3072 pixel values, K = 10 classes, F frequencies.
+MOST_CLASSES = 1000  # (a certificate has a constant for each pair of classes)
+# Shapes: B images in a batch, N in a set, P = 3072 pixel values, K classes, F frequencies.
 
 
 # ==== Config: every field is a flag ===============================================================
 def flag(default, text, low=None, high=math.inf, choices=None):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    return dataclasses.field(default=default, metadata=dict(help=text, range=(low, high), choices=choices))
+    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
 class UserError(Exception):
@@ -60,12 +56,10 @@ class UserError(Exception):
 @dataclasses.dataclass
 class Config:
     preset: str = flag("default", "named settings, see the end of this help; other flags override")
-    # data
-    data: str = flag("auto", "auto, stand-in, a folder of parquet files, or a name on the Hub")
+    data: str = flag("auto", "auto, stand-in, a folder of pictures or parquet files, or a Hub name")
+    label: str = flag("", "column of labels, if it is not label, labels or fine_label")
     holdout: int = flag(0, "for tuning: evaluate on so many training images, taken out", 0)
     augment: bool = flag(False, "flip training images at random, and shift them by up to 2 pixels")
-    random_labels: bool = flag(False, "train on random labels: how much can the network memorise?")
-    # model
     depth: int = flag(3, "number of weight matrices", 1, 1000)
     width: int = flag(256, "hidden width (neurons)", 1, 65536)
     activation: str = flag("relu", "maxmin sorts pairs of neurons", choices=("relu", "maxmin"))
@@ -73,26 +67,22 @@ class Config:
     center: bool = flag(True, "subtract the mean training image; nor does that")
     lowpass: int = flag(12, "use only the K x K lowest frequencies of an image; 32: all", 1, 32)
     w_max: str = flag("3.4", "limit on each layer's RMS->RMS norm: one for all, or 3,4,5")
-    # training
     optimizer: str = flag("muon", "of the weight matrices", choices=("muon", "adamw"))
-    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
-                           "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
+    constraint: str = flag("soft_cap", f"{', '.join(CONSTRAINTS)}, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
-    steps: int = flag(2000, "training steps", 1)
+    steps: int = flag(2000, "training steps", 1, 10**9)
     batch: int = flag(512, "images a step", 1)
-    lr: float = flag(0.0, "learning rate at the start, falling linearly to 0. Under Muon the "
-                     "RMS->RMS norm of a step, shared by the layers. 0: 0.2 for Muon, 0.0013 for AdamW", 0)
+    lr: float = flag(0.0, "at the start, then falling linearly; 0: 0.2 for Muon, 0.0013 for AdamW", 0)
     bias_lr: float = flag(0.01, "learning rate of the biases (Adam), falling likewise", 0)
     momentum: float = flag(0.9, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
     adamw_wd: float = flag(0.0, "AdamW's own weight decay, besides the constraint", 0)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
-    margin: float = flag(0.0, "lowers the right logit, times its temperature, in the loss: asks for room", 0)
-    # run
+    margin: float = flag(0.0, "taken from the right logit, times its temperature, in the loss", 0)
     seed: int = flag(0, "of initialisation, data order, augmentation", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of forward and backward, not of weights. auto: bfloat16 if fast",
+    dtype: str = flag("auto", "of activations, auto: bfloat16 if fast",
                       choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
-    evals: int = flag(10, "evaluations on the whole test set, each with a checkpoint", 1)
+    evals: int = flag(10, "evaluations on the whole test set, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
 
     @classmethod
@@ -108,7 +98,10 @@ class Config:
     def limits(self):
         """w_max of each layer. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
-            value, choices, (low, high) = getattr(self, f.name), f.metadata["choices"], f.metadata["range"]
+            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
+            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise UserError(f"--{f.name} {value!r:.99}: must be of type {f.type.__name__}")
             if choices and value not in choices:
                 raise UserError(f"--{f.name} {value}: must be one of {', '.join(choices)}")
             if low is not None and not (low <= value <= high and value < math.inf):
@@ -117,22 +110,20 @@ class Config:
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
         try:
             find_constraint(self.constraint)
+            limits = [float(w) for w in self.w_max.split(",")]
         except ValueError as problem:
-            raise UserError(f"--constraint {self.constraint}: {problem}") from problem
-        limits = self.w_max.split(",") * (1 if "," in self.w_max else self.depth)
-        try:
-            if len(limits) == self.depth and all(0 < float(w) < math.inf for w in limits):
-                return [float(w) for w in limits]
-        except ValueError:  # (no number)
-            pass
-        raise UserError(f"--w_max {self.w_max}: must be a number above 0, or {self.depth} with commas")
+            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {problem}") from problem
+        limits *= self.depth if len(limits) == 1 else 1
+        if len(limits) != self.depth or not all(0 < w < math.inf for w in limits):
+            raise UserError(f"--w_max {self.w_max}: must be above 0, or {self.depth} such with commas")
+        return limits
 
 
 PRESETS = {
     "default": dict(),
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
-    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", constraint="none",
-                        adamw_wd=0.08),
+    "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", adamw_wd=0.08,
+                        constraint="none"),
     "accurate": dict(width=512, lowpass=9, w_max="3.15"),
     "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.825", steps=4000),
     "certified": dict(activation="maxmin", augment=True, depth=4, width=512, w_max="1",
@@ -142,11 +133,10 @@ PRESETS = {
 
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
-    presets = "".join(f"\n  {name:12} " + " ".join(f"{k}={v}" for k, v in settings.items())
-                      for name, settings in PRESETS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="presets:" + presets, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        epilog="\n".join(f"preset {name}: {settings}" for name, settings in PRESETS.items()),
+        argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
@@ -168,9 +158,10 @@ class MLP(torch.nn.Module):
     transform: a projection, of constant 1. It hides what an MLP uses to memorise training images.
     """
 
-    def __init__(self, config, mean_P=None):
+    def __init__(self, config, mean_P=None, classes=10):
         super().__init__()
-        sizes = [3 * config.lowpass**2] + [config.width] * (config.depth - 1) + [10]
+        sizes = [3 * config.lowpass**2] + [config.width] * (config.depth - 1) + [classes]
+        self.rms_per_l2 = (3072 / classes) ** 0.5  # a constant l2->l2, times this, is RMS->RMS
         self.weights = torch.nn.ParameterList(torch.zeros(m, n) for n, m in zip(sizes, sizes[1:]))
         self.biases = torch.nn.ParameterList(torch.zeros(m) for m in sizes[1:] if config.bias)
         self.register_buffer("mean_P", torch.zeros(3072))
@@ -188,19 +179,14 @@ class MLP(torch.nn.Module):
             norm = w_max if config.constraint == "stiefel" else min(1.0, w_max)
             W.data.mul_(sigma_per_norm(W) * norm)
 
-    def features(self, x_BP):
-        """T (x - mean): what the first matrix sees."""
-        h = x_BP - self.mean_P.to(x_BP.dtype)
-        if len(self.cosines_FX) == 32:
-            return h
-        cosines_XF = self.cosines_FX.to(h).T
-        h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
-        h = h.reshape(len(x_BP), 32, -1).mT @ cosines_XF  # columns to frequencies: (B, 3 * F, F)
-        return h.reshape(len(x_BP), -1)
-
     def forward(self, x_BP):
-        """Logits (B, 10) of pixels in [0, 1], in the precision of x_BP (certificates: float64)."""
-        h = self.features(x_BP)
+        """Logits (B, K) of pixels in [0, 1], in the precision of x_BP (certificates: float64)."""
+        h = x_BP - self.mean_P.to(x_BP.dtype)
+        if len(self.cosines_FX) < 32:
+            cosines_XF = self.cosines_FX.to(h).T
+            h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
+            h = h.reshape(len(x_BP), 32, -1).mT @ cosines_XF  # and columns: (B, 3 * F, F)
+            h = h.reshape(len(x_BP), -1)
         for i, W in enumerate(self.weights):
             bias = self.biases[i].to(h.dtype) if self.biases else None
             h = F.linear(h if i == 0 else self.activation(h), W.to(h.dtype), bias)
@@ -208,15 +194,13 @@ class MLP(torch.nn.Module):
 
 
 # ==== Certificate: numbers that no pair of images can exceed, from the weights alone ==============
-# Let two images differ by dx, of l2 length at most 1, the vectors before activation i by dz_i
-# and after it by dh_i, so that dz_{i+1} = W_{i+1} dh_i.
-# Product. ReLU has slopes in [0, 1] and sorting pairs brings no two vectors further apart, so
-# |dh| <= |dz|. With |W dh| <= sigma(W) |dh| the constant is at most L = prod_i sigma(W_i).
-#
+# Let two images differ by dx, |dx| <= 1 (l2), and the vectors before activation i by dz_i, after it
+# by dh_i, so that dz_{i+1} = W_{i+1} dh_i. Slopes of ReLU are in [0, 1], and sorting pairs brings no
+# two vectors further apart, so |dh| <= |dz|: the constant is at most the product, prod_i sigma(W_i).
 # Tight: follow an ellipsoid E(S) = {z : z^T S^-1 z <= 1} (constraints.py) instead of a length.
 #   1. dz_1 = W_1 T dx lies in E(W_1 W_1^T), as T is a projection.
-#   2. ReLU has slopes in [0, 1]: dh = dz / 2 + v / 2 with |v_i| <= |dz_i|. MaxMin of a pair is
-#      ((a + b) +- |a - b|) / 2, and |a - b| moves by at most |d(a - b)|.
+#   2. ReLU: dh = dz / 2 + v / 2 with |v_i| <= |dz_i|. MaxMin of a pair is ((a + b) +- |a - b|) / 2,
+#      and |a - b| moves by at most |d(a - b)|.
 #   3. With W' = [P Q] behind it, dz' = A dz + B v with |v_i| <= |(F dz)_i| (ellipsoid_layer):
 #      ReLU    A = B = W' / 2, F = I
 #      MaxMin  A = (P + Q) [I I] / 2, B = (P - Q) / sqrt 2, F = [I -I] / sqrt 2
@@ -244,13 +228,14 @@ def certificate(model, steps=0):
     """Certified constants of a model, in float64 and rounded up, as logarithms to base 10.
 
     norms             RMS->RMS norm of each layer
-    product_log10     prod_i sigma(W_i), l2->l2. Times RMS_PER_L2: RMS->RMS, from all pixels on
+    product_log10     prod_i sigma(W_i), l2->l2. Times model.rms_per_l2: RMS->RMS, of all pixels
     tight_log10       the certificate used, l2->l2; pairs_log10_KK: L_yj of step 5
     Argument steps: of the descent of step 7, for the bound and again for the pairs; 0: untuned.
     """
     if not all(p.isfinite().all() for p in model.state_dict().values()):
         raise UserError("the model has weights that are not finite: there is nothing to certify")
-    norms, eye, free = [exact_norm(W).item() for W in model.weights], torch.eye(10).double(), {}
+    norms, free = [exact_norm(W).item() for W in model.weights], {}
+    eye = torch.eye(len(model.weights[-1])).double()
     logs = [log10(norm * sigma_per_norm(W)) for norm, W in zip(norms, model.weights)]
     tune(lambda free: ellipsoid_norm(*follow(model, free), eye), free, steps)
     tight = ellipsoid_norm(*follow(model, free), eye).item() / math.log(10)
@@ -273,14 +258,14 @@ def certified_radii(model, pairs_log10_KK, images_NP, labels_N):
     return radius_NK.scatter(1, labels_N[:, None], math.inf).amin(1)
 
 
-# ==== Data: CIFAR-10 from a folder or the Hub, or drawn here ======================================
+# ==== Data: pictures from a folder or the Hub, or drawn here ======================================
 def load_data(config):
     """((train images_NP, labels_N), the same of the test set, name): uint8 images, int64 labels."""
     name, local = config.data, Path(os.environ.get("DATA_DIR", "")) / "cifar10"
     if name == "auto":
         name = str(local) if "DATA_DIR" in os.environ and local.is_dir() else "uoft-cs/cifar10"
     try:
-        train_set, test_set = stand_in() if name == "stand-in" else load_images(name)
+        train_set, test_set = stand_in() if name == "stand-in" else load_images(name, config.label)
     except UserError as problem:
         if config.data != "auto":
             raise
@@ -288,40 +273,84 @@ def load_data(config):
               f"made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
         (train_set, test_set), name = stand_in(), "stand-in"
     if config.holdout:  # the same images for every seed
+        if config.holdout >= len(train_set[0]):
+            raise UserError(f"--holdout {config.holdout}: must be below the {len(train_set[0])} images")
         order = torch.randperm(len(train_set[0]), generator=torch.Generator().manual_seed(2025))
-        held, rest = order.split([config.holdout, len(order) - config.holdout])
+        held, rest = order[:config.holdout], order[config.holdout:]
         train_set, test_set = ([part[index] for part in train_set] for index in (rest, held))
         name += f", evaluated on {config.holdout} training images held out"
     return train_set, test_set, name
 
 
-def load_images(source):
+def load_images(source, label=""):
     """[(images_NP, labels_N)] of the splits train and test of a folder or a data set on the Hub."""
     import datasets  # takes a second, so only where it is needed
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    sets = []
+    folder, split, labels, sizes, sets = Path(source).expanduser(), "train", [], set(), []
+    names = [label] if label else ["label", "labels", "fine_label", "fine_labels"]
     try:
-        if not Path(source).exists():
+        options = dict(path=source)
+        if folder.exists():  # read as it is, as links without [brackets], which are patterns there
+            cache = tempfile.TemporaryDirectory()  # (the library's own need not be writable)
+            links = shutil.copytree(folder.resolve(), f"{cache.name}/data", copy_function=os.symlink)
+            options = dict(path=links, streaming=True, cache_dir=cache.name)
+        else:
             try:
                 huggingface_hub.HfApi().dataset_info(source, timeout=3)
             except Exception:  # no network: look in the cache. load_dataset would wait a minute
                 datasets.config.HF_HUB_OFFLINE = True
-        for split in ("train", "test"):
-            table = datasets.load_dataset(source, split=split)
-            images = table["img" if "img" in table.column_names else "image"]
-            images_N = np.stack([np.asarray(picture.convert("RGB")) for picture in images])
-            labels_N = torch.tensor(table["label"][:])
-            right = labels_N.dtype == torch.int64 and 0 <= labels_N.min() <= labels_N.max() <= 9
-            if not right or images_N.shape[1:] != (32, 32, 3):
-                raise ValueError(f"{split} has other images or labels")
-            sets.append((torch.from_numpy(images_N.reshape(-1, 3072)), labels_N))
+        for split, files in ("train", ("data_batch_[1-5]", "train")), ("test", ("test_batch", "test")):
+            rows, images, labels = [], [], []
+            for path in filter(Path.is_file, [path for name in files for path in sorted(folder.glob(name))]):
+                batch = NumpyOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+                column = next((name for name in names if name.encode() in batch), names[0]).encode()
+                arrays = (x.reshape(3, 1024).T.reshape(32, 32, 3) for x in batch[b"data"])
+                rows += zip(map(Image.fromarray, arrays), batch[column], strict=True)
+            if not rows:  # (no official archive, unpacked)
+                table = datasets.load_dataset(split=split, **options)
+                columns = table.column_names or list(next(iter(table), {}))
+                column = next((name for name in names if name in columns), names[0])
+                image = "img" if "img" in columns else "image"
+                table = table.select_columns([image, column]).cast_column(image, datasets.Image())
+                rows = ((row[image], row[column]) for row in table)
+            for picture, y in rows:
+                if type(y) is not int or not 0 <= y < MOST_CLASSES:
+                    raise ValueError(f"label {y!r} is no whole number from 0 to {MOST_CLASSES - 1}")
+                images.append(pixels(picture))
+                sizes.add(picture.size)
+                labels.append(y)
+            sets.append((torch.from_numpy(np.stack(images)).view(-1, 3072), torch.tensor(labels)))
     except Exception as problem:  # the libraries raise dozens of kinds: the data cannot be had
-        reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-        raise UserError(f"--data {source}: cannot be used ({type(problem).__name__}: {reason}); needed is "
-                        "train and test with 32 x 32 images and labels from 0 to 9") from problem
+        raise UserError(
+            f"--data {source}: cannot be used ({split}, row {len(labels)}: {problem!r:.200}); needed are "
+            "train and test with pictures in img or image, and numbers in label, labels or fine_label, "
+            "or in --label COLUMN") from problem
+    if sizes != {(32, 32)}:
+        print(f"{source}: pictures of {min(sizes)} to {max(sizes)} pixels are resized to 32 x 32")
     return sets
+
+
+def pixels(picture):
+    """(32, 32, 3), uint8: what a picture shows. 16 bits are scaled, what is transparent is white."""
+    if picture is None or picture.mode in ("I", "F"):
+        raise ValueError("no picture, or one of 32 bits a colour")
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.asarray(picture.convert("RGB").resize((32, 32)))
+
+
+class NumpyOnly(pickle.Unpickler):
+    """Builds numpy arrays and plain Python values. Whatever else a file names is refused."""
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise ValueError(f"it names {module}.{name}, and only arrays and plain values are read")
 
 
 def stand_in(train=20_000, test=4_000):
@@ -348,64 +377,55 @@ def stand_in(train=20_000, test=4_000):
 def augmented(images_BP, step, config):
     """Each image flipped with probability 1/2 and shifted by up to 2 pixels, by seed and step."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_009 + step)
-    B = len(images_BP)
+    B, line = len(images_BP), torch.arange(32)
     flip_B = torch.rand(B, generator=generator) < 0.5
     dx, dy = torch.randint(-2, 3, (2, B, 1), generator=generator)
-    columns = torch.arange(32).expand(B, 32)
-    columns = (torch.where(flip_B[:, None], 31 - columns, columns) + dx).clamp(0, 31)
-    rows = (torch.arange(32) + dy).clamp(0, 31)
-    pixel = (rows[:, :, None] * 32 + columns[:, None, :]).reshape(B, 1024, 1).to(images_BP.device)
-    return images_BP.view(B, 1024, 3).gather(1, pixel.expand(B, 1024, 3)).reshape(B, 3072)
+    columns_BX = (torch.where(flip_B[:, None], 31 - line, line) + dx).clamp(0, 31)
+    pixel_BYX = 32 * (line + dy).clamp(0, 31)[:, :, None] + columns_BX[:, None, :]
+    pixel_BP = 3 * pixel_BYX.reshape(B, 1024, 1) + torch.arange(3)
+    return images_BP.gather(1, pixel_BP.reshape(B, 3072).to(images_BP.device))
 
 
 # ==== Run folders: one rule for starting and going on =============================================
-def go_on(config):
-    """(config, model, checkpoint) of the run in config.out, with its own settings, if any."""
-    if not config.out or not (Path(config.out) / "checkpoint.pt").exists():
-        return config, None, None
-    own, model, state = load_checkpoint(config.out)
-    given = getattr(config, "given", dataclasses.asdict(config))
-    for name, value in given.items():
-        if name not in ("out", "data", "device") and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: the run in {config.out} has {getattr(own, name)}; leave "
-                            "the flag out to go on with that run, or give another --out")
-    if ":" in own.constraint and "constraint" not in given:  # (nobody's code runs unasked)
-        raise UserError(f"--out {config.out}: was trained with code of yours; say that you trust it: "
-                        f"--constraint {own.constraint}")
-    own.out, own.device, own.data = config.out, config.device, given.get("data", own.data)
-    return own, model, state
-
-
-def new_folder(config):
-    """The folder of a run: config.out, or the first free runs/mlp_cifar_PRESET_seedN."""
-    if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return Path(config.out)
-    name, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
-    while True:
-        try:
-            out = Path(name if number == 1 else f"{name}_{number}")
-            out.mkdir(parents=True)  # (fails if it is there: two runs never share one)
-            return out
-        except FileExistsError:
-            number += 1
-
-
-def load_checkpoint(folder):
-    """(config, model, all that main saved). Reads tensors, numbers and text: no file runs code."""
+def load_checkpoint(folder, asked=None):
+    """(config, model, all that main saved), of no code. `asked`: a Config that must not contradict it."""
     path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
-        config = Config(**state["config"])
-        model = MLP(dataclasses.replace(config, constraint="none"))  # (no code is run)
-        model.load_state_dict(state["model"])
+        own, log, weights = Config(**state["config"]), state["log"], state["model"]
+        plain = dataclasses.replace(own, constraint="none")  # (its own may be code: it is not run)
+        plain.limits()
+        sizes = [3 * own.lowpass**2] + [own.width] * (own.depth - 1) + [state["classes"]]
+        count = 3072 + sum(m * (n + own.bias) for n, m in zip(sizes, sizes[1:]))
+        if count != sum(W.numel() for W in weights.values() if W.is_contiguous()):
+            raise ValueError(f"its weights are not {count} numbers")  # (before memory is taken)
+        model = MLP(plain, classes=state["classes"])
+        model.load_state_dict(weights)
+        momentum = [values for saved in state["optimizers"] for values in saved["state"].values()]
+        shapes = [{value.shape for value in values.values() if value.ndim} for values in momentum]
+        names = ("step", "val_loss", "val_accuracy", "ms_per_step")
+        figures = torch.tensor([[record[name] for name in names] + record["norms"] for record in log])
+        if (shapes != [{p.shape} for p in model.parameters()] or figures.shape[1] != 4 + own.depth
+                or type(state["data"]) is not str or state["step"] != log[-1]["step"]
+                or state["step"] not in range(1, own.steps + 1)):
+            raise ValueError("its parts do not fit each other")
     except Exception as problem:  # truncated, no checkpoint at all, or with code in it
-        reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-        raise UserError(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py "
-                        f"({type(problem).__name__}: {reason}); give another run folder") from problem
-    return config, model, state
+        raise UserError(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py ({problem!r:.200}); "
+                        "give another run folder") from problem
+    if asked is None:
+        return own, model, state
+    given = getattr(asked, "given", dataclasses.asdict(asked))
+    for name, value in given.items():
+        if name not in ("out", "data", "device") and value != getattr(own, name):
+            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave it "
+                            "out to go on with that run, or give another --out")
+    if ":" in str(own.constraint) and "constraint" not in given:  # (nobody's code runs unasked)
+        raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
+                        f"--constraint {own.constraint}")
+    own.out, own.device, own.data = asked.out, asked.device, given.get("data", own.data)
+    return own, model, state
 
 
 def write(path, data):
@@ -433,12 +453,15 @@ def evaluate(model, images_NP, labels_N):
     return loss / len(labels_N), right / len(labels_N)
 
 
-def main(config):
-    """Train, or go on; certify; report. Returns the summary."""
-    config, model, state = go_on(config)
-    if state and (Path(config.out) / "summary.json").exists():
-        print(f"The run in {config.out} is finished: see its summary.json; another --out starts another.")
-        return json.loads((Path(config.out) / "summary.json").read_text())
+def main(config, started=lambda folder: None):
+    """Train, or go on; certify; report. Returns the summary. Says `started` where the run folder is."""
+    config, model, state = copy.copy(config), None, dict(step=0, log=[], optimizers=[])
+    config.out = os.path.expanduser(config.out)
+    if config.out and (Path(config.out) / "checkpoint.pt").exists():
+        config, model, state = load_checkpoint(config.out, config)
+        if (Path(config.out) / "summary.json").exists():
+            print(f"The run in {config.out} is finished: see its summary.json, or give another --out.")
+            return json.loads((Path(config.out) / "summary.json").read_text())
     limits, constraint = config.limits(), find_constraint(config.constraint)
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -447,14 +470,16 @@ def main(config):
         raise UserError(f"--device {config.device}: cannot be used here; try auto") from problem
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     (images_NP, labels_N), test_set, data_name = load_data(config)
-    if state and state["images"] != len(labels_N):
-        raise UserError(f"--out {config.out}: was trained on {state['images']} images ({state['data']}), "
-                        f"and {data_name} has {len(labels_N)}; give the same with --data")
+    N, classes = len(labels_N), 1 + torch.cat([labels_N, test_set[1]]).max().item()
+    if classes < 2:
+        raise UserError(f"--data {data_name}: has labels of 0 alone, needed are 2 classes or more")
+    if model and (state["images"], state["classes"]) != (N, classes):
+        raise UserError(f"--out {config.out}: was trained on {state['images']} images of "
+                        f"{state['data']}, and {data_name} has {N}; give the same with --data")
 
-    # ---- build
-    model = (model or MLP(config, images_NP.sum(0) / (255 * len(images_NP)))).to(device)
+    model = (model or MLP(config, images_NP.sum(0) / (255 * N), classes)).to(device)
     if config.optimizer == "muon":
-        # The layers share the learning rate: a step changes the product by a factor of about lr / w_max.
+        # The layers share the rate: a step changes the product by a factor of about lr / w_max.
         groups = [dict(params=[W], w_max=w_max) for W, w_max in zip(model.weights, limits)]
         optimizers = [(Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
                             every=config.constrain_every), (config.lr or 0.2) / config.depth)]
@@ -463,35 +488,40 @@ def main(config):
                                          weight_decay=config.adamw_wd), config.lr or 0.0013)]
     if config.bias:
         optimizers.append((torch.optim.Adam(model.biases, betas=(0.9, 0.99)), config.bias_lr))
-    start, seconds, log, out = 0, 0.0, [], new_folder(config)
+    start, log, seconds = int(state["step"]), state["log"], 0.0
+    for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(dict(saved, param_groups=optimizer.state_dict()["param_groups"]))
+    name, number = config.out or f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
+    while True:
+        out = Path(name if number == 1 else f"{name}_{number}")
+        try:
+            out.mkdir(parents=True, exist_ok=bool(config.out))
+            break
+        except FileExistsError:  # (so two runs never share a folder)
+            number += 1
+            if config.out:
+                raise
+    started(out)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-    if state:
-        start, seconds, log = state["step"], state["seconds"], state["log"]
-        for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-    print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
-          f"({len(labels_N)} to train, {len(test_set[1])} to test), run folder {out}, from step {start}", flush=True)
+    print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
+          f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
 
     # ---- train
-    if config.random_labels:
-        labels_N = torch.randint(10, labels_N.shape, generator=torch.Generator().manual_seed(config.seed))
-    batch, images_NP, labels_N = min(config.batch, len(labels_N)), images_NP.to(device), labels_N.to(device)
+    batch, images_NP, labels_N = min(config.batch, N), images_NP.to(device), labels_N.to(device)
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
-    bar = tqdm(total=config.steps, initial=start, disable=not sys.stderr.isatty(), leave=False)
     order_N, losses, began = None, [], time.perf_counter()
     for step in range(start, config.steps):
         # Each epoch has its own random order, a function of seed and epoch: nothing of it is saved.
-        epoch, position = divmod(step, len(labels_N) // batch)
+        epoch, position = divmod(step, N // batch)
         if position == 0 or order_N is None:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            order_N = torch.randperm(len(labels_N), generator=generator).to(device)
+            order_N = torch.randperm(N, generator=generator).to(device)
         index_B = order_N[position * batch:(position + 1) * batch]
         images_BP, labels_B = images_NP[index_B], labels_N[index_B]
         if config.augment:
             images_BP = augmented(images_BP, step, config)
-
         logits_BK = config.loss_temperature * model(images_BP.to(dtype) / 255).float()
-        loss = F.cross_entropy(logits_BK - config.margin * F.one_hot(labels_B, 10), labels_B)
+        loss = F.cross_entropy(logits_BK - config.margin * F.one_hot(labels_B, classes), labels_B)
         loss.backward()
         fraction = 1 - step / config.steps
         for optimizer, lr in optimizers:
@@ -503,36 +533,32 @@ def main(config):
             for W, w_max in zip(model.weights, limits):
                 W.data.copy_(after_unknown_step(constraint, W, w_max, optimizers[0][1] * fraction))
         losses.append(loss.detach())
-        bar.update()
-
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would have to wait)
             if not all(t.isfinite().all() for t in (torch.stack(losses[-10:]), *model.weights)):
-                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; "
-                                f"a last good checkpoint may be in {out}; try a smaller --lr")
+                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; a "
+                                f"last good checkpoint may be in {out}; try a smaller --lr")
         if done in eval_steps:
             seconds += time.perf_counter() - began
             val_loss, val_accuracy = evaluate(model, *test_set)
-            bound, ms = certificate(model), 1000 * seconds / done  # (untuned: report tunes)
-            constant, largest = bound["tight_log10"] + math.log10(RMS_PER_L2), max(bound["norms"])
+            bound, ms = certificate(model), 1000 * seconds / (done - start)  # (untuned: report tunes)
+            largest, constant = max(bound["norms"]), bound["tight_log10"] + math.log10(model.rms_per_l2)
             log.append(dict(
                 step=done, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
                 val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=largest,
                 lipschitz_log10=constant, ms_per_step=ms))
             buffer = io.BytesIO()
             torch.save(dict(
-                script=SCRIPT, config=dataclasses.asdict(config), step=done, seconds=seconds, log=log,
-                data=data_name, images=len(labels_N), model=model.state_dict(),
+                script=SCRIPT, config=dataclasses.asdict(config), classes=classes, step=done, log=log,
+                data=data_name, images=N, model=model.state_dict(),
                 optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            bar.write(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  test loss "
-                      f"{val_loss:.3f}  accuracy {100 * val_accuracy:5.2f} %  largest norm {largest:.3f}  "
-                      f"bound (RMS->RMS) {power(constant)}  {ms:.1f} ms/step  "
-                      f"{ms / 1000 * (config.steps - done):.0f} s left", file=sys.stdout)
-            sys.stdout.flush()
+            print(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  test "
+                  f"loss {val_loss:.3f}  accuracy {100 * val_accuracy:5.2f} %  largest norm "
+                  f"{largest:.3f}  bound (RMS->RMS) {power(constant)}  {ms:.1f} ms/step  "
+                  f"{ms / 1000 * (config.steps - done):.0f} s left", flush=True)
             losses, began = [], time.perf_counter()
-    bar.close()
     return report(config, model, out, log, data_name, test_set, dtype)
 
 
@@ -541,10 +567,11 @@ def report(config, model, out, log, data_name, test_set, dtype):
     last, bound, limits = log[-1], certificate(model, steps=30), config.limits()
     radius_N = certified_radii(model, bound["pairs_log10_KK"], *test_set)
     certified = {name: (radius_N > r).double().mean().item() for name, r in RADII.items()}
-    network, x_NP = copy.deepcopy(model).cpu(), test_set[0][:500].double() / 255
+    network, few = copy.deepcopy(model).cpu(), max(1, 5000 // len(bound["pairs_log10_KK"]))
+    x_NP = test_set[0][:few].double() / 255
     jacobians_NKP = torch.func.vmap(torch.func.jacrev(lambda x_P: network(x_P[None])[0]))(x_NP)
     jacobian = torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item()  # no bound may be below it
-    tight, product, to_rms = bound["tight_log10"], bound["product_log10"], math.log10(RMS_PER_L2)
+    tight, product, to_rms = bound["tight_log10"], bound["product_log10"], math.log10(model.rms_per_l2)
     summary = dict(
         script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()),
         steps=config.steps, val_loss=last["val_loss"], val_accuracy=last["val_accuracy"],
@@ -570,15 +597,14 @@ def report(config, model, out, log, data_name, test_set, dtype):
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
     figure, steps = Figure(figsize=(11, 7), layout="tight"), [record["step"] for record in log]
     figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
-    (a, b), (c, d) = figure.subplots(2, 2)
+    a, b, c, d = figure.subplots(2, 2).flat
     a.plot(steps, [100 * record["val_accuracy"] for record in log], "o-")
     a.set(title="test accuracy", xlabel="step", ylabel="%")
-    for i, W in enumerate(model.weights):
-        b.plot(steps, [record["norms"][i] for record in log], "o-", label=f"layer {i + 1}")
-        c.plot(np.linspace(0, 1, min(W.shape)), singular_values(W), label=f"layer {i + 1}")
+    b.plot(steps, [record["norms"] for record in log], "o-")
     b.hlines(summary["w_max"] or [], 0, config.steps, "grey", ":")
-    b.legend()
-    b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
+    b.set(title="norm of each layer, limits dotted", xlabel="step", ylabel="RMS->RMS", ylim=(0, None))
+    for W in model.weights:
+        c.plot(np.linspace(0, 1, min(W.shape)), singular_values(W))
     c.set(title="singular values", xlabel="rank, share", ylabel="RMS->RMS", ylim=(0, None))
     d.plot(radius_N.sort(descending=True).values, np.linspace(0, 100, len(radius_N)))
     d.set(title="certified accuracy", xlabel="l2 radius", ylabel="%", xlim=(0, 1), ylim=(0, None))
@@ -590,11 +616,13 @@ def report(config, model, out, log, data_name, test_set, dtype):
 
 
 if __name__ == "__main__":
+    folders = []
     try:
-        main(parse_arguments())
+        main(parse_arguments(), folders.append)
     except (UserError, OSError) as problem:
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted" + "".join(f"; with --out {f} it goes on" for f in folders),
+              file=sys.stderr)
         sys.exit(130)
