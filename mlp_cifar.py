@@ -1,10 +1,9 @@
 """Tutorial 1: an MLP on CIFAR-10 whose Lipschitz constant is enforced at every step of training.
 
-WHAT IT SHOWS. Muon moves each weight matrix by a known amount and a constraint takes back what
-exceeds its limit, so the network is as Lipschitz as the limits say, at every step. That certifies
-images: one of large margin keeps its class under *every* perturbation up to a radius. (The CIFAR-10
-experiments of arXiv 2507.13338, whose authors' code is in JAX; certified accuracy is ours, after
-Tsuzuku et al. 2018; ellipsoids: constraints.py. README.md has results.)
+Muon moves each weight matrix by a known amount and a constraint takes back what exceeds its limit,
+so the network is as Lipschitz as the limits say, at every step. That certifies images: one of large
+margin keeps its class under *every* perturbation up to a radius. (The CIFAR-10 experiments of arXiv
+2507.13338; certified accuracy is ours, after Tsuzuku et al. 2018. Results: README.md.)
 
 COMMANDS
     python mlp_cifar.py                                      # a minute, once CIFAR-10 is there
@@ -32,14 +31,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from constraints import (CONSTRAINTS, after_unknown_step, ellipsoid, ellipsoid_layer, ellipsoid_norm,
-                         ellipsoid_pairs, exact_norm, find_constraint, log10, power, sigma_per_norm,
-                         singular_values, tune)
+from constraints import (CONSTRAINTS, after_unknown_step, ellipsoid, ellipsoid_layer,
+                         ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10, power,
+                         sigma_per_norm, singular_values, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "mlp_cifar"
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels
-MOST_CLASSES = 1000  # (a certificate has a constant for each pair of classes)
 # Shapes: B images in a batch, N in a set, P = 3072 pixel values, K classes, F frequencies.
 
 
@@ -58,7 +56,6 @@ class Config:
     preset: str = flag("default", "named settings, see the end of this help; other flags override")
     data: str = flag("auto", "auto, stand-in, a folder of pictures or parquet files, or a Hub name")
     label: str = flag("", "column of labels, if it is not label, labels or fine_label")
-    holdout: int = flag(0, "for tuning: evaluate on so many training images, taken out", 0)
     augment: bool = flag(False, "flip training images at random, and shift them by up to 2 pixels")
     depth: int = flag(3, "number of weight matrices", 1, 1000)
     width: int = flag(256, "hidden width (neurons)", 1, 65536)
@@ -72,15 +69,13 @@ class Config:
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(2000, "training steps", 1, 10**9)
     batch: int = flag(512, "images a step", 1)
-    lr: float = flag(0.0, "at the start, then falling linearly; 0: 0.2 for Muon, 0.0013 for AdamW", 0)
-    bias_lr: float = flag(0.01, "learning rate of the biases (Adam), falling likewise", 0)
+    lr: float = flag(0.0, "at first, then falling linearly; 0: 0.2 for Muon, 0.0013 for AdamW", 0)
     momentum: float = flag(0.9, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
     adamw_wd: float = flag(0.0, "AdamW's own weight decay, besides the constraint", 0)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     margin: float = flag(0.0, "taken from the right logit, times its temperature, in the loss", 0)
     seed: int = flag(0, "of initialisation, data order, augmentation", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of activations, auto: bfloat16 if fast",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "auto: bfloat16 if fast", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
     evals: int = flag(10, "evaluations on the whole test set, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
@@ -115,7 +110,7 @@ class Config:
             raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {problem}") from problem
         limits *= self.depth if len(limits) == 1 else 1
         if len(limits) != self.depth or not all(0 < w < math.inf for w in limits):
-            raise UserError(f"--w_max {self.w_max}: must be above 0, or {self.depth} such with commas")
+            raise UserError(f"--w_max {self.w_max}: must be above 0, or {self.depth} with commas")
         return limits
 
 
@@ -134,9 +129,9 @@ PRESETS = {
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(f"preset {name}: {settings}" for name, settings in PRESETS.items()),
-        argument_default=argparse.SUPPRESS)
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
@@ -153,9 +148,8 @@ def maxmin(z_BH):
 class MLP(torch.nn.Module):
     """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
 
-    The mean and the biases cancel in differences of outputs: neither enters a Lipschitz constant. T
-    keeps the lowest frequencies of each colour channel, as coefficients of the orthonormal cosine
-    transform: a projection, of constant 1. It hides what an MLP uses to memorise training images.
+    The mean and the biases cancel in differences: neither enters a Lipschitz constant. T keeps the
+    lowest frequencies of each colour by an orthonormal cosine transform, a projection of constant 1.
     """
 
     def __init__(self, config, mean_P=None, classes=10):
@@ -164,14 +158,12 @@ class MLP(torch.nn.Module):
         self.rms_per_l2 = (3072 / classes) ** 0.5  # a constant l2->l2, times this, is RMS->RMS
         self.weights = torch.nn.ParameterList(torch.zeros(m, n) for n, m in zip(sizes, sizes[1:]))
         self.biases = torch.nn.ParameterList(torch.zeros(m) for m in sizes[1:] if config.bias)
-        self.register_buffer("mean_P", torch.zeros(3072))
-        if config.center and mean_P is not None:
-            self.mean_P.copy_(mean_P)
+        centred = config.center and mean_P is not None
+        self.register_buffer("mean_P", mean_P if centred else torch.zeros(3072))
         self.activation = F.relu if config.activation == "relu" else maxmin
-        # The first rows of the orthonormal discrete cosine transform (DCT-II) of 32 values.
         x, f = torch.arange(32).double(), torch.arange(config.lowpass).double()[:, None]
-        lengths = torch.where(f == 0, 32, 16).double().sqrt()
-        self.cosines_FX = torch.cos(math.pi * f * (2 * x + 1) / 64) / lengths
+        self.cosines_FX = torch.cos(math.pi * f * (2 * x + 1) / 64)  # the orthonormal DCT-II's first rows
+        self.cosines_FX /= torch.where(f == 0, 32, 16).double().sqrt()
         generator = torch.Generator().manual_seed(config.seed)
         for W, w_max in zip(self.weights, config.limits()):
             # All singular values equal: norm 1 if that is within the limit; the limit for stiefel.
@@ -195,8 +187,8 @@ class MLP(torch.nn.Module):
 
 # ==== Certificate: numbers that no pair of images can exceed, from the weights alone ==============
 # Let two images differ by dx, |dx| <= 1 (l2), and the vectors before activation i by dz_i, after it
-# by dh_i, so that dz_{i+1} = W_{i+1} dh_i. Slopes of ReLU are in [0, 1], and sorting pairs brings no
-# two vectors further apart, so |dh| <= |dz|: the constant is at most the product, prod_i sigma(W_i).
+# by dh_i, so that dz_{i+1} = W_{i+1} dh_i. Slopes of ReLU are in [0, 1], and sorting pairs brings
+# none further apart, so |dh| <= |dz|: the constant is at most the product, prod_i sigma(W_i).
 # Tight: follow an ellipsoid E(S) = {z : z^T S^-1 z <= 1} (constraints.py) instead of a length.
 #   1. dz_1 = W_1 T dx lies in E(W_1 W_1^T), as T is a projection.
 #   2. ReLU: dh = dz / 2 + v / 2 with |v_i| <= |dz_i|. MaxMin of a pair is ((a + b) +- |a - b|) / 2,
@@ -205,8 +197,8 @@ class MLP(torch.nn.Module):
 #      ReLU    A = B = W' / 2, F = I
 #      MaxMin  A = (P + Q) [I I] / 2, B = (P - Q) / sqrt 2, F = [I -I] / sqrt 2
 #   4. In the end |dz_d| <= sqrt(sigma(S_d)).
-#   5. f_y - f_j, two logits, moves by at most L_yj, the largest |(e_y - e_j) z| in E(S_d); by the
-#      product that is |w_y - w_j|, rows of W_d, times sigma(W_1) ... sigma(W_{d-1}).
+#   5. f_y - f_j, two logits, moves by at most L_yj, the largest |(e_y - e_j) z| in E(S_d), and by
+#      the product, |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}) with rows of W_d.
 #   6. If f_y(x) - f_j(x) > eps L_yj for all j != y, all images within eps (l2) of x have class y.
 #   7. Neurons have free multipliers in 3: equal at first, then `tune` goes on by descent.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
@@ -241,15 +233,15 @@ def certificate(model, steps=0):
     tight = ellipsoid_norm(*follow(model, free), eye).item() / math.log(10)
     tune(lambda free: ellipsoid_pairs(*follow(model, free), eye)[eye == 0].mean(), free, steps)
     pairs_KK = ellipsoid_pairs(*follow(model, free), eye) / math.log(10)
-    identity, last = torch.eye(model.weights[-1].shape[1]).double(), model.weights[-1].detach().cpu()
-    apart_KK = ellipsoid_pairs(identity, 0.0, last.double()) / math.log(10)  # |w_y - w_j|
+    last = model.weights[-1].detach().cpu().double()
+    apart_KK = ellipsoid_pairs(torch.eye(last.shape[1]).double(), 0.0, last) / math.log(10)  # |w_y - w_j|
     return dict(norms=norms, product_log10=sum(logs), tight_log10=min(sum(logs), tight),
                 pairs_log10_KK=torch.minimum(pairs_KK, apart_KK + sum(logs[:-1])))
 
 
 @torch.no_grad()
 def certified_radii(model, pairs_log10_KK, images_NP, labels_N):
-    """l2 radius in which an image keeps its right class (step 6, less rounding); < 0 if wrong or tied."""
+    """l2 radius in which an image keeps its class (step 6, less rounding); < 0 if wrong or tied."""
     model = copy.deepcopy(model).cpu()  # float64 is not on every device
     logits_NK = torch.cat([model(x.double() / 255) for x in images_NP.split(2000)])
     margin_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
@@ -265,37 +257,27 @@ def load_data(config):
     if name == "auto":
         name = str(local) if "DATA_DIR" in os.environ and local.is_dir() else "uoft-cs/cifar10"
     try:
-        train_set, test_set = stand_in() if name == "stand-in" else load_images(name, config.label)
+        return *(stand_in() if name == "stand-in" else load_images(name, config.label)), name
     except UserError as problem:
         if config.data != "auto":
             raise
-        print(f"{'!' * 98}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: drawings "
-              f"made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
-        (train_set, test_set), name = stand_in(), "stand-in"
-    if config.holdout:  # the same images for every seed
-        if config.holdout >= len(train_set[0]):
-            raise UserError(f"--holdout {config.holdout}: must be below the {len(train_set[0])} images")
-        order = torch.randperm(len(train_set[0]), generator=torch.Generator().manual_seed(2025))
-        held, rest = order[:config.holdout], order[config.holdout:]
-        train_set, test_set = ([part[index] for part in train_set] for index in (rest, held))
-        name += f", evaluated on {config.holdout} training images held out"
-    return train_set, test_set, name
+        print(f"{'!' * 98}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: drawings"
+              f" made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
+        return *stand_in(), "stand-in"
 
 
 def load_images(source, label=""):
     """[(images_NP, labels_N)] of the splits train and test of a folder or a data set on the Hub."""
     import datasets  # takes a second, so only where it is needed
     import huggingface_hub
-
-    datasets.disable_progress_bars()
     folder, split, labels, sizes, sets = Path(source).expanduser(), "train", [], set(), []
     names = [label] if label else ["label", "labels", "fine_label", "fine_labels"]
     try:
         options = dict(path=source)
         if folder.exists():  # read as it is, as links without [brackets], which are patterns there
             cache = tempfile.TemporaryDirectory()  # (the library's own need not be writable)
-            links = shutil.copytree(folder.resolve(), f"{cache.name}/data", copy_function=os.symlink)
-            options = dict(path=links, streaming=True, cache_dir=cache.name)
+            data = shutil.copytree(folder.resolve(), f"{cache.name}/x", copy_function=os.symlink)
+            options = dict(path=data, streaming=True, cache_dir=cache.name)
         else:
             try:
                 huggingface_hub.HfApi().dataset_info(source, timeout=3)
@@ -303,12 +285,13 @@ def load_images(source, label=""):
                 datasets.config.HF_HUB_OFFLINE = True
         for split, files in ("train", ("data_batch_[1-5]", "train")), ("test", ("test_batch", "test")):
             rows, images, labels = [], [], []
-            for path in filter(Path.is_file, [path for name in files for path in sorted(folder.glob(name))]):
+            paths = [path for name in files for path in sorted(folder.glob(name)) if path.is_file()]
+            for path in paths:  # (the official archives, unpacked)
                 batch = NumpyOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
                 column = next((name for name in names if name.encode() in batch), names[0]).encode()
                 arrays = (x.reshape(3, 1024).T.reshape(32, 32, 3) for x in batch[b"data"])
                 rows += zip(map(Image.fromarray, arrays), batch[column], strict=True)
-            if not rows:  # (no official archive, unpacked)
+            if not paths:
                 table = datasets.load_dataset(split=split, **options)
                 columns = table.column_names or list(next(iter(table), {}))
                 column = next((name for name in names if name in columns), names[0])
@@ -316,31 +299,30 @@ def load_images(source, label=""):
                 table = table.select_columns([image, column]).cast_column(image, datasets.Image())
                 rows = ((row[image], row[column]) for row in table)
             for picture, y in rows:
-                if type(y) is not int or not 0 <= y < MOST_CLASSES:
-                    raise ValueError(f"label {y!r} is no whole number from 0 to {MOST_CLASSES - 1}")
+                if type(y) is not int or not 0 <= y < 1000:  # (a certificate has all pairs of classes)
+                    raise ValueError(f"label {y!r} is no whole number from 0 to 999")
                 images.append(pixels(picture))
                 sizes.add(picture.size)
                 labels.append(y)
             sets.append((torch.from_numpy(np.stack(images)).view(-1, 3072), torch.tensor(labels)))
     except Exception as problem:  # the libraries raise dozens of kinds: the data cannot be had
         raise UserError(
-            f"--data {source}: cannot be used ({split}, row {len(labels)}: {problem!r:.200}); needed are "
-            "train and test with pictures in img or image, and numbers in label, labels or fine_label, "
-            "or in --label COLUMN") from problem
+            f"--data {source}: cannot be used ({split}, row {len(labels)}: {problem!r:.200}); needed "
+            "are train and test with pictures in img or image and numbers in label, labels, fine_label "
+            "or --label COLUMN") from problem
     if sizes != {(32, 32)}:
         print(f"{source}: pictures of {min(sizes)} to {max(sizes)} pixels are resized to 32 x 32")
     return sets
 
 
 def pixels(picture):
-    """(32, 32, 3), uint8: what a picture shows. 16 bits are scaled, what is transparent is white."""
+    """(32, 32, 3), uint8: what a picture shows. Transparent is white, 16 bits are scaled."""
     if picture is None or picture.mode in ("I", "F"):
         raise ValueError("no picture, or one of 32 bits a colour")
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return np.asarray(picture.convert("RGB").resize((32, 32)))
 
 
@@ -354,7 +336,7 @@ class NumpyOnly(pickle.Unpickler):
 
 
 def stand_in(train=20_000, test=4_000):
-    """Ten classes of drawings of random place, size and colour, in noise: a linear model cannot tell."""
+    """Ten classes of drawings, of random place, size and colour, in noise: hard for a linear model."""
     n, generator = train + test, torch.Generator().manual_seed(20_250_713)
     label_N = torch.arange(n) % 10
     u_N = torch.rand(10, n, 1, 1, generator=generator)
@@ -362,8 +344,7 @@ def stand_in(train=20_000, test=4_000):
     x, y = axis - 0.8 * u_N[0] + 0.4, axis[:, None] - 0.8 * u_N[1] + 0.4  # (n, 1, 32), (n, 32, 1)
     size, wave = 0.35 + 0.45 * u_N[2], 9 + 5 * u_N[3]
     disc, box = (x * x + y * y).sqrt() / size, x.abs().maximum(y.abs()) / size
-    cross, stripes = x.abs().minimum(y.abs()) / size, (x * wave).sin() + 0 * y
-    bars = (y * wave).sin() + 0 * x
+    cross, stripes, bars = x.abs().minimum(y.abs()) / size, (x * wave).sin() + 0 * y, (y * wave).sin() + 0 * x
     figures = torch.stack([disc < 1, (disc < 1) & (disc > 0.6), box < 1, (box < 1) & (box > 0.6),
                            (y < size) & (y > 2 * x.abs() - size), (box < 1) & (cross < 0.25),
                            stripes > 0, bars > 0, ((x + y) * wave).sin() > 0, stripes * bars > 0])
@@ -388,7 +369,7 @@ def augmented(images_BP, step, config):
 
 # ==== Run folders: one rule for starting and going on =============================================
 def load_checkpoint(folder, asked=None):
-    """(config, model, all that main saved), of no code. `asked`: a Config that must not contradict it."""
+    """(config, model, all that main saved); no code is run. `asked`: a Config that shall go on there."""
     path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -405,22 +386,22 @@ def load_checkpoint(folder, asked=None):
         model.load_state_dict(weights)
         momentum = [values for saved in state["optimizers"] for values in saved["state"].values()]
         shapes = [{value.shape for value in values.values() if value.ndim} for values in momentum]
-        names = ("step", "val_loss", "val_accuracy", "ms_per_step")
-        figures = torch.tensor([[record[name] for name in names] + record["norms"] for record in log])
+        keys = ("step", "val_loss", "val_accuracy", "ms_per_step")
+        figures = torch.tensor([[record[key] for key in keys] + record["norms"] for record in log])
         if (shapes != [{p.shape} for p in model.parameters()] or figures.shape[1] != 4 + own.depth
                 or type(state["data"]) is not str or state["step"] != log[-1]["step"]
                 or state["step"] not in range(1, own.steps + 1)):
             raise ValueError("its parts do not fit each other")
     except Exception as problem:  # truncated, no checkpoint at all, or with code in it
-        raise UserError(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py ({problem!r:.200}); "
+        raise UserError(f"{path}: is no checkpoint of {SCRIPT}.py that can be used ({problem!r:.200}); "
                         "give another run folder") from problem
     if asked is None:
         return own, model, state
     given = getattr(asked, "given", dataclasses.asdict(asked))
     for name, value in given.items():
         if name not in ("out", "data", "device") and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave it "
-                            "out to go on with that run, or give another --out")
+            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave "
+                            "it out to go on with that run, or give another --out")
     if ":" in str(own.constraint) and "constraint" not in given:  # (nobody's code runs unasked)
         raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
                         f"--constraint {own.constraint}")
@@ -445,22 +426,19 @@ def write(path, data):
 @torch.no_grad()
 def evaluate(model, images_NP, labels_N):
     """(mean cross-entropy of the logits, accuracy) over a whole set, in float32."""
-    device, loss, right = model.mean_P.device, 0.0, 0
-    for x, y in zip(images_NP.split(2000), labels_N.split(2000)):
-        logits, y = model(x.to(device).float() / 255), y.to(device)
-        loss += F.cross_entropy(logits, y, reduction="sum").item()
-        right += (logits.argmax(1) == y).sum().item()
-    return loss / len(labels_N), right / len(labels_N)
+    logits_NK = torch.cat([model(x.to(model.mean_P.device) / 255).cpu() for x in images_NP.split(2000)])
+    right_N = logits_NK.argmax(1) == labels_N
+    return F.cross_entropy(logits_NK, labels_N).item(), right_N.double().mean().item()
 
 
 def main(config, started=lambda folder: None):
-    """Train, or go on; certify; report. Returns the summary. Says `started` where the run folder is."""
+    """Train, or go on; certify; report. Returns the summary. `started` is told the run folder."""
     config, model, state = copy.copy(config), None, dict(step=0, log=[], optimizers=[])
     config.out = os.path.expanduser(config.out)
     if config.out and (Path(config.out) / "checkpoint.pt").exists():
         config, model, state = load_checkpoint(config.out, config)
         if (Path(config.out) / "summary.json").exists():
-            print(f"The run in {config.out} is finished: see its summary.json, or give another --out.")
+            print(f"The run in {config.out} is finished: see summary.json, or give another --out.")
             return json.loads((Path(config.out) / "summary.json").read_text())
     limits, constraint = config.limits(), find_constraint(config.constraint)
     try:
@@ -474,9 +452,8 @@ def main(config, started=lambda folder: None):
     if classes < 2:
         raise UserError(f"--data {data_name}: has labels of 0 alone, needed are 2 classes or more")
     if model and (state["images"], state["classes"]) != (N, classes):
-        raise UserError(f"--out {config.out}: was trained on {state['images']} images of "
-                        f"{state['data']}, and {data_name} has {N}; give the same with --data")
-
+        raise UserError(f"--data {data_name}: {N} images, {classes} classes; the run in {config.out} had "
+                        f"{state['images']} and {state['classes']}, of {state['data']}")
     model = (model or MLP(config, images_NP.sum(0) / (255 * N), classes)).to(device)
     if config.optimizer == "muon":
         # The layers share the rate: a step changes the product by a factor of about lr / w_max.
@@ -487,7 +464,7 @@ def main(config, started=lambda folder: None):
         optimizers = [(torch.optim.AdamW(model.weights, betas=(config.momentum, 0.95),
                                          weight_decay=config.adamw_wd), config.lr or 0.0013)]
     if config.bias:
-        optimizers.append((torch.optim.Adam(model.biases, betas=(0.9, 0.99)), config.bias_lr))
+        optimizers.append((torch.optim.Adam(model.biases, betas=(0.9, 0.99)), 0.01))
     start, log, seconds = int(state["step"]), state["log"], 0.0
     for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(dict(saved, param_groups=optimizer.state_dict()["param_groups"]))
@@ -505,7 +482,6 @@ def main(config, started=lambda folder: None):
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
           f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
-
     # ---- train
     batch, images_NP, labels_N = min(config.batch, N), images_NP.to(device), labels_N.to(device)
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
@@ -536,21 +512,21 @@ def main(config, started=lambda folder: None):
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would have to wait)
             if not all(t.isfinite().all() for t in (torch.stack(losses[-10:]), *model.weights)):
-                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; a "
-                                f"last good checkpoint may be in {out}; try a smaller --lr")
+                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; "
+                                f"a last good checkpoint may be in {out}; try a smaller --lr")
         if done in eval_steps:
             seconds += time.perf_counter() - began
             val_loss, val_accuracy = evaluate(model, *test_set)
-            bound, ms = certificate(model), 1000 * seconds / (done - start)  # (untuned: report tunes)
-            largest, constant = max(bound["norms"]), bound["tight_log10"] + math.log10(model.rms_per_l2)
+            bound, ms = certificate(model), 1000 * seconds / (done - start)  # (report tunes it)
+            constant, largest = bound["tight_log10"] + math.log10(model.rms_per_l2), max(bound["norms"])
             log.append(dict(
                 step=done, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
                 val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=largest,
                 lipschitz_log10=constant, ms_per_step=ms))
             buffer = io.BytesIO()
             torch.save(dict(
-                script=SCRIPT, config=dataclasses.asdict(config), classes=classes, step=done, log=log,
-                data=data_name, images=N, model=model.state_dict(),
+                script=SCRIPT, config=dataclasses.asdict(config), classes=classes, step=done,
+                log=log, data=data_name, images=N, model=model.state_dict(),
                 optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
@@ -567,10 +543,10 @@ def report(config, model, out, log, data_name, test_set, dtype):
     last, bound, limits = log[-1], certificate(model, steps=30), config.limits()
     radius_N = certified_radii(model, bound["pairs_log10_KK"], *test_set)
     certified = {name: (radius_N > r).double().mean().item() for name, r in RADII.items()}
-    network, few = copy.deepcopy(model).cpu(), max(1, 5000 // len(bound["pairs_log10_KK"]))
-    x_NP = test_set[0][:few].double() / 255
+    network, K = copy.deepcopy(model).cpu(), len(bound["pairs_log10_KK"])
+    x_NP = test_set[0][:5000 // K].double() / 255
     jacobians_NKP = torch.func.vmap(torch.func.jacrev(lambda x_P: network(x_P[None])[0]))(x_NP)
-    jacobian = torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item()  # no bound may be below it
+    jacobian = torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item()  # a bound from below
     tight, product, to_rms = bound["tight_log10"], bound["product_log10"], math.log10(model.rms_per_l2)
     summary = dict(
         script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()),
@@ -583,7 +559,6 @@ def report(config, model, out, log, data_name, test_set, dtype):
         data=data_name, device=str(model.mean_P.device), dtype=str(dtype).removeprefix("torch."),
         seed=config.seed, torch=torch.__version__)
     write(out / "summary.json", json.dumps(summary, indent=1))
-
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, seed "
           f"{config.seed}, data: {data_name}\n  test accuracy {100 * last['val_accuracy']:.2f} %, "
           f"cross-entropy {last['val_loss']:.3f} (loss temperature {config.loss_temperature:g})")
@@ -593,7 +568,6 @@ def report(config, model, out, log, data_name, test_set, dtype):
     for name, L in (("product", product), ("tight", tight), ("found: Jacobians", log10(jacobian))):
         print(f"    {name:25} {power(L):>12} {power(L + to_rms):>12}")
     print("  certified accuracy at l2 radius", *(f" {r}: {100 * p:.2f} %" for r, p in certified.items()))
-
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
     figure, steps = Figure(figsize=(11, 7), layout="tight"), [record["step"] for record in log]
     figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
@@ -602,27 +576,25 @@ def report(config, model, out, log, data_name, test_set, dtype):
     a.set(title="test accuracy", xlabel="step", ylabel="%")
     b.plot(steps, [record["norms"] for record in log], "o-")
     b.hlines(summary["w_max"] or [], 0, config.steps, "grey", ":")
-    b.set(title="norm of each layer, limits dotted", xlabel="step", ylabel="RMS->RMS", ylim=(0, None))
+    b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS", ylim=(0, None))
     for W in model.weights:
         c.plot(np.linspace(0, 1, min(W.shape)), singular_values(W))
     c.set(title="singular values", xlabel="rank, share", ylabel="RMS->RMS", ylim=(0, None))
     d.plot(radius_N.sort(descending=True).values, np.linspace(0, 100, len(radius_N)))
     d.set(title="certified accuracy", xlabel="l2 radius", ylabel="%", xlim=(0, 1), ylim=(0, None))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
     write(out / "curves.png", buffer.getvalue())
     print(f"\nPicture, log, checkpoint: {out}. Attack its claims: python verify_lipschitz.py {out}")
     return summary
 
 
 if __name__ == "__main__":
-    folders = []
+    folders = ["FOLDER"]
     try:
         main(parse_arguments(), folders.append)
     except (UserError, OSError) as problem:
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted" + "".join(f"; with --out {f} it goes on" for f in folders),
-              file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; with --out {folders[-1]} it goes on", file=sys.stderr)
         sys.exit(130)
