@@ -389,8 +389,8 @@ def load_checkpoint(folder, asked=None):
         keys = ("step", "val_loss", "val_accuracy", "ms_per_step")
         figures = torch.tensor([[record[key] for key in keys] + record["norms"] for record in log])
         if (shapes != [{p.shape} for p in model.parameters()] or figures.shape[1] != 4 + own.depth
-                or type(state["data"]) is not str or state["step"] != log[-1]["step"]
-                or state["step"] not in range(1, own.steps + 1)):
+                or (type(state["data"]), type(state["images"])) != (str, int)
+                or not state["step"] == log[-1]["step"] in range(1, own.steps + 1)):
             raise ValueError("its parts do not fit each other")
     except Exception as problem:  # truncated, no checkpoint at all, or with code in it
         raise UserError(f"{path}: is no checkpoint of {SCRIPT}.py that can be used ({problem!r:.200}); "
