@@ -56,6 +56,7 @@ class Config:
     preset: str = flag("default", "named settings, see the end of this help; other flags override")
     data: str = flag("auto", "auto, stand-in, a folder of pictures or parquet files, or a Hub name")
     label: str = flag("", "column of labels, if it is not label, labels or fine_label")
+    holdout: int = flag(0, "for tuning: evaluate on so many training images, taken out", 0)
     augment: bool = flag(False, "flip training images at random, and shift them by up to 2 pixels")
     depth: int = flag(3, "number of weight matrices", 1, 1000)
     width: int = flag(256, "hidden width (neurons)", 1, 65536)
@@ -149,7 +150,7 @@ class MLP(torch.nn.Module):
     """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
 
     The mean and the biases cancel in differences: neither enters a Lipschitz constant. T keeps the
-    lowest frequencies of each colour by an orthonormal cosine transform, a projection of constant 1.
+    lowest frequencies of each colour by an orthonormal cosine transform: a projection, constant 1.
     """
 
     def __init__(self, config, mean_P=None, classes=10):
@@ -158,12 +159,10 @@ class MLP(torch.nn.Module):
         self.rms_per_l2 = (3072 / classes) ** 0.5  # a constant l2->l2, times this, is RMS->RMS
         self.weights = torch.nn.ParameterList(torch.zeros(m, n) for n, m in zip(sizes, sizes[1:]))
         self.biases = torch.nn.ParameterList(torch.zeros(m) for m in sizes[1:] if config.bias)
-        centred = config.center and mean_P is not None
-        self.register_buffer("mean_P", mean_P if centred else torch.zeros(3072))
+        self.register_buffer("mean_P", torch.zeros(3072) if mean_P is None or not config.center else mean_P)
         self.activation = F.relu if config.activation == "relu" else maxmin
         x, f = torch.arange(32).double(), torch.arange(config.lowpass).double()[:, None]
-        self.cosines_FX = torch.cos(math.pi * f * (2 * x + 1) / 64)  # the orthonormal DCT-II's first rows
-        self.cosines_FX /= torch.where(f == 0, 32, 16).double().sqrt()
+        self.cosines_FX = torch.cos(math.pi * f * (2 * x + 1) / 64) / (16 + 16 * (f == 0).double()).sqrt()
         generator = torch.Generator().manual_seed(config.seed)
         for W, w_max in zip(self.weights, config.limits()):
             # All singular values equal: norm 1 if that is within the limit; the limit for stiefel.
@@ -177,8 +176,7 @@ class MLP(torch.nn.Module):
         if len(self.cosines_FX) < 32:
             cosines_XF = self.cosines_FX.to(h).T
             h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
-            h = h.reshape(len(x_BP), 32, -1).mT @ cosines_XF  # and columns: (B, 3 * F, F)
-            h = h.reshape(len(x_BP), -1)
+            h = (h.reshape(len(x_BP), 32, -1).mT @ cosines_XF).flatten(1)  # and columns
         for i, W in enumerate(self.weights):
             bias = self.biases[i].to(h.dtype) if self.biases else None
             h = F.linear(h if i == 0 else self.activation(h), W.to(h.dtype), bias)
@@ -246,8 +244,7 @@ def certified_radii(model, pairs_log10_KK, images_NP, labels_N):
     logits_NK = torch.cat([model(x.double() / 255) for x in images_NP.split(2000)])
     margin_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
     margin_NK -= 1e-9 * max(p.detach().abs().max().item() for p in (logits_NK, *model.biases))
-    radius_NK = margin_NK / 10 ** pairs_log10_KK[labels_N]
-    return radius_NK.scatter(1, labels_N[:, None], math.inf).amin(1)
+    return (margin_NK / 10 ** pairs_log10_KK[labels_N]).scatter(1, labels_N[:, None], math.inf).amin(1)
 
 
 # ==== Data: pictures from a folder or the Hub, or drawn here ======================================
@@ -257,13 +254,21 @@ def load_data(config):
     if name == "auto":
         name = str(local) if "DATA_DIR" in os.environ and local.is_dir() else "uoft-cs/cifar10"
     try:
-        return *(stand_in() if name == "stand-in" else load_images(name, config.label)), name
+        sets = stand_in() if name == "stand-in" else load_images(name, config.label)
     except UserError as problem:
         if config.data != "auto":
             raise
-        print(f"{'!' * 98}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: drawings"
-              f" made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
-        return *stand_in(), "stand-in"
+        print(f"{'!' * 98}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: "
+              f"drawings made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
+        sets, name = stand_in(), "stand-in"
+    h, N = config.holdout, len(sets[0][1])
+    if h >= N or not sets[0][1].any():
+        raise UserError(f"--data {name}: needed are at least 2 classes and more than {h} (--holdout) images")
+    if h:  # the same images for every seed
+        held, rest = torch.randperm(N, generator=torch.Generator().manual_seed(2025)).split([h, N - h])
+        sets = [[part[index] for part in sets[0]] for index in (rest, held)]
+        name += f", evaluated on {h} training images held out"
+    return *sets, name
 
 
 def load_images(source, label=""):
@@ -299,7 +304,7 @@ def load_images(source, label=""):
                 table = table.select_columns([image, column]).cast_column(image, datasets.Image())
                 rows = ((row[image], row[column]) for row in table)
             for picture, y in rows:
-                if type(y) is not int or not 0 <= y < 1000:  # (a certificate has all pairs of classes)
+                if type(y) is not int or not 0 <= y < 1000:  # (certificates have all pairs)
                     raise ValueError(f"label {y!r} is no whole number from 0 to 999")
                 images.append(pixels(picture))
                 sizes.add(picture.size)
@@ -336,7 +341,7 @@ class NumpyOnly(pickle.Unpickler):
 
 
 def stand_in(train=20_000, test=4_000):
-    """Ten classes of drawings, of random place, size and colour, in noise: hard for a linear model."""
+    """Ten classes of drawings of random place, size, colour, in noise: hard for a linear model."""
     n, generator = train + test, torch.Generator().manual_seed(20_250_713)
     label_N = torch.arange(n) % 10
     u_N = torch.rand(10, n, 1, 1, generator=generator)
@@ -369,7 +374,7 @@ def augmented(images_BP, step, config):
 
 # ==== Run folders: one rule for starting and going on =============================================
 def load_checkpoint(folder, asked=None):
-    """(config, model, all that main saved); no code is run. `asked`: a Config that shall go on there."""
+    """(config, model, all that main saved); no code is run. `asked`: a Config that goes on."""
     path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -393,15 +398,15 @@ def load_checkpoint(folder, asked=None):
                 or not state["step"] == log[-1]["step"] in range(1, own.steps + 1)):
             raise ValueError("its parts do not fit each other")
     except Exception as problem:  # truncated, no checkpoint at all, or with code in it
-        raise UserError(f"{path}: is no checkpoint of {SCRIPT}.py that can be used ({problem!r:.200}); "
-                        "give another run folder") from problem
+        raise UserError(f"{path}: is no checkpoint of {SCRIPT}.py to be used ({problem!r:.200}); give "
+                        "another run folder") from problem
     if asked is None:
         return own, model, state
     given = getattr(asked, "given", dataclasses.asdict(asked))
     for name, value in given.items():
         if name not in ("out", "data", "device") and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave "
-                            "it out to go on with that run, or give another --out")
+            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; "
+                            "leave it out to go on with that run, or give another --out")
     if ":" in str(own.constraint) and "constraint" not in given:  # (nobody's code runs unasked)
         raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
                         f"--constraint {own.constraint}")
@@ -449,14 +454,11 @@ def main(config, started=lambda folder: None):
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     (images_NP, labels_N), test_set, data_name = load_data(config)
     N, classes = len(labels_N), 1 + torch.cat([labels_N, test_set[1]]).max().item()
-    if classes < 2:
-        raise UserError(f"--data {data_name}: has labels of 0 alone, needed are 2 classes or more")
     if model and (state["images"], state["classes"]) != (N, classes):
         raise UserError(f"--data {data_name}: {N} images, {classes} classes; the run in {config.out} had "
                         f"{state['images']} and {state['classes']}, of {state['data']}")
     model = (model or MLP(config, images_NP.sum(0) / (255 * N), classes)).to(device)
     if config.optimizer == "muon":
-        # The layers share the rate: a step changes the product by a factor of about lr / w_max.
         groups = [dict(params=[W], w_max=w_max) for W, w_max in zip(model.weights, limits)]
         optimizers = [(Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
                             every=config.constrain_every), (config.lr or 0.2) / config.depth)]
@@ -482,7 +484,6 @@ def main(config, started=lambda folder: None):
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
           f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
-    # ---- train
     batch, images_NP, labels_N = min(config.batch, N), images_NP.to(device), labels_N.to(device)
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     order_N, losses, began = None, [], time.perf_counter()
@@ -570,7 +571,6 @@ def report(config, model, out, log, data_name, test_set, dtype):
     print("  certified accuracy at l2 radius", *(f" {r}: {100 * p:.2f} %" for r, p in certified.items()))
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
     figure, steps = Figure(figsize=(11, 7), layout="tight"), [record["step"] for record in log]
-    figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
     a, b, c, d = figure.subplots(2, 2).flat
     a.plot(steps, [100 * record["val_accuracy"] for record in log], "o-")
     a.set(title="test accuracy", xlabel="step", ylabel="%")
