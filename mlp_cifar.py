@@ -106,10 +106,9 @@ class Config:
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
         try:
             find_constraint(self.constraint)
-            limits = [float(w) for w in self.w_max.split(",")]
+            limits = [float(w) for w in self.w_max.split(",")] * (1 if "," in self.w_max else self.depth)
         except ValueError as problem:
             raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {problem}") from problem
-        limits *= self.depth if len(limits) == 1 else 1
         if len(limits) != self.depth or not all(0 < w < math.inf for w in limits):
             raise UserError(f"--w_max {self.w_max}: must be above 0, or {self.depth} with commas")
         return limits
@@ -275,6 +274,7 @@ def load_images(source, label=""):
     """[(images_NP, labels_N)] of the splits train and test of a folder or a data set on the Hub."""
     import datasets  # takes a second, so only where it is needed
     import huggingface_hub
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # (what it raises is said below)
     folder, split, labels, sizes, sets = Path(source).expanduser(), "train", [], set(), []
     names = [label] if label else ["label", "labels", "fine_label", "fine_labels"]
     try:
