@@ -322,9 +322,10 @@ def evaluation_data(table, script, run, model, trained_on):
 
 # ==== MLP: an image is one token, so that the same search serves ==================================
 def verify_mlp(table, script, run, model, trained_on):
-    bound, to_rms = mlp_cifar.certificate(model, steps=30), log10(mlp_cifar.RMS_PER_L2)
+    bound, to_rms = mlp_cifar.certificate(model, steps=30), log10(model.rms_per_l2)
     tight, product = bound["tight_log10"] + to_rms, bound["product_log10"] + to_rms  # RMS->RMS
-    images_NP, labels_N = evaluation_data(table, script, run, model, trained_on)
+    K, (images_NP, labels_N) = len(model.weights[-1]), evaluation_data(table, script, run, model, trained_on)
+    labels_N = labels_N % K  # (those of other data)
     x_NP = images_NP[:table.config.images].double() / 255
 
     def network(x_STP):
@@ -338,8 +339,8 @@ def verify_mlp(table, script, run, model, trained_on):
     found = table.climb(network, starts)
     table.bound("network", "product", product, found, "RMS->RMS", log=True)
     table.bound("network", "tight certificate", tight, found, "RMS->RMS", log=True)
-    y_S, j_S = torch.triu_indices(10, 10, 1)  # differences of logits, in units of the certificate
-    aim_SK = F.one_hot(y_S, 10).double() - F.one_hot(j_S, 10).double()
+    y_S, j_S = torch.triu_indices(K, K, 1)[:, ::max(1, K * (K - 1) // 90)]  # at most 90 pairs of classes
+    aim_SK = F.one_hot(y_S, K).double() - F.one_hot(j_S, K).double()  # in units of the certificate
     aim_SK = aim_SK / 10 ** bound["pairs_log10_KK"][y_S, j_S, None].clamp(min=-300) / 3072**0.5
     found = table.climb(lambda x: (network(x) * aim_SK[:, None]).sum(-1, keepdim=True),
                         x_NP[torch.arange(len(y_S)) % len(x_NP), None])
@@ -353,7 +354,7 @@ def verify_mlp(table, script, run, model, trained_on):
     certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
     table.attack_predictions("test images", "l2 radius, pixels in [0, 1]", certified, model, x_NP,
                              labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
-    few_NP = (images_NP[:500].double() / 255).requires_grad_()  # (as in the script's report)
+    few_NP = (images_NP[:5000 // K].double() / 255).requires_grad_()  # (as in the script's report)
     rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
     batches = zip(images_NP.split(2000), labels_N.split(2000))
     table.of_data = evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches)
@@ -547,7 +548,6 @@ def print_report(path, table, seconds):
 def draw(path, table):
     """The picture: what was certified and what attacks found."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-
     figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     bounds, radii = ([row for row in table.rows if row["kind"] == kind and math.isfinite(row["claimed"])

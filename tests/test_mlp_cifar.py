@@ -5,16 +5,23 @@ import io
 import json
 import math
 import os
+import pickle
+import runpy
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matrices import sigma_limit, singular_values, with_spectrum
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -25,16 +32,18 @@ from muon import Muon
 from mlp_cifar import MLP, Config, UserError, certificate, certified_radii, follow
 
 ROOT = Path(__file__).parent.parent
+FULL_STAND_IN, SAVEFIG = mlp_cifar.stand_in, Figure.savefig
 TINY = dict(data="stand-in", steps=6, batch=64, width=16, evals=2, lowpass=6)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_stand_in():
-    """The drawings, but few of them: made once for all tests of this process."""
-    sets = mlp_cifar.stand_in(train=600, test=200)
-    original, mlp_cifar.stand_in = mlp_cifar.stand_in, lambda: sets
+    """The drawings, but few of them, and pictures that are not drawn: for all tests of this process."""
+    sets, patch = mlp_cifar.stand_in(train=600, test=200), pytest.MonkeyPatch()
+    patch.setattr(mlp_cifar, "stand_in", lambda: sets)
+    patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))  # half the time of a tiny run
     yield sets
-    mlp_cifar.stand_in = original
+    patch.undo()
 
 
 def run(tmp_path, **changes):
@@ -62,6 +71,15 @@ def random_model(width=24, depth=3, lowpass=6, norm=2.0, seed=0, kind="random", 
             W.data = with_spectrum(*W.shape, norm * torch.ones(min(W.shape), dtype=torch.float64), seed=seed)
         b.data = 0.3 * torch.randn(b.shape, generator=generator)
     return model
+
+
+def features(model, x):
+    """What the first matrix sees."""
+    seen = torch.nn.Module.__new__(MLP)
+    torch.nn.Module.__init__(seen)
+    seen.mean_P, seen.cosines_FX = model.mean_P, model.cosines_FX
+    seen.weights, seen.biases = [torch.eye(3 * len(model.cosines_FX) ** 2)], []
+    return seen(x)
 
 
 def largest_jacobian_norm(model, images):
@@ -128,7 +146,7 @@ def test_step_by_step_inequalities_of_the_tight_certificate(activation):
     model = random_model(width=24, lowpass=3, activation=activation).double()
     x, y = torch.rand(2, 500, 3072, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     dx = (x - y).square().sum(1)
-    h, g = model.features(x), model.features(y)
+    h, g = features(model, x), features(model, y)
 
     def inside(S, z):  # step 1, and that 2 and 3 keep it up: z^T S^-1 z <= |dx|^2
         return (torch.einsum("bi,ij,bj->b", z, torch.linalg.pinv(S), z) <= dx * (1 + 1e-6)).all()
@@ -184,7 +202,7 @@ def test_certified_radius_survives_attack_and_is_exact_for_a_linear_model():
     # For a linear model the nearest image of another class is known: just inside the radius right, just outside wrong.
     x = images.double() / 255
     logits = model(x)
-    W = model.weights[0].double() @ torch.autograd.functional.jacobian(lambda v: model.features(v[None])[0], x[0])
+    W = model.weights[0].double() @ torch.autograd.functional.jacobian(lambda v: features(model, v[None])[0], x[0])
     for i in range(1, 10):
         d = W[labels[i]] - W
         distance = (logits[i, labels[i]] - logits[i]) / d.norm(dim=1).clamp(min=1e-30)
@@ -241,9 +259,9 @@ def test_lowpass_is_an_orthogonal_projection():
     torch.testing.assert_close(C @ C.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
     full = MLP(Config(lowpass=31))
     x = torch.rand(5, 3072, dtype=torch.float64)
-    assert (full.features(x).norm(dim=1) <= (x - full.mean_P).norm(dim=1)).all()
+    assert (features(full, x).norm(dim=1) <= (x - full.mean_P).norm(dim=1)).all()
     flat = torch.full((1, 3072), 0.7, dtype=torch.float64)  # a constant image has one frequency, and all its energy in it
-    assert MLP(Config(lowpass=1)).features(flat).norm().item() == pytest.approx(flat.norm().item(), rel=1e-12)
+    assert features(MLP(Config(lowpass=1)), flat).norm().item() == pytest.approx(flat.norm().item(), rel=1e-12)
 
 
 def test_parity_with_the_reference():
@@ -287,14 +305,11 @@ def test_limits_hold_at_every_step(lr, constraint, tmp_path):
     assert len(shares) == 120 and max(shares) <= 1 + 1e-4 and sum(share > 0.9 for share in shares) > 20
 
 
-def test_it_learns_and_a_linear_model_does_not(tmp_path):
-    """The stand-in is hard enough: a linear model stays clearly below the MLP (all 20,000 drawings, through the shell)."""
-    accuracy = {}
-    for depth in (1, 3):
-        out = tmp_path / str(depth)
-        done = command("--data", "stand-in", "--steps", 150, "--evals", 1, "--width", 64, "--depth", depth, "--out", out)
-        assert done.returncode == 0, done.stderr
-        accuracy[depth] = json.loads((out / "summary.json").read_text())["val_accuracy"]
+def test_it_learns_and_a_linear_model_does_not(tmp_path, monkeypatch):
+    """The stand-in is hard enough: a linear model stays clearly below the MLP."""
+    monkeypatch.setattr(mlp_cifar, "stand_in", lambda: FULL_STAND_IN(5000, 1000))
+    accuracy = {depth: run(tmp_path / str(depth), steps=100, batch=512, evals=1, width=64, lowpass=12, depth=depth)[1]["val_accuracy"]
+                for depth in (1, 3)}
     assert accuracy[1] < 0.4 and accuracy[3] > accuracy[1] + 0.2
 
 
@@ -310,17 +325,6 @@ def test_augmentation_flips_and_shifts_only(small_stand_in):
                    for dx in range(-2, 3) for dy in range(-2, 3))
 
 
-def test_random_labels_have_nothing_to_do_with_the_true_ones(tmp_path, monkeypatch, small_stand_in):
-    seen, real = [], torch.nn.functional.cross_entropy
-    monkeypatch.setattr(mlp_cifar.F, "cross_entropy", lambda x, y, **k: (k or seen.append(y), real(x, y, **k))[1])
-    (images, labels), _ = small_stand_in
-    run(tmp_path, batch=600, steps=1, evals=1, random_labels=True)
-    (tmp_path / "true").mkdir()
-    run(tmp_path / "true", batch=600, steps=1, evals=1)
-    assert sorted(seen[1].tolist()) == sorted(labels.tolist())
-    assert 0.02 < (seen[0] == seen[1]).double().mean() < 0.25
-
-
 # ---- through the command line ----------------------------------------------------------------------------------------
 def test_help_is_quick_and_complete():
     start = time.perf_counter()
@@ -332,16 +336,24 @@ def test_help_is_quick_and_complete():
         assert preset in done.stdout
 
 
-def folder_of_pictures(path, n=40, columns=("img", "label"), labels=None, splits=("train", "test")):
-    """A small data set in the Hub's layout, as parquet."""
-    import datasets
+def folder_of_pictures(path, n=40, columns=("img", "label"), labels=None, splits=("train", "test"), size=(32, 32, 3), kind="PNG"):
+    """A small data set in the Hub's layout, as parquet, as any program writes it (without the Hub's metadata)."""
     generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(n)]
-    labels = [i % 10 for i in range(n)] if labels is None else labels
-    path.mkdir()
+    pictures = [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for _ in range(n)]
+    return parquet(path, columns, [encoded(picture, kind) for picture in pictures],
+                   [i % 10 for i in range(n)] if labels is None else labels, splits)
+
+
+def encoded(picture, kind="PNG"):
+    picture.save(buffer := io.BytesIO(), format=kind)
+    return buffer.getvalue()
+
+
+def parquet(path, columns, files, labels, splits=("train", "test"), **more):
+    path.mkdir(parents=True)
+    table = pa.table({columns[0]: [dict(bytes=file, path=None) for file in files], columns[1]: labels, **more})
     for split in splits:
-        table = datasets.Dataset.from_dict({columns[0]: pictures, columns[1]: labels}).cast_column(columns[0], datasets.Image())
-        table.to_parquet(str(path / f"{split}-00000-of-00001.parquet"))
+        pq.write_table(table, path / f"{split}-00000-of-00001.parquet")
     return path
 
 
@@ -360,19 +372,24 @@ def test_data_dir_comes_first_and_no_network_means_stand_in(tmp_path, monkeypatc
     data = folder_of_pictures(tmp_path / "here" / "cifar10")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "here"))
     assert mlp_cifar.load_data(Config())[2] == str(data)
+    script = """
+import mlp_cifar, sys
+small = mlp_cifar.stand_in(600, 200)
+mlp_cifar.stand_in = lambda: small
+mlp_cifar.main(mlp_cifar.Config.of(steps=2, width=8, evals=1, out=sys.argv[1]))
+"""
     environment = {k: v for k, v in os.environ.items() if k != "DATA_DIR"}
     with socket.socket() as hole:  # accepts what is sent and never answers, as a dead network does
         hole.bind(("127.0.0.1", 0))
         hole.listen(20)
         environment.update(HF_ENDPOINT=f"http://127.0.0.1:{hole.getsockname()[1]}", HF_HOME=str(tmp_path / "empty"))
         start = time.perf_counter()
-        done = command("--steps", 2, "--width", 8, "--evals", 1, "--out", tmp_path / "run", env=environment)
+        done = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], cwd=ROOT, env=environment,
+                              capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "STAND-IN" in done.stdout and "data: stand-in" in done.stdout and time.perf_counter() - start < 60
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"] == "stand-in"
-    done = command("--data", "uoft-cs/cifar10", "--out", tmp_path / "never", env=environment)
-    assert done.returncode == 2 and "uoft-cs/cifar10" in done.stderr and not (tmp_path / "never").exists()
+    assert "CIFAR-10 is not here: --data uoft-cs/cifar10: cannot be used" in done.stdout
 
 
 def state_of(folder):
@@ -388,30 +405,68 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_same_command_goes_on_after_a_kill_bit_identically(tmp_path, optimizer):
+def test_a_run_goes_on_after_a_kill_bit_identically(tmp_path, optimizer):
+    """Muon's is a process that is killed; AdamW's is stopped by Ctrl-C in this one."""
     data = folder_of_pictures(tmp_path / "data", 200)
     flags = ["--data", data, "--batch", 64, "--steps", 60, "--evals", 12, "--width", 48, "--optimizer", optimizer, "--augment"]
-    assert command(*flags, "--out", tmp_path / "whole").returncode == 0
-    process = subprocess.Popen([sys.executable, ROOT / "mlp_cifar.py", *map(str, flags), "--out", tmp_path / "killed"],
-                               stdout=subprocess.DEVNULL)
-    while not (tmp_path / "killed" / "checkpoint.pt").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.05)  # somewhere in the steps after the first checkpoint
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (tmp_path / "killed" / "log.jsonl").write_text('{"step": 5')  # cut off by the kill: it is written anew
-    assert state_of(tmp_path / "killed")["step"] < 60 and not (tmp_path / "killed" / "summary.json").exists()
-    done = command(*flags, "--out", tmp_path / "killed")
-    assert done.returncode == 0, done.stderr
-    whole, killed = state_of(tmp_path / "whole"), state_of(tmp_path / "killed")
-    assert same(whole["model"], killed["model"]) and same(whole["optimizers"], killed["optimizers"])
-    steps = [json.loads(line)["step"] for line in (tmp_path / "killed" / "log.jsonl").read_text().splitlines()]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    def main(*more):
+        return mlp_cifar.main(mlp_cifar.parse_arguments([*map(str, flags), *map(str, more)]))
+
+    main("--out", whole)
+    if optimizer == "muon":
+        process = subprocess.Popen([sys.executable, ROOT / "mlp_cifar.py", *map(str, flags), "--out", killed], stdout=subprocess.DEVNULL)
+        while not (killed / "checkpoint.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05)  # somewhere in the steps after the first checkpoint
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    else:
+        count = []
+
+        def stop(*_):
+            count.append(1)
+            if len(count) == 27:
+                raise KeyboardInterrupt
+
+        hook = register_optimizer_step_post_hook(stop)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                main("--out", killed)
+        finally:
+            hook.remove()
+    (killed / "log.jsonl").write_text('{"step": 5')  # cut off by the kill: it is written anew
+    assert state_of(killed)["step"] < 60 and not (killed / "summary.json").exists()
+    main("--out", killed)
+    a, b = state_of(whole), state_of(killed)
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+    steps = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(5, 61, 5))
-    before = (tmp_path / "killed" / "checkpoint.pt").stat().st_mtime_ns
-    again = command("--out", tmp_path / "killed")
-    assert again.returncode == 0 and "is finished" in again.stdout
-    assert before == (tmp_path / "killed" / "checkpoint.pt").stat().st_mtime_ns
+    before = {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
+    assert mlp_cifar.main(Config.of(out=str(killed))) == json.loads((killed / "summary.json").read_text())
+    assert before == {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
+
+
+def test_ctrl_c_says_where_the_run_is(tmp_path, monkeypatch, capsys):
+    data = folder_of_pictures(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mlp_cifar.py", "--data", str(data), "--steps", "100000", "--evals", "10000", "--width", "8"])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_path(str(ROOT / "mlp_cifar.py"), run_name="__main__")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    where = Path("runs") / "mlp_cifar_default_seed0"
+    assert exit_.value.code == 130 and f"with --out {where} it goes on" in capsys.readouterr().err and where.exists()
 
 
 def stopped(tmp_path, **changes):
@@ -436,22 +491,38 @@ def test_going_on_keeps_the_runs_own_settings(tmp_path):
 
 
 def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    """Each is stopped once it has its folder."""
     from concurrent.futures import ThreadPoolExecutor
 
+    class Started(Exception):
+        pass
+
+    def started(folder):
+        folders.append(folder)
+        raise Started
+
+    def one(_):
+        with pytest.raises(Started):
+            mlp_cifar.main(Config(**TINY), started)
+
+    folders = []
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: mlp_cifar.new_folder(Config()), range(200)))
-    assert len(set(folders)) == 200 and {"mlp_cifar_default_seed0", "mlp_cifar_default_seed0_200"} <= {p.name for p in folders}
+        list(pool.map(one, range(60)))
+    assert len(set(folders)) == 60 and {"mlp_cifar_default_seed0", "mlp_cifar_default_seed0_60"} <= {p.name for p in folders}
 
 
-def test_main_leaves_its_caller_alone(tmp_path):
+def test_main_leaves_its_caller_alone_and_draws_its_picture(tmp_path, monkeypatch):
     import matplotlib
 
+    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
     backend, environment = matplotlib.get_backend(), dict(os.environ)
     config = Config(**TINY, out=str(tmp_path / "run"))
     before = dataclasses.asdict(config)
     assert mlp_cifar.main(config)["preset"] == "default" and dataclasses.asdict(config) == before
     assert matplotlib.get_backend() == backend and dict(os.environ) == environment
+    with Image.open(tmp_path / "run" / "curves.png") as picture:
+        assert picture.size == (1210, 770) and len(set(np.asarray(picture.convert("L")).flat)) > 20
     with pytest.raises(UserError, match="--preset best: must be one of default, paper"):
         Config.of("best")
 
@@ -466,7 +537,7 @@ def test_main_leaves_its_caller_alone(tmp_path):
     ("--device cuda:77", "--device"), ("--momentum 1", "--momentum"), ("--lowpass 33", "--lowpass"),
     ("--loss_temperature 0", "--loss_temperature"), ("--seed -1", "--seed"), ("--seed 100000000000000", "--seed"),
     ("--data /no/such/folder", "/no/such/folder"), ("--width 1000000000", "65536"), ("--depht 3", "--depht"),
-    ("--width 7 --activation maxmin", "even"), ("--margin -1", "--margin"), ("--bias_lr inf", "--bias_lr"), ("--evals 0", "--evals")])
+    ("--width 7 --activation maxmin", "even"), ("--margin -1", "--margin"), ("--adamw_wd inf", "--adamw_wd"), ("--evals 0", "--evals")])
 def test_wrong_flags(flags, says, tmp_path, capsys):
     out = tmp_path / "run"
     try:  # in this process, as main() does it, to save 27 starts of python
@@ -484,27 +555,55 @@ def test_a_refusal_is_one_line_and_exit_status_two(tmp_path):
     done = command("--w_max", "-1", "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert "-1" in done.stderr and "above 0" in done.stderr
-    assert command("--preset", "best").stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["empty parquet", "corrupt parquet", "no columns", "labels", "no labels", "text", "file", "one split",
-                                  "small pictures", "empty folder"])
-def test_wrong_data(kind, tmp_path):
-    data = tmp_path / "data"
-    if kind == "no columns":
-        folder_of_pictures(data, columns=("photo", "class"))
-    elif kind == "labels":
-        folder_of_pictures(data, labels=[10] * 40)
-    elif kind == "no labels":
-        folder_of_pictures(data, labels=["cat"] * 40)
+PIXEL = encoded(Image.new("RGB", (1, 1)))
+
+
+def png_that_lies(width, height):
+    """The head of a grey PNG of any size, with next to nothing behind it."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+
+
+WRONG_DATA = {  # columns, files and labels of both splits; what the line says
+    "no such columns": (("photo", "class"), [PIXEL] * 3, [0, 1, 2], "photo"),
+    "label missing": (("img", "label"), [PIXEL] * 3, [0, 1, None], "train, row 2: .*None"),
+    "label below 0": (("img", "label"), [PIXEL] * 3, [0, -1, 1], "train, row 1: .*-1"),
+    "label no whole number": (("img", "label"), [PIXEL] * 3, [0.0, 1.0, 1.5], "train, row 0: .*0.0"),
+    "label a word": (("img", "label"), [PIXEL] * 3, ["cat", "dog", "cat"], "train, row 0: .*cat"),
+    "absurdly many classes": (("img", "label"), [PIXEL] * 3, [0, 10**15, 1], "train, row 1: .*999"),
+    "one class": (("img", "label"), [PIXEL] * 3, [0, 0, 0], "2 classes"),
+    "no rows": (("img", "label"), [], [], "train, row 0"),
+    "no picture": (("img", "label"), [PIXEL, b"hello", PIXEL], [0, 1, 2], "train, row 1: .*image"),
+    "picture missing": (("img", "label"), [PIXEL, None, PIXEL], [0, 1, 2], "train, row 1"),
+    "floats": (("img", "label"), [encoded(Image.new("F", (4, 4)), "TIFF")] * 2, [0, 1], "32 bits"),
+    "30,000 x 30,000": (("img", "label"), [PIXEL, png_that_lies(30_000, 30_000)], [0, 1], "train, row 1: .*Decompression"),
+    "cut off": (("img", "label"), [PIXEL, png_that_lies(3000, 3000)], [0, 1], "train, row 1"),
+    "a file elsewhere": (("img", "label"), [dict(bytes=None, path="/etc/passwd")] * 2, [0, 1], "train, row 0"),
+}
+
+
+@pytest.mark.parametrize("kind", [*WRONG_DATA, "empty parquet", "corrupt parquet", "text", "file", "one split", "empty folder",
+                                  "no such column of labels", "many columns"])
+def test_wrong_data_are_one_line_and_leave_nothing(kind, tmp_path):
+    data, says, label = tmp_path / "data", "needed are train and test", ""
+    if kind in WRONG_DATA:
+        columns, files, labels, says = WRONG_DATA[kind]
+        parquet(data, columns, [], [])
+        table = pa.table({columns[0]: [file if isinstance(file, dict) else dict(bytes=file, path="") for file in files], columns[1]: labels})
+        for split in ("train", "test"):
+            pq.write_table(table, data / f"{split}-00000-of-00001.parquet")
     elif kind == "one split":
         folder_of_pictures(data, splits=("train",))
-    elif kind == "small pictures":
-        import datasets
+    elif kind == "no such column of labels":
+        folder_of_pictures(data)
+        label, says = "species", "species"
+    elif kind == "many columns":
         data.mkdir()
-        for split in ("train", "test"):
-            datasets.Dataset.from_dict({"img": [Image.new("RGB", (16, 16))], "label": [0]}).cast_column(
-                "img", datasets.Image()).to_parquet(str(data / f"{split}-00000-of-00001.parquet"))
+        pq.write_table(pa.table([pa.array([1])] * 2000, names=[f"c{i}" for i in range(2000)]), data / "train.parquet")
     elif kind == "file":
         data.write_text("hello")
     else:
@@ -513,9 +612,130 @@ def test_wrong_data(kind, tmp_path):
         for split in ("train", "test"):
             if content is not None:
                 (data / f"{split}.{'txt' if kind == 'text' else 'parquet'}").write_bytes(content)
+    with pytest.raises(UserError, match=says) as refusal:
+        mlp_cifar.main(Config(**{**TINY, "data": str(data), "label": label, "out": str(tmp_path / "run")}))
+    message = str(refusal.value)
+    assert str(data) in message and "\n" not in message and len(message) < 700 and not (tmp_path / "run").exists()
+
+
+# ---- what people bring -------------------------------------------------------------------------------------------------
+def pixels_of(data, label=""):
+    (images, _), _ = mlp_cifar.load_images(str(data), label)
+    return images.view(-1, 32, 32, 3)
+
+
+def test_pictures_become_what_they_show(tmp_path, capsys):
+    red = np.zeros((32, 32, 4), np.uint8)
+    red[:16] = (255, 0, 0, 255)  # the lower half is transparent, and black below
+    palette = Image.fromarray(red).convert("P")
+    pictures = {
+        "16 bits": (Image.fromarray(np.full((32, 32), 40_000, np.uint16)), [156] * 3, [156] * 3),
+        "grey": (Image.new("L", (32, 32), 77), [77] * 3, [77] * 3),
+        "grey with alpha": (Image.new("LA", (32, 32), (77, 0)), [255] * 3, [255] * 3),
+        "alpha": (Image.fromarray(red), [255, 0, 0], [255] * 3),
+        "palette": (palette.convert("RGB").quantize(), [255, 0, 0], [0] * 3),
+        "two colours": (Image.new("1", (32, 32), 1), [255] * 3, [255] * 3),
+        "28 x 28 grey": (Image.new("L", (28, 28), 9), [9] * 3, [9] * 3),
+        "64 x 64": (Image.new("RGB", (64, 64), (1, 2, 3)), [1, 2, 3], [1, 2, 3]),
+        "1 x 1": (Image.new("RGB", (1, 1), (4, 5, 6)), [4, 5, 6], [4, 5, 6]),
+        "32 x 1": (Image.new("L", (32, 1), 7), [7] * 3, [7] * 3)}
+    data = parquet(tmp_path / "data", ("image", "labels"), [encoded(picture) for picture, *_ in pictures.values()], list(range(10)))
+    for seen, (_, above, below) in zip(pixels_of(data), pictures.values(), strict=True):
+        assert seen[3, 3].tolist() == above and seen[30, 30].tolist() == below
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "(1, 1) to (64, 64)" in said and "resized to 32 x 32" in said
+    jpeg = folder_of_pictures(tmp_path / "jpeg", 3, labels=[0, 1, 2], size=(32, 32), kind="JPEG")
+    assert pixels_of(jpeg).shape == (3, 32, 32, 3) and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["[x]", "a b", "ümläut", "{1}*?"])
+def test_any_path_will_do(name, tmp_path, monkeypatch):
+    data = folder_of_pictures(tmp_path / name / "data")
+    assert len(pixels_of(data)) == 40
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(pixels_of(f"~/{name}/data")) == 40
+    monkeypatch.chdir(tmp_path / name)
+    assert len(pixels_of("data")) == 40
+
+
+def test_no_cache_is_written(tmp_path, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")  # where nobody can write
+    assert len(pixels_of(folder_of_pictures(tmp_path / "data"))) == 40
+
+
+def test_a_folder_of_files(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate(("cat", "dog", "[elk]")):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / split / name / "a b.png")
+    (images, labels), _ = mlp_cifar.load_images(str(tmp_path))
+    assert sorted(zip(labels.tolist(), images[:, 0].tolist())) == [(0, 2), (1, 0), (2, 1)]  # in the alphabet's order
+
+
+@pytest.mark.parametrize("column, label, classes", [("fine_label", "", 100), ("labels", "", 3), ("species", "species", 12)])
+def test_as_many_classes_as_there_are(column, label, classes, tmp_path):
+    """CIFAR-100's columns and others: in the model, the files of a run and what verify_lipschitz.py attacks."""
+    import verify_lipschitz
+    files = [encoded(Image.effect_noise((32, 32), 50 + i)) for i in range(classes)]
+    data = parquet(tmp_path / "data", ("img", column), files, list(range(classes)), coarse_label=[0] * classes)
+    out, summary = run(tmp_path, data=str(data), label=label, steps=4)
+    state = state_of(out)
+    assert state["classes"] == classes == len(state["model"]["weights.2"])
+    bound = certificate(mlp_cifar.load_checkpoint(out)[1])
+    assert bound["pairs_log10_KK"].shape == (classes, classes)
+    assert state["log"][-1]["lipschitz_log10"] - bound["tight_log10"] == pytest.approx(math.log10(3072 / classes) / 2)
+    assert summary["params"] == sum(W.numel() for name, W in state["model"].items() if name != "mean_P")
+    config = verify_lipschitz.parse_arguments([str(out), "--budget", "0.05", "--images", "8"])[1]
+    table = verify_lipschitz.verify(config, out)
+    assert table.verdict() == "held"
+    (out / "summary.json").unlink()
+    with pytest.raises(UserError, match="classes"):
+        mlp_cifar.main(Config.of(data="stand-in", out=str(out)))
+
+
+def python_2_batch(images, labels):
+    """A file of the official archive: Python 2 wrote its pickles."""
+    def text(b):
+        return b"T" + struct.pack("<i", len(b)) + b
+    array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt" + text(b"b") + b"tR(I1\n(I%d\nI3072\nt" % len(images)
+             + b"cnumpy\ndtype\n(" + text(b"u1") + b"I0\nI1\ntR(I3\n" + text(b"|") + b"NNNI-1\nI-1\nI0\ntbI00\n" + text(images.tobytes()) + b"tb")
+    numbers = b"(l" + b"".join(b"I%d\na" % y for y in labels)
+    return b"\x80\x02}(" + text(b"data") + array + text(labels_name(max(labels))) + numbers + text(b"filenames") + b"(l" + b"u."
+
+
+def labels_name(largest):
+    return b"labels" if largest < 10 else b"fine_labels"
+
+
+@pytest.mark.parametrize("kind", ["cifar-10-batches-py", "cifar-100-python"])
+def test_the_official_archives(kind, tmp_path):
+    classes = 10 if kind == "cifar-10-batches-py" else 100
+    images = np.random.default_rng(0).integers(0, 256, (classes, 3072), dtype=np.uint8)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"] if classes == 10 else ["train", "test", "meta"]
+    for name in names:
+        (tmp_path / name).write_bytes(python_2_batch(images, range(classes)))
+    (train, labels), (test, _) = mlp_cifar.load_images(str(tmp_path))
+    assert len(train) == (50 if classes == 10 else 100) and labels[:classes].tolist() == list(range(classes)) and len(test) == classes
+    assert np.array_equal(train[3].view(32, 32, 3).permute(2, 0, 1).flatten().numpy(), images[3])  # colours come first there
+
+
+@pytest.mark.parametrize("kind", ["code", "an array larger than its file", "no labels", "no array", "cut off", "text", "more labels"])
+def test_wrong_official_archives(kind, tmp_path):
+    Payload.witness = tmp_path / "witness"
+    images, labels = np.zeros((4, 3072), np.uint8), [0, 1, 2, 3]
+    content = pickle.dumps({
+        "code": {b"data": images, b"labels": Payload()}, "no labels": {b"data": images}, "no array": {b"data": "x", b"labels": labels},
+        "more labels": {b"data": images, b"labels": labels * 2}}.get(kind, {b"data": images, b"labels": labels}), protocol=4)
+    if kind == "an array larger than its file":
+        content = (b"\x80\x04}(C\x04datacnumpy\nndarray\n(I30000000\nI3072\nt\x85Rcnumpy\ndtype\n(X\x02\x00\x00\x00u1tR0"
+                   b"C\x06labels](K\x00K\x01eu.")
+    content = {"cut off": content[:1000], "text": b"hello"}.get(kind, content)
+    for name in ("train", "test"):
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as refusal:
-        mlp_cifar.main(Config(**{**TINY, "data": str(data), "out": str(tmp_path / "run")}))
-    assert str(data) in str(refusal.value) and "\n" not in str(refusal.value) and not (tmp_path / "run").exists()
+        mlp_cifar.load_images(str(tmp_path))
+    assert "\n" not in str(refusal.value) and not Payload.witness.exists()
 
 
 class Payload:
@@ -554,6 +774,37 @@ def test_wrong_checkpoints(kind, tmp_path):
     assert files == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+BAD = (None, "x", [], ["a"], {}, -1, 10**30, math.nan, 1.5)
+
+
+def test_no_field_of_a_checkpoint_can_be_of_a_wrong_kind(tmp_path):
+    """Each value that is no setting is refused in one line, and the folder stays as it is."""
+    out = stopped(tmp_path)
+    state, path, allowed = state_of(out), out / "checkpoint.pt", 0
+    numbers = {f.name for f in dataclasses.fields(Config) if f.type is float} | {"batch"}
+    wrong = [dict(state, **{key: bad}) for key in state for bad in BAD if not (key == "data" and bad == "x")]
+    wrong += [{k: v for k, v in state.items() if k != key} for key in state]
+    for f in dataclasses.fields(Config):
+        wrong += [dict(state, config=dict(state["config"], **{f.name: bad})) for bad in BAD
+                  if not (bad == "x" and f.name in ("preset", "label", "out", "data", "device"))
+                  and not (f.name in numbers and isinstance(bad, (int, float)) and 0 < bad < math.inf)]
+    for bad in BAD:  # inside of the log, the momentum and the weights
+        wrong.append(dict(state, log=[dict(record, norms=bad) for record in state["log"]]))
+        wrong.append(dict(state, log=[dict(record, step=bad) for record in state["log"]]))
+        wrong.append(dict(state, optimizers=[bad] * 2))
+        wrong.append(dict(state, optimizers=[dict(saved, state=bad) for saved in state["optimizers"]]))
+        wrong.append(dict(state, model={**state["model"], "weights.0": bad}))
+    wrong.append(dict(state, model={**state["model"], "weights.0": torch.zeros(1).expand(65536, 65536)}))
+    before = (out / "config.json").read_bytes()
+    for changed in wrong:
+        torch.save(changed, path)
+        with pytest.raises(UserError) as refusal:
+            mlp_cifar.main(Config.of(out=str(out), data="stand-in"))
+        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
+        assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "curves.png", "log.jsonl"}
+    assert before == (out / "config.json").read_bytes()
+
+
 def test_finished_runs_are_never_overwritten(tmp_path, monkeypatch):
     out, summary = run(tmp_path)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -585,11 +836,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert state_of(out)["step"] == 6
 
 
-def test_a_run_folder_that_cannot_be_made_is_one_line_and_exit_status_two(tmp_path):
+def test_a_run_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     data = folder_of_pictures(tmp_path / "data")
-    done = command("--data", data, "--steps", 1, "--evals", 1, "--width", 8, "--out", tmp_path / "file" / "run")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    with pytest.raises(OSError, match="Not a directory"):  # (as UserError: one line, exit status 2)
+        mlp_cifar.main(Config.of(data=str(data), steps=1, evals=1, width=8, out=str(tmp_path / "file" / "run")))
 
 
 def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
@@ -610,9 +861,9 @@ def test_a_constraint_of_ones_own_by_command_and_in_python(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["max_weight_norm"] <= 0.5 * (1 + 1e-4)
     (tmp_path / "run" / "summary.json").unlink()  # as if it had been stopped
-    refused = command("--out", tmp_path / "run")
-    assert refused.returncode == 2 and f"--constraint {name}" in refused.stderr  # its code is not run unasked
-    assert command("--out", tmp_path / "run", "--constraint", name).returncode == 0
+    with pytest.raises(UserError, match="say that you trust it: --constraint .*mine.py:tighter"):  # its code is not run unasked
+        mlp_cifar.main(Config.of(out=str(tmp_path / "run")))
+    mlp_cifar.main(Config.of(out=str(tmp_path / "run"), constraint=name))
     CONSTRAINTS["mine"] = lambda W, w_max, step_norm=0.0: W / W.norm(dim=(-2, -1), keepdim=True).clamp(min=1)
     try:
         run(tmp_path / "python", constraint="mine")
