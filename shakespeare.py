@@ -48,6 +48,8 @@ from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
+OF_TENSORS = ("collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2",
+              "torch bfloat16", "torch float32")  # all that a checkpoint names
 RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, every embedding
 LN10 = math.log(10)
 
@@ -56,7 +58,7 @@ LN10 = math.log(10)
 
 
 # ==== Config: every field is a flag ===============================================================
-def flag(default, help, low=None, high=1e30, choices=()):
+def flag(default, help, low=None, high=1e15, choices=()):
     """A field: its default, its help, and the range or the choices that it is checked against."""
     return dataclasses.field(default=default, metadata=dict(help=help, range=(low, high), choices=choices))
 
@@ -131,7 +133,8 @@ class Config:
         for f in dataclasses.fields(self):
             value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
             kind = (int, float) if f.type is float else f.type
-            need(f.name, isinstance(value, kind), f"of type {f.type.__name__}")
+            right = isinstance(value, kind) and isinstance(value, bool) == (f.type is bool)
+            need(f.name, right, f"of type {f.type.__name__}")
             need(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
             need(f.name, low is None or low <= value <= high, f"a number from {low} to {high}")
         rope, E = self.positions == "rope", self.width / self.heads
@@ -597,6 +600,15 @@ def reading(path, what):
         raise UserError(f"{path}: is no {what} ({type(problem).__name__}: {reason})") from problem
 
 
+def inspect(file, names=None):
+    """ValueError if a pickle has a million parts (each may take 200 bytes) or names what it should not."""
+    start = file.tell()
+    for i, (code, argument, _) in enumerate(pickletools.genops(file)):
+        if i > 10**6 or names and code.name == "GLOBAL" and argument not in names:
+            raise ValueError(f"it has a million parts, or code: {argument}")
+    file.seek(start)
+
+
 def load_checkpoint(folder):
     """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
     path = Path(folder, "checkpoint.pt") if Path(folder).is_dir() else Path(folder)
@@ -605,6 +617,8 @@ def load_checkpoint(folder):
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > size:
                 raise ValueError("it is compressed, as no checkpoint is")
+            with archive.open(next(name for name in archive.namelist() if "/data.pkl" in name)) as file:
+                inspect(file, OF_TENSORS)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
@@ -617,6 +631,7 @@ def load_checkpoint(folder):
             raise ValueError(f"its {', '.join(wrong) or 'step'} cannot be that of a run")
         for record in state["log"]:
             json.dumps(record), progress(record, config.steps)  # (raise, if it is no line of a log)
+            record["norms"] = {role: float(norm) for role, norm in record["norms"].items()}
         return config, restored(config, state["vocabulary"], state["model"], size), state
 
 
@@ -663,10 +678,7 @@ def load_published(path):
             with archive.open(info) as array:
                 np.lib.format.read_magic(array)
                 np.lib.format.read_array_header_1_0(array)
-                start, parts = array.tell(), pickletools.genops(array)
-                if any(True for _ in itertools.islice(parts, 10**5, None)):  # (each may take 200 bytes)
-                    raise ValueError("more than 100,000 parts")
-                array.seek(start)
+                inspect(array)
                 stored.append(NumpyOnly(array).load().item())
         args, weights = stored
         weights = [weights[i] for i in range(len(weights))]
@@ -800,8 +812,9 @@ def evaluate(model, batches):
     device, sums, count = model.head_VD.device, torch.zeros(3, dtype=torch.float64), 0
     for x_BT, y_BT in batches:
         logits_NV, y_N = model(x_BT.to(device)).flatten(0, 1), y_BT.to(device).flatten()
-        losses = [F.cross_entropy(t * logits_NV, y_N) for t in (1.0, model.config.loss_temperature)]
-        sums += len(y_N) * torch.tensor([*losses, (logits_NV.argmax(1) == y_N).float().mean()])
+        losses = [F.cross_entropy(t * logits_NV, y_N, reduction="sum").item()
+                  for t in (1.0, model.config.loss_temperature)]
+        sums += torch.tensor([*losses, (logits_NV.argmax(1) == y_N).sum().item()])
         count += len(y_N)
     return (sums / count).tolist()
 

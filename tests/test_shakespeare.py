@@ -9,11 +9,14 @@ import json
 import math
 import os
 import pickle
+import resource
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import types
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -56,10 +59,19 @@ def run(tmp_path, **changes):
     return out, summary
 
 
-def command(*arguments, **kwargs):
-    """The script as a user runs it."""
-    return subprocess.run([sys.executable, str(ROOT / "shakespeare.py"), *map(str, arguments)], capture_output=True,
-                          text=True, timeout=120, **kwargs)
+def command(*arguments, encoding="utf-8"):
+    """(exit status, stdout, stderr) of the script as a user runs it, on a terminal of some encoding."""
+    out, status = io.TextIOWrapper(io.BytesIO(), encoding), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["shakespeare.py", *map(str, arguments)])
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(sys, "stderr", io.StringIO())
+        try:
+            runpy.run_path(str(ROOT / "shakespeare.py"), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        out.flush()
+        return status, out.buffer.getvalue().decode(encoding), sys.stderr.getvalue()
 
 
 def state_of(folder):
@@ -703,46 +715,6 @@ def test_exact_ties_are_never_certified(monkeypatch):
         assert tied.any() and not stands[rho][tied].any() and stands[rho][~tied].any()
 
 
-def test_no_margin_exceeds_the_radius(monkeypatch):
-    """Where for all y some constant times rho exceeds every margin there can be, no position is looked at."""
-    for seed, kind in enumerate(("random", "orthogonal") * 2):
-        model = random_model(kind, seed=seed).requires_grad_(False)
-        x_BT, _ = next(shakespeare.windows(TOKENS, T, batch=100))
-        model.head_VD[0] = model.blocks(F.embedding(x_BT, model.embedding_VD))[0, 0]
-        model.head_VD[1] = -model.head_VD[0]  # along what they are applied to, to come near
-        logits, bound = model(x_BT, torch.float64), certificate(model)
-        apart = (model.head_VD[0] - model.head_VD[1]).norm() * D**0.5 * 10 ** bound["radius_log10"]
-        assert 0 < (logits[..., 0] - logits[..., 1]).max() <= apart
-        rho = 2 * 10 ** (bound["radius_log10"] - min(bound["body_log10"], 0))
-        looked = shakespeare.certified_tokens(model, TOKENS, None, (rho, 1e-9))[rho]  # (for the second it looks)
-        with monkeypatch.context() as patch:
-            patch.setattr(Transformer, "forward", None)
-            shortcut = shakespeare.certified_tokens(model, TOKENS, None, (100 * rho,))[100 * rho]
-        assert torch.equal(looked, shortcut) and not looked.any() and len(looked) == 600
-
-
-@torch.no_grad()
-def test_positions_are_looked_at_if_some_may_stand(monkeypatch):
-    """Characters 0 and 1 cannot be told apart at this rho whatever the text, but character 2 can be certified."""
-    model = random_model("random", norm=2.0, blocks=2, **CASES[1])
-    x_BT, _ = next(shakespeare.windows(TOKENS, T, batch=100))
-    along = F.normalize(model.blocks(F.embedding(x_BT, model.embedding_VD))[0, -1], dim=0)
-    across = F.normalize(torch.linalg.qr(torch.stack([along, torch.ones(D).double()], 1))[0][:, 1], dim=0)
-    model.head_VD.copy_(-1e5 * along)
-    model.head_VD[:3] = torch.stack([across, -across, 1e5 * along])
-    S = 1e8 * torch.outer(across, across) + 1e-6 * torch.eye(D).double()
-    monkeypatch.setattr(shakespeare, "follow", lambda *a, **k: [(S, torch.zeros(()))] * 2)
-    monkeypatch.setattr(shakespeare, "tuned", lambda *a, **k: {})
-    predicted_windows(monkeypatch, model, TOKENS)
-    batches = list(shakespeare.windows())
-    monkeypatch.setattr(shakespeare, "windows", lambda *a: iter(batches))
-    rho, bound = 0.1, certificate(model, 0.1)
-    apart_2R = 2 * D**0.5 * 10 ** bound["radius_log10"]
-    assert rho * min(2e4, 2 * D**0.5 * 10 ** bound["body_log10"]) > apart_2R  # 0 and 1
-    alone, beside = (shakespeare.certified_tokens(model, TOKENS, None, rhos)[rho] for rhos in ((rho,), (rho, 1e-9)))
-    assert torch.equal(alone, beside) and alone.any()
-
-
 # ---- model and published checkpoints ----------------------------------------------------------------
 def published(path, **replaced):
     """A checkpoint in the authors' format: object arrays of pickled dictionaries, lists of matrices by index."""
@@ -772,6 +744,16 @@ def test_parity_with_the_reference_through_its_own_format(tmp_path):
     torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
 
 
+MEMO = b"\x80\x04}r\xff\xff\xff\x7f."  # a dictionary that is to be remembered as number 2^31 - 1
+
+
+def published_array():
+    """The header of an array of one object, which a pickle follows."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, dict(descr="|O", fortran_order=False, shape=()))
+    return file.getvalue()
+
+
 class Payload:
     def __init__(self, call, *arguments):
         self.call, self.arguments = call, arguments
@@ -796,8 +778,9 @@ def test_a_malicious_file_is_refused_and_runs_nothing(call, tmp_path):
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("kind", ["text", "truncated", "shapes", "missing", "vocabulary", "bomb"])
-def test_wrong_published_files(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["text", "truncated", "shapes", "missing", "vocabulary", "endless", "bomb", "bzip2_bomb",
+                                  "lying_bomb", "pickle_bomb", "memo_bomb"])
+def test_wrong_published_files(kind, tmp_path):
     path = published(tmp_path / "x.npz")
     if kind == "text":
         path.write_text("hello")
@@ -807,11 +790,15 @@ def test_wrong_published_files(kind, tmp_path, monkeypatch):
         published(path, weights_checkpoint_0={i: [np.ones((3, 4))] for i in range(14)})
     elif kind == "missing":
         published(path, weights_checkpoint_0={0: [REFERENCE["gpt_weight_0"]]})
-    elif kind == "bomb":
-        with monkeypatch.context() as patch, shakespeare.zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("args.npy", b"")
-            archive.filelist[0].file_size = 2**31 + 1
-    with pytest.raises(UserError, match="2 GB" if kind == "bomb" else "x.npz"):
+    elif "bomb" in kind:
+        method = dict(bomb=zipfile.ZIP_DEFLATED, bzip2_bomb=zipfile.ZIP_BZIP2).get(kind, zipfile.ZIP_STORED)
+        inside = b"\x80\x04" + b"\x8f" * 2 * 10**6 + b"." if kind == "pickle_bomb" else bytes(2**26 + 1)
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("args.npy", published_array() + inside if kind != "memo_bomb" else published_array() + MEMO)
+            archive.filelist[0].file_size -= 2**25 if kind == "lying_bomb" else 0
+    elif kind == "endless":
+        path = Path("/dev/zero")
+    with pytest.raises(UserError, match=dict(endless="/dev/zero").get(kind, "x.npz")):
         shakespeare.main(Config.of(data="stand-in", load=str(path), out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()  # (vocabulary: the stand-in has another than the play)
 
@@ -947,14 +934,55 @@ def test_holdout_is_the_end_of_the_training_text():
     assert vocabulary == same_vocabulary and "held out" in name and len(validation) > 0
 
 
-@pytest.mark.parametrize("kind", ["not utf-8", "empty", "short", "one character", "folder"])
-def test_wrong_text(kind, tmp_path):
-    path = tmp_path / "text"
-    contents = {"not utf-8": b"\xff\xfe\x00" * 9999, "empty": b"", "short": b"hello", "one character": b"a" * 9999}
-    path.mkdir() if kind == "folder" else path.write_bytes(contents[kind])
+WRONG_TEXTS = {
+    "not utf-8": b"\xff\xfe\x00" * 9999, "code page": "caf\u00e9 ".encode("cp1252") * 999, "utf-16": "hello world ".encode("utf-16") * 999,
+    "utf-16 without a mark": "hello world ".encode("utf-16-le") * 999, "empty": b"", "only a mark": b"\xef\xbb\xbf", "short": b"hello",
+    "one line, shorter than a window": b"ab" * 9, "one character": b"a" * 9999, "too many different": "".join(map(chr, range(0x4E00, 0x9E00))).encode()}
+
+
+@pytest.mark.parametrize("kind", [*WRONG_TEXTS, "folder", "missing", "endless", "too long", "a NUL in its name"])
+def test_wrong_text(kind, tmp_path, monkeypatch):
+    path, limits = tmp_path / "text", dict(endless=10**6, **{"too long": 10**4})
+    monkeypatch.setattr(shakespeare, "LONGEST", limits.get(kind, shakespeare.LONGEST))
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "endless":
+        path = Path("/dev/zero")
+    elif kind == "a NUL in its name":
+        path = "te\0xt"
+    elif kind != "missing":
+        path.write_bytes(WRONG_TEXTS.get(kind, b"abc " * 9999))
     with pytest.raises(UserError) as error:
         shakespeare.main(Config(**{**TINY, "data": str(path), "out": str(tmp_path / "run")}))
-    assert str(path) in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and not (tmp_path / "run").exists()
+    assert ("iconv" in message) == (kind in ("not utf-8", "code page", "utf-16", "utf-16 without a mark", "folder", "missing", "endless", "too long", "a NUL in its name"))
+
+
+@pytest.mark.parametrize("kind", ["mark", "crlf", "one line", "two characters", "4000 characters", "noise"])
+def test_texts_that_work(kind, tmp_path):
+    """With what is read of them."""
+    many = "".join(map(chr, range(0x4E00, 0x4E00 + 4000)))
+    text = dict(mark="\ufeffab\u00e9\n" * 300, crlf="ab\r\ncd\r" * 300, noise=bytes(range(1, 256)).decode("latin-1") * 9).get(kind, "ab" * 500)
+    text = many if kind == "4000 characters" else text.replace("\ufeff", "") if kind == "mark" else text
+    (tmp_path / "text").write_bytes(text.encode("utf-8-sig" if kind == "mark" else "utf-8"))
+    train, validation, vocabulary, _ = shakespeare.load_data(Config(data=str(tmp_path / "text"), seq_len=24))
+    plain = text.replace("\r\n", "\n").replace("\r", "\n")
+    assert "".join(vocabulary[i] for i in torch.cat([train, validation])) == plain and vocabulary == "".join(sorted(set(plain)))
+    if kind == "mark":
+        _, summary = run(tmp_path, data=str(tmp_path / "text"), steps=1)
+        assert math.isfinite(summary["val_loss"]) and math.isfinite(summary["lipschitz_log10"])
+
+
+def test_no_home_and_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    for name in ("DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert shakespeare.load_text("auto")[1] == "stand-in" and "home directory" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 # ---- going on ----------------------------------------------------------------------------------------
@@ -972,8 +1000,7 @@ def test_killed_and_started_again_is_bit_identical(tmp_path, small_stand_in):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert state_of(tmp_path / "killed")["step"] < 60 and not (tmp_path / "killed" / "summary.json").exists()
-    done = command(*again)
-    assert done.returncode == 0, done.stderr
+    assert command(*again)[::2] == (0, "")
     whole, killed = state_of(tmp_path / "whole"), state_of(tmp_path / "killed")
     assert same(whole["model"], killed["model"]) and same(whole["optimizers"], killed["optimizers"])
     lines = (tmp_path / "killed" / "log.jsonl").read_text().splitlines()
@@ -1078,7 +1105,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
     with pytest.raises(UserError, match=r"step \d+: training has diverged"):
-        run(tmp_path, optimizer="adamw", constraint="none", lr=1e30, steps=10, evals=1)
+        run(tmp_path, optimizer="adamw", constraint="none", lr=1e15, steps=10, evals=1)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -1107,12 +1134,35 @@ def test_wrong_flags(flags, says, tmp_path, capsys):
 
 
 def test_by_command_help_is_complete_and_an_error_is_one_line(tmp_path):
-    done = command("--help")
-    assert done.returncode == 0
+    status, out, _ = command("--help")
+    assert status == 0
     for name in [f"--{field.name}" for field in dataclasses.fields(Config)] + list(shakespeare.PRESETS):
-        assert name in done.stdout
-    wrong = command("--w_max", "-1", "--out", tmp_path / "run")
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "-1" in wrong.stderr and "above 0" in wrong.stderr
+        assert name in out
+    status, out, err = command("--w_max", "-1", "--out", tmp_path / "run")
+    assert status == 2 and err.count("\n") == 1 and "-1" in err and "above 0" in err and not out
+
+
+SHORT = [f"--{name}={value}" for name, value in TINY.items() if name != "data"]
+
+
+def test_by_command_any_terminal_shows_any_text_and_path(tmp_path):
+    """A code page without the letters of the text, of its path and of the prompt; and a path that is not UTF-8."""
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 300))) * 4
+    for name, encoding in (("\u6f22.txt", "cp1252"), ("\udcff.txt", "utf-8")):
+        (tmp_path / name).write_text(text)
+        status, out, err = command("--data", tmp_path / name, *SHORT, "--prompt", text[:3], "--out", tmp_path / name[0], encoding=encoding)
+        assert (status, err) == (0, "") and "?" in out
+        assert json.loads((tmp_path / name[0] / "summary.json").read_text())["data"] == str(tmp_path / name)
+    assert command("--data", tmp_path / "\u6f22", *SHORT, encoding="ascii")[0] == 2  # (there is no such file)
+
+
+def test_by_command_control_c_names_the_folder(tmp_path, monkeypatch, small_stand_in):
+    (tmp_path / "mine.py").write_text("def mine(W, w_max, step_norm=0.0):\n    if len(W) == 4:\n        return W\n    raise KeyboardInterrupt\n")
+    (tmp_path / "text").write_text(small_stand_in)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("--preset", "paper", "--data", "text", *SHORT, "--blocks", 1, "--constraint", "mine.py:mine")
+    assert status == 130 and "--out runs/shakespeare_paper_seed0" in err and err.count("\n") == 2
+    assert [p.name for p in Path("runs").iterdir()] == ["shakespeare_paper_seed0"]
 
 
 def test_flags_come_before_presets_and_a_presets_rate_is_for_its_own_optimizer():
