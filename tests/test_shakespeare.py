@@ -11,6 +11,7 @@ import os
 import pickle
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -1071,6 +1072,109 @@ def test_wrong_checkpoints(kind, tmp_path):
         shakespeare.main(Config.of(out=str(out), data=data))
     assert "\n" not in str(error.value) and not witness.exists()
     assert str(out if kind != "other data" else data) in str(error.value)
+
+
+WRONG = (None, "x", -1, 10**400, math.nan, [None], {}, torch.zeros(3))
+
+
+def wrongly(whole):
+    """A dictionary with each of its entries replaced by two wrong ones in turn."""
+    for i, name in enumerate(whole):
+        for value in (WRONG[i % 8], WRONG[(i + 3) % 8]):
+            yield {**whole, name: value}
+
+
+def test_wrong_types_in_a_checkpoint_are_one_line(tmp_path, monkeypatch):
+    """In every field, of the settings too, of a stopped run of each optimizer. What is harmless may go on."""
+    monkeypatch.setattr(shakespeare, "sample", lambda *a: None)
+    out, done = tmp_path / "run", []
+    for optimizer in ("muon", "adamw"):
+        run(tmp_path, optimizer=optimizer, steps=1, evals=1, blocks=1)
+        (out / "summary.json").unlink()
+        good = dict(state_of(out), step=0)  # (so that the momenta are used)
+        record, (momenta, *others) = good["log"][0], good["optimizers"]
+        wrong = [*wrongly(good), *(dict(good, config=config) for config in wrongly(good["config"]) if optimizer == "muon")]
+        wrong += [dict(good, log=[line]) for line in wrongly(record)]
+        wrong += [dict(good, log=[dict(record, norms=norms)]) for norms in wrongly(record["norms"])]
+        wrong += [dict(good, model=dict(good["model"], head_VD=value)) for value in WRONG]
+        states = [*WRONG, *({**momenta["state"], 0: state} for state in wrongly(momenta["state"][0]))]
+        wrong += [dict(good, optimizers=[dict(momenta, state=state), *others]) for state in states]
+        for state in wrong:
+            torch.save(state, out / "checkpoint.pt")
+            try:
+                with monkeypatch.context() as patch:
+                    patch.setattr(shakespeare, "report", lambda *a: {})
+                    shakespeare.main(Config.of(out=str(out)))
+                done.append(True)
+            except UserError as error:
+                done.append(False)
+                assert "\n" not in str(error)
+        shutil.rmtree(out)
+    assert 0 < done.count(True) < 0.3 * len(done)
+
+
+def test_wrong_types_in_a_published_file_are_one_line(tmp_path):
+    args = dict(vocab_size=65, num_heads=4, d_embed=32, num_blocks=2, softmax_scale=1, final_scale=1, residual_scale=1)
+    weights = {i: [REFERENCE[f"gpt_weight_{i}"]] for i in range(14)}
+    wrong = [dict(args={**args, name: value}) for name in args if name != "vocab_size" for value in (None, "x", -1, 1e300, math.nan, np.zeros(3))]
+    wrong += [{key: value} for key in ("args", "weights_checkpoint_0") for value in (None, "x", -1, [])]
+    for i in (0, 5, 13):
+        W = weights[i][0]
+        wrong += [dict(weights_checkpoint_0={**weights, i: value}) for value in (None, "x", -1, [W * math.nan], [W[1:]], [W.astype(object)], [None])]
+    for content in wrong:
+        with pytest.raises(UserError) as error:
+            path = published(tmp_path / "x.npz", **content)
+            shakespeare.main(Config.of(sample=str(path), length=1))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["settings", "repeated numbers", "compressed", "bytearray"])
+def test_a_small_file_takes_no_gigabytes(kind, tmp_path):
+    """A model of 100s of GB promised by settings, a view, or a compressed file. Limit: 2 GB more than is in use."""
+    out, _ = run(tmp_path)
+    state, path = state_of(out), out / "checkpoint.pt"
+    if kind in ("settings", "repeated numbers"):
+        state["config"].update(width=2**14, hidden=2**16, blocks=50)
+    if kind == "repeated numbers":
+        with torch.device("meta"):
+            shapes = Transformer(Config(**state["config"]), state["vocabulary"], random=False).state_dict()
+        state["model"] = {name: torch.zeros(()).expand(W.shape) for name, W in shapes.items()}
+    torch.save(dict(state, data=Payload(bytearray, 2**36)) if kind == "bytearray" else state, path)
+    if kind == "compressed":
+        with zipfile.ZipFile(path) as archive:
+            content = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in content.items():
+                archive.writestr(name, data if "/data/" not in name else bytes(10**6))
+    limits, in_use = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**31, limits[1]))
+    try:
+        with pytest.raises(UserError, match="it is compressed" if kind == "compressed" else "or code" if kind == "bytearray" else "its weights"):
+            shakespeare.load_checkpoint(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+class NoFloat64(torch.utils._python_dispatch.TorchDispatchMode):
+    """As on mps, of which the device meta takes the place: there are no doubles."""
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        result = f(*args, **(kwargs or {}))
+        assert not any(isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64
+                       for x in (result if isinstance(result, (tuple, list)) else [result])), f
+        return result
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 5, 9)], ids=["rope", "bias", "position"])
+def test_a_device_without_float64_can_train(case):
+    model = random_model(**case).float().to("meta")
+    with NoFloat64():
+        logits = model(torch.zeros(2, T, dtype=torch.int64, device="meta"))
+        F.cross_entropy(logits.flatten(0, 1), torch.zeros(2 * T, dtype=torch.int64, device="meta")).backward()
+        torch.optim.Adam(model.parameters()).step()
+        constraints.cap_rows(model.embedding_VD.data)
+        with pytest.raises(AssertionError):
+            model.head_VD.double()
 
 
 def test_code_of_ones_own_runs_only_if_asked_for(tmp_path):
