@@ -1,10 +1,9 @@
 """Tutorial 2: a transformer on Shakespeare without norm layers, and a Lipschitz bound that is true.
 
-With every weight matrix held within a limit, a transformer needs no layer norm, QK norm or
-softcapping, and has a Lipschitz constant: how much its logits can move, at most, when the embeddings
-of its tokens move. (The Shakespeare experiments of arXiv 2507.13338; its code, in JAX, misses in its
-bound that each head may look at a different token.) The bounds derived here count heads and follow
-directions, and the tests attack them.
+With every weight matrix held within a limit, a transformer needs no norm layers, and has a
+Lipschitz constant: how much its logits can move, at most, when the embeddings of its tokens move.
+(As in arXiv 2507.13338, whose bound misses that each head may look at another token.) The bounds
+derived here count heads and follow directions, and the tests attack them.
 
     python shakespeare.py                          # minutes on a laptop; ends with a sample
     python shakespeare.py --preset lipschitz2      # a constant below 2, embeddings to logits
@@ -12,8 +11,6 @@ directions, and the tests attack them.
     python shakespeare.py --load FILE.npz          # one of the authors' published models
     python shakespeare.py --data FILE              # any text in UTF-8
     python shakespeare.py --out DIR                # DIR holds a stopped run: it goes on
-
-The default reaches 55.8 % of the characters of the validation text at a true bound of 438.
 """
 
 import argparse
@@ -70,7 +67,6 @@ class UserError(Exception):
 @dataclasses.dataclass
 class Config:
     preset: str = flag("laptop", "named settings, see the end of this help; other flags override")
-    # data
     data: str = flag("auto", "auto, stand-in, or a text file in UTF-8")
     holdout: bool = flag(False, "for tuning: evaluate on the last tenth of the training text")
     # model
@@ -93,12 +89,11 @@ class Config:
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(600, "training steps", 0, 10**9)
     batch: int = flag(32, "windows a step", 1, 2**20)
-    lr: float = flag(0.0, "learning rate, falling linearly to 0; 0: 0.1 for Muon, 0.003 for AdamW", 0)
+    lr: float = flag(0.0, "learning rate, falling to 0; 0: 0.1 for Muon, 0.003 for AdamW", 0)
     embed_lr: float = flag(0.02, "learning rate of the embedding (Adam), falling likewise", 0)
     bias_lr: float = flag(0.1, "learning rate of the position bias (Adam), falling likewise", 0)
     momentum: float = flag(0.95, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
-    # run
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
     dtype: str = flag("auto", "of activations", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
@@ -117,7 +112,8 @@ class Config:
         """A preset with changes. `given` is kept: a model that is loaded must not contradict it."""
         if preset not in (None, *PRESETS):
             raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        given, settings = {"preset": preset, **given} if preset else given, PRESETS[preset or "laptop"]
+        given = {"preset": preset, **given} if preset else given
+        settings = PRESETS[preset or "laptop"]
         if given.get("optimizer", "muon") != settings.get("optimizer", "muon"):
             settings = dict(settings, lr=0.0)  # (a preset's learning rate is for its own optimizer)
         config = cls(**{**settings, **given})
@@ -132,9 +128,8 @@ class Config:
 
         for f in dataclasses.fields(self):
             value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
-            kind = (int, float) if f.type is float else f.type
-            right = isinstance(value, kind) and isinstance(value, bool) == (f.type is bool)
-            need(f.name, right, f"of type {f.type.__name__}")
+            right = isinstance(value, (int, float) if f.type is float else f.type)
+            need(f.name, right and (value is not True or f.type is bool), f"of type {f.type.__name__}")
             need(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
             need(f.name, low is None or low <= value <= high, f"a number from {low} to {high}")
         rope, E = self.positions == "rope", self.width / self.heads
@@ -183,7 +178,7 @@ def parse_arguments(argv=None):
 
 
 # ==== Model: attention and MLP, each mixed into the residual stream, and no norm layer ============
-GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (erf form: 1.12890415)
+GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (erf form: 1.1289042)
 GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its slope
 
 
@@ -195,9 +190,8 @@ def maxmin(z):
 
 
 def rotate(x_BHTE):
-    """RoPE as the paper has it: the angle of a head's pair (i, i + E/2) is position / 10000^(2i / E).
-
-    Pairs are reflected. Of q and k together that leaves a turn by the difference of positions.
+    """The paper's RoPE: a pair (i, i + E/2) is reflected at an angle of position / 10000^(2i / E), which
+    of q and k together leaves a turn by the difference of positions.
     """
     T, E = x_BHTE.shape[-2:]
     rate_E = 10000 ** (torch.arange(E // 2, dtype=torch.float64) / (E // 2))
@@ -266,7 +260,7 @@ class Block(torch.nn.Module):
         h_BTX, dtype = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), x_BTD.dtype
         if self.config.activation == "maxmin":
             return F.linear(maxmin(h_BTX), self.w_out.to(dtype))
-        # (in bfloat16 the exact form: a CPU computes it faster, and GELU_SLOPE is above its slope, too)
+        # (in bfloat16 the exact form: faster on a CPU, and GELU_SLOPE is above its slope, too)
         h_BTX = F.gelu(h_BTX, approximate="none" if dtype == torch.bfloat16 else "tanh")
         return F.linear(h_BTX, (self.w_out / GELU_SCALE).to(dtype))
 
@@ -298,7 +292,7 @@ class Transformer(torch.nn.Module):
             # All singular values equal: norm 1 if that is within the limit; on it for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
             W.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
-            # o and w_out start at 0, blocks as (1 - a) x. Not if so little of x would reach the head.
+            # o and w_out start at 0, blocks as (1 - a) x. Not if too little of x reached the head.
             if role in ("o", "out") and not stiefel and self.mix < 0.4:
                 W.zero_()
 
@@ -319,26 +313,26 @@ class Transformer(torch.nn.Module):
 # Attention has no bound on all of space, as larger tokens move its pattern more. So the embeddings
 # are in the ball rms(x_t) <= R, which is convex: a bound on derivatives is one on differences.
 # sigma(.) is the largest singular value and C_h = o_h v_h. Attention is
-# out_t = beta sum_h C_h sum_j P^h_tj x_j, with P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
+# out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
 #
-# THE PRODUCT: how long a movement gets in each sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
+# THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
 #      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
 #      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
-#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE changes no norm.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
 #   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
 #      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
-#      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2 <= sigma(Q)^2, and
-#      |Q x_t| <= sigma(Q) r; both add up. So beta sum_h C_h u_h is at most pattern R^2 long, with
+#      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <=
+#      sigma(Q) and |Q x_t| <= sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with
 #      pattern = beta 2 s D sigma(o) sigma(Q), and attention's derivative is value + pattern R^2.
-#      For one head this is the paper's formula. For H heads that one, with norms of whole matrices,
-#      is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
+#      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
+#      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
 #   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
 #   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes
-#      are in [1 - g, g] and |gelu(z)| <= |z|: its derivative is n g / 1.1289, its output n R / 1.1289.
-#   7. Residual: the constant is multiplied by (1 - a) + a derivative, R by (1 - a) + a gain, with gain
-#      the bound on output / R of step 5 or 6. R starts as the largest RMS of an embedding, plus rho;
+#      are in [1 - g, g] and |gelu(z)| <= |z|: derivative n g / 1.1289, output n R / 1.1289.
+#   7. Residual: the constant is multiplied by (1 - a) + a derivative, R by (1 - a) + a gain, gain
+#      the bound on output / R of step 5 or 6. R starts as the largest RMS of an embedding + rho;
 #      the head's norm comes last.
 #
 # THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
@@ -352,14 +346,14 @@ class Transformer(torch.nn.Module):
 #  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
 #      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
 #  11. The weights of parts and neurons are free: `tuned` descends from zeros, the untuned start.
-#  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when every embedding moves by RMS <=
-#      rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D) times the product.
+#  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when all embeddings move by RMS
+#      <= rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D) product.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
 
     rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
-    Returns log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10, the
+    Returns log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10,
     product and R after the last block; norms, {role: largest RMS->RMS norm}; rows, one a block.
     """
     model, up = copied(model), 1 + 1e-9
@@ -382,7 +376,7 @@ def certificate(model, rho=0.0, free=None):
         still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
         attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
         stream = ellipsoid_norm(S, log, torch.eye(D).double()).item() - math.log(D) / 2
-        rows.append(dict(  # steps 3 to 6, R before each sublayer, the factor of attention, E(S) behind
+        rows.append(dict(  # steps 3 to 6, R before each sublayer, factor of attention, E(S) behind
             value=value, pattern=pattern, mlp=gain * g, mlp_gain=gain, radius_log10=R,
             radius_mlp_log10=R + still, attention_log10=attention, stream_log10=stream / LN10))
         R += still + log10((1 - a) + a * gain)
@@ -466,7 +460,7 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 VOCABULARY = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # its characters
-LONGEST, VARIED = 10**8, 4096  # most characters of a text, and different ones: 4 GB of memory hold them
+LONGEST, VARIED = 10**8, 4096  # most characters of a text, and most different ones: 4 GB of memory
 
 
 def load_data(config):
@@ -490,10 +484,11 @@ def load_text(data):
         return stand_in(), data
     if data != "auto" or local.is_file():
         path = data if data != "auto" else str(local)
-        with reading(f"--data {path}", "text in UTF-8, which iconv -f UTF-16 -t UTF-8 makes"):
+        with reading(f"--data {path}", "text in UTF-8; to convert one: iconv -f ENCODING -t UTF-8"):
             return read_text(path), path
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", local.parent.name, local.name)
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = Path(home, "tinyshakespeare/input.txt")
         text = cache.read_bytes() if cache.is_file() else b""
         if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
             text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
@@ -560,12 +555,11 @@ def go_on(config):
     free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
     if not source and not (config.out and Path(config.out, "checkpoint.pt").exists()):
         return config, None, None
-    if config.load or source.endswith(".npz"):
-        own, model, state = *load_published(source), None
-    else:
-        own, model, state = load_checkpoint(source or config.out)
+    published = config.load or source.endswith(".npz")
+    own, model, *rest = load_published(source) if published else load_checkpoint(source or config.out)
+    state = None if source else rest[0]
     if source:
-        own.steps, state, free = 0, None, free | {"load", "sample", "holdout", "seed", "dtype"}
+        own.steps, free = 0, free | {"load", "sample", "holdout", "seed", "dtype"}
     for name, value in given.items():
         if name not in free and value != getattr(own, name):
             raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave "
@@ -601,7 +595,7 @@ def reading(path, what):
 
 
 def inspect(file, names=None):
-    """ValueError if a pickle has a million parts (each may take 200 bytes) or names what it should not."""
+    """ValueError if a pickle has a million parts (of 200 bytes each) or names what is not in names."""
     start = file.tell()
     for i, (code, argument, _) in enumerate(pickletools.genops(file)):
         if i > 10**6 or names and code.name == "GLOBAL" and argument not in names:
@@ -623,8 +617,8 @@ def load_checkpoint(folder):
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         config = Config(**state["config"])
-        safe = dataclasses.replace(config, constraint="none") if ":" in config.constraint else config
-        safe.limits()  # (raises UserError; a constraint that is code does not run)
+        code = ":" in config.constraint  # (of the user's, which is not run)
+        (dataclasses.replace(config, constraint="none") if code else config).limits()
         kinds = dict(vocabulary=str, data=str, tokens=int, step=int, seconds=float, log=list, optimizers=list)
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
         if wrong or not 0 <= state["step"] <= config.steps:
@@ -636,13 +630,13 @@ def load_checkpoint(folder):
 
 
 def restored(config, vocabulary, weights, size):
-    """The model of a config and weights from a file of `size` bytes. ValueError if they do not fit."""
+    """The model of a config, its weights from a file of `size` bytes. ValueError if it cannot be."""
     with torch.device("meta"):  # (a file may promise any size: no memory before the shapes agree)
         model = Transformer(config, vocabulary, random=False)
     shapes = {name: W.shape for name, W in model.state_dict().items()}
     if shapes != {name: W.shape for name, W in weights.items()}:
         raise ValueError("its weights do not have the shapes of its settings")
-    if 4 * sum(map(math.prod, shapes.values())) > size:  # (a tensor may repeat a number without end)
+    if 4 * sum(map(math.prod, shapes.values())) > size:  # (a tensor may repeat its numbers)
         raise ValueError("it holds fewer numbers than its weights have")
     model.to_empty(device="cpu").load_state_dict(weights)
     return model
@@ -662,18 +656,18 @@ class NumpyOnly(pickle._Unpickler):  # (that in C takes gigabytes if a few bytes
 
     def find_class(self, module, name):
         if module.startswith("numpy.") and name == "_reconstruct":
-            return lambda *kind_and_shape: np.empty(0, np.int8)  # (its shape comes with its content)
+            return lambda *kind_and_shape: np.empty(0, np.int8)  # (filled later, which sets both)
         return np.dtype if (module, name) == ("numpy", "dtype") else f"{module}.{name}"
 
 
 def load_published(path):
-    """(config, model) of the authors' .npz: pickled dictionaries of settings, of numbered matrices."""
+    """(config, model) of the authors' .npz: pickled dictionaries of settings and of matrices."""
     stored, order = [], ("v", "q", "k", "o", "w_in", "w_out")
     with (reading(f"--load {path}", "checkpoint in the published form, nothing in it was run"),
           open(path, "rb") as file, zipfile.ZipFile(io.BytesIO(file.read(2**27))) as archive):
         for name in ("args.npy", "weights_checkpoint_0.npy"):
             info = archive.getinfo(name)  # (no more than the size it claims is unpacked)
-            if info.file_size > 2**26 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            if info.file_size > 2**26 or info.compress_type not in (0, zipfile.ZIP_DEFLATED):
                 raise ValueError("more than 64 MB when unpacked, or packed in an unusual way")
             with archive.open(info) as array:
                 np.lib.format.read_magic(array)
@@ -717,11 +711,9 @@ def main(config):
         print(f"The run in {config.out} is finished; start another with another --out.")
         with reading(finished, "summary"):
             return json.loads(finished.read_text())
-    try:
+    with reading(f"--device {config.device}", "device here (try auto)"):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
-    except Exception as problem:
-        raise UserError(f"--device {config.device}: cannot be used here; try auto") from problem
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.sample:
         return sample(model.to(device), config, dtype)
@@ -754,7 +746,8 @@ def main(config):
         with reading(config.out, "run whose optimizers can go on"):
             for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
                 restore(optimizer, saved["state"], start)
-    out = new_folder(config)
+    with reading(config.out or "runs", "folder that can be made or written in; see --out"):
+        out = new_folder(config)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
           f"({len(train_N):,} characters to train, {len(validation_N):,} to validate, "
@@ -785,8 +778,8 @@ def main(config):
             if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
                 numbers = torch.stack(losses[-10:]), *model.parameters()
                 if not all(t.isfinite().all() for t in numbers):
-                    raise UserError(f"step {done}: training has diverged: loss or weights are not finite; "
-                                    f"a last good checkpoint may be in {out}; try a smaller --lr")
+                    raise UserError(f"step {done}: training has diverged: loss or weights are not "
+                                    f"finite; {out} may have a good checkpoint; try a smaller --lr")
             if done in eval_steps:
                 seconds += time.perf_counter() - began
                 log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
@@ -808,7 +801,7 @@ def main(config):
 
 @torch.no_grad()
 def evaluate(model, batches):
-    """(mean cross-entropy of the logits, the same at the loss temperature, accuracy), in float32."""
+    """(mean cross-entropy of the logits, that at the loss temperature, accuracy), in float32."""
     device, sums, count = model.head_VD.device, torch.zeros(3, dtype=torch.float64), 0
     for x_BT, y_BT in batches:
         logits_NV, y_N = model(x_BT.to(device)).flatten(0, 1), y_BT.to(device).flatten()
@@ -854,7 +847,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
         train_seconds=last["ms_per_step"] * config.steps / 1000, device=str(model.head_VD.device),
         dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
     write(out / "summary.json", json.dumps(summary, indent=1))  # (now it is finished)
-    draw(config, out, log, bound)
+    draw(config, out, log, bound["norms"])
 
     print(f"\n{config.load or config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
           f"steps, seed {config.seed}, data: {data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, "
@@ -862,9 +855,6 @@ def report(config, model, out, log, data_name, validation_N, dtype):
           "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print("  block: radius of its inputs; derivative of attention + stream, of the MLP (max-token RMS)")
-    for i, row in enumerate(bound["rows"]):
-        print(f"  {i + 1:5}: ", *map(power, (row["radius_log10"], row["attention_log10"], log10(row["mlp"]))))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n\n"
           f"A sample at temperature {config.temperature:g}:\n{'-' * 80}")
@@ -874,20 +864,18 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     return summary
 
 
-def draw(config, out, log, bound):
-    """curves.png: losses, norms with their limits."""
+def draw(config, out, log, norms):
+    """curves.png: losses and norms."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    (left, right), steps = figure.subplots(1, 2), [record["step"] for record in log]
+    figure, steps = Figure(figsize=(11, 4.5), layout="constrained"), [record["step"] for record in log]
+    left, right = figure.subplots(1, 2)
     for name in ("val_loss_at_temperature", "train_loss"):
         left.plot(steps, [record[name] for record in log], "o-", label=name)
-    for role in bound["norms"]:
+    for role in norms:
         right.plot(steps, [record["norms"].get(role) for record in log], "o-", label=role)
-    if config.constraint != "none":
-        right.hlines(list(config.limits().values()), 0, config.steps, "grey", ":")
     left.set(title=f"{SCRIPT}, {config.preset}", xlabel="step", ylabel="loss, nats a character")
-    right.set(title="limits: dotted", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
+    right.set(title=f"w_max {config.w_max}", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     left.legend()
     right.legend()
     figure.savefig(out / "curves.png", dpi=110)
