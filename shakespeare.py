@@ -706,11 +706,10 @@ def main(config):
     """Train, go on, load or sample; certify; report. Returns the summary, None of --sample."""
     config.limits()  # (complains before anything is loaded)
     config, model, state = go_on(config)
-    finished = Path(config.out, "summary.json")
-    if state and finished.exists():
+    if state and Path(config.out, "summary.json").exists():
         print(f"The run in {config.out} is finished; start another with another --out.")
-        with reading(finished, "summary"):
-            return json.loads(finished.read_text())
+        with reading(config.out, "run with a whole summary.json"):
+            return json.loads(Path(config.out, "summary.json").read_text())
     with reading(f"--device {config.device}", "device here (try auto)"):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device

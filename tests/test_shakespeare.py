@@ -1254,7 +1254,7 @@ def test_by_command_any_terminal_shows_any_text_and_path(tmp_path):
     text = "".join(map(chr, range(0x4E00, 0x4E00 + 300))) * 4
     for name, encoding in (("\u6f22.txt", "cp1252"), ("\udcff.txt", "utf-8")):
         (tmp_path / name).write_text(text)
-        status, out, err = command("--data", tmp_path / name, *SHORT, "--prompt", text[:3], "--out", tmp_path / name[0], encoding=encoding)
+        status, out, err = command("--data", tmp_path / name, *SHORT, "--preset=paper", "--blocks=1", "--steps=1", "--prompt", text[:3], "--out", tmp_path / name[0], encoding=encoding)
         assert (status, err) == (0, "") and "?" in out
         assert json.loads((tmp_path / name[0] / "summary.json").read_text())["data"] == str(tmp_path / name)
     assert command("--data", tmp_path / "\u6f22", *SHORT, encoding="ascii")[0] == 2  # (there is no such file)
