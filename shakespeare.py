@@ -89,7 +89,7 @@ class Config:
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(600, "training steps", 0, 10**9)
     batch: int = flag(32, "windows a step", 1, 2**20)
-    lr: float = flag(0.0, "learning rate, falling to 0; 0: 0.1 for Muon, 0.003 for AdamW", 0)
+    lr: float = flag(0.0, "learning rate, falling to 0; 0: 0.1 for Muon, 0.003 for AdamW", 0, 1e30)
     embed_lr: float = flag(0.02, "learning rate of the embedding (Adam), falling likewise", 0)
     bias_lr: float = flag(0.1, "learning rate of the position bias (Adam), falling likewise", 0)
     momentum: float = flag(0.95, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
