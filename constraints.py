@@ -51,15 +51,18 @@ def singular_values(W: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
 
 
+def sigma(W: torch.Tensor) -> torch.Tensor:
+    """Largest singular value of W (..., fan_out, fan_in), shape (...), in the precision of W."""
+    scale = W.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny)  # (squares overflow)
+    return torch.linalg.eigvalsh(gram(W / scale))[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
+
+
 def exact_norm(W: torch.Tensor) -> torch.Tensor:
     """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), rounded up by 1e-9: fit for a certificate.
 
-    From the eigenvalues of the Gram matrix in float64, with a relative error below 1e-12. Not for each step.
+    From eigenvalues in float64, with a relative error below 1e-12. Not for each step.
     """
-    W = W.detach().cpu().double()
-    scale = W.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300)
-    largest = torch.linalg.eigvalsh(gram(W / scale)).amax(-1).clamp(min=0).sqrt()
-    return largest * scale[..., 0, 0] / sigma_per_norm(W) * (1 + 1e-9)
+    return sigma(W.detach().cpu().double()) / sigma_per_norm(W) * (1 + 1e-9)
 
 
 def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> torch.Tensor:
@@ -514,19 +517,13 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
     return (in_1 - in_2) / 2**0.5, A, (out_1 - out_2) / 2**0.5, size
 
 
-def sigma(W: torch.Tensor) -> torch.Tensor:
-    """Largest singular value of W (..., fan_out, fan_in), in the precision of W."""
-    scale = W.abs().amax((-2, -1), keepdim=True).clamp(min=1e-300)  # (squares may leave the range)
-    return torch.linalg.eigvalsh(gram(W / scale))[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
-
-
 def log10(x: float) -> float:
     return math.log10(x) if x > 0 else -math.inf
 
 
 def power(exponent: float) -> str:
     """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
-    plain = abs(exponent) < 6 or exponent == -math.inf
+    plain = abs(exponent) < 6 or math.isinf(exponent)
     return f"{10**exponent * 1.0005:.4g}" if plain else f"10^{exponent + 0.05:.1f}"
 
 

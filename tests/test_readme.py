@@ -78,6 +78,14 @@ def test_the_example_in_python(capsys):
     assert len(norms) == 2 and 1.5 < max(norms) <= 2 * (1 + 4e-4) and capsys.readouterr().out.startswith("[")
 
 
+def test_from_python(tmp_path, monkeypatch, capsys):
+    code = next(code for code in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Config.of" in code)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("steps=100", "steps=2, width=16, lowpass=6"), {})
+    accuracy, bound = map(float, capsys.readouterr().out.splitlines()[-1].split())
+    assert 0 < accuracy < 1 and -3 < bound < 3
+
+
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 250 and len(text.encode()) <= 16 * 1024
