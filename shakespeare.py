@@ -1,16 +1,26 @@
 """Tutorial 2: a transformer on Shakespeare without norm layers, and a Lipschitz bound that is true.
 
-With every weight matrix held within a limit, a transformer needs no norm layers, and has a
-Lipschitz constant: how much its logits can move, at most, when the embeddings of its tokens move.
-(As in arXiv 2507.13338, whose bound misses that each head may look at another token.) The bounds
+WHAT IT SHOWS. With every weight matrix held within a limit, a transformer needs no layer norm, QK
+norm or softcapping, and has a Lipschitz constant: how much its logits can move, at most, when the
+embeddings of its tokens move. (The Shakespeare experiments of arXiv 2507.13338.) The bound on
+attention in the paper's code misses that each head may look at a different token. The bounds
 derived here count heads and follow directions, and the tests attack them.
 
+COMMANDS
     python shakespeare.py                          # minutes on a laptop; ends with a sample
     python shakespeare.py --preset lipschitz2      # a constant below 2, embeddings to logits
     python shakespeare.py --sample runs/NAME --prompt "ROMEO:" --temperature 0.8
     python shakespeare.py --load FILE.npz          # one of the authors' published models
     python shakespeare.py --data FILE              # any text in UTF-8
     python shakespeare.py --out DIR                # DIR holds a stopped run: it goes on
+
+RESULT (tinyshakespeare, whole validation text; two cores of an AMD EPYC with bfloat16; torch 2.13)
+    laptop, the default: 55.8 % of the characters right, loss 1.475, at a true bound of 438 (one
+    seed, 4 minutes). plain100: 53.5 %, 1.552, at 27.1, with 49.5, 42.6 and 22.7 % certified at rho
+    0.001, 0.003 and 0.01 (seed 1). lipschitz2: 56.3 % at a loss temperature of 800.
+
+ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX), the text
+that of karpathy/char-rnn; none of their code is used. MaxMin is GroupSort (Anil et al. 2019).
 """
 
 import argparse
@@ -25,7 +35,6 @@ import json
 import math
 import os
 import pickle
-import pickletools
 import sys
 import sysconfig
 import time
@@ -45,8 +54,6 @@ from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
-OF_TENSORS = ("collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2",
-              "torch bfloat16", "torch float32")  # all that a checkpoint names
 RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, every embedding
 LN10 = math.log(10)
 
@@ -272,29 +279,23 @@ class Block(torch.nn.Module):
 class Transformer(torch.nn.Module):
     """Embedding (V vectors of RMS at most 1), blocks, head: logits = final_scale * head x."""
 
-    def __init__(self, config, vocabulary, random=True):
-        """random=False: the weights come from a file."""
+    def __init__(self, config, vocabulary):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.mix = config.residual_scale / (2 * config.blocks)
-        self.embedding_VD = torch.nn.Parameter(torch.zeros(len(vocabulary), config.width))
+        generator = torch.Generator().manual_seed(config.seed)
+        embedding_VD = torch.randn(len(vocabulary), config.width, generator=generator)
+        self.embedding_VD = torch.nn.Parameter(cap_rows(embedding_VD))
         self.blocks = torch.nn.Sequential(*(Block(config, i) for i in range(config.blocks)))
         self.head_VD = torch.nn.Parameter(torch.zeros(len(vocabulary), config.width))
-        if random:
-            self.initialise()
-
-    @torch.no_grad()
-    def initialise(self):
-        config, generator = self.config, torch.Generator().manual_seed(self.config.seed)
-        self.embedding_VD.copy_(cap_rows(self.embedding_VD.normal_(generator=generator)))
         limits, stiefel = config.limits(), config.constraint == "stiefel"
         for role, W in self.matrices():
             # All singular values equal: norm 1 if that is within the limit; on it for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
-            W.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
-            # o and w_out start at 0, blocks as (1 - a) x. Not if too little of x reached the head.
+            W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
+            # o and w_out start at 0, blocks as (1 - a) x. Not if so little of x would reach the head.
             if role in ("o", "out") and not stiefel and self.mix < 0.4:
-                W.zero_()
+                W.data.zero_()
 
     def matrices(self):
         """[(role, matrix)] of all that the constraint holds."""
@@ -441,7 +442,7 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     """
     model, reach, stands = copied(model), {}, {rho: [] for rho in rhos}
     U, D = model.config.final_scale * model.head_VD, model.config.width
-    free = tuned(model, 20, free, pairs=True)
+    free = tuned(model, 20 if len(U) <= 1024 else 0, free, pairs=True)  # (minutes for 4096)
     apart_VV = ellipsoid_pairs(torch.eye(D).double(), math.log(D), U) / LN10  # |u_y - u_j| sqrt(D)
     for rho in rhos:
         bound, (S, log) = certificate(model, rho), follow(model, rho, free)[-1]
@@ -594,15 +595,6 @@ def reading(path, what):
         raise UserError(f"{path}: is no {what} ({type(problem).__name__}: {reason})") from problem
 
 
-def inspect(file, names=None):
-    """ValueError if a pickle has a million parts (of 200 bytes each) or names what is not in names."""
-    start = file.tell()
-    for i, (code, argument, _) in enumerate(pickletools.genops(file)):
-        if i > 10**6 or names and code.name == "GLOBAL" and argument not in names:
-            raise ValueError(f"it has a million parts, or code: {argument}")
-    file.seek(start)
-
-
 def load_checkpoint(folder):
     """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
     path = Path(folder, "checkpoint.pt") if Path(folder).is_dir() else Path(folder)
@@ -611,34 +603,32 @@ def load_checkpoint(folder):
         with zipfile.ZipFile(path) as archive:
             if sum(info.file_size for info in archive.infolist()) > size:
                 raise ValueError("it is compressed, as no checkpoint is")
-            with archive.open(next(name for name in archive.namelist() if "/data.pkl" in name)) as file:
-                inspect(file, OF_TENSORS)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
-        config = Config(**state["config"])
-        code = ":" in config.constraint  # (of the user's, which is not run)
-        (dataclasses.replace(config, constraint="none") if code else config).limits()
         kinds = dict(vocabulary=str, data=str, tokens=int, step=int, seconds=float, log=list, optimizers=list)
         wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        config = Config(**state["config"])
+        model = built(config, state["vocabulary"], state["model"], size)
         if wrong or not 0 <= state["step"] <= config.steps:
             raise ValueError(f"its {', '.join(wrong) or 'step'} cannot be that of a run")
         for record in state["log"]:
             json.dumps(record), progress(record, config.steps)  # (raise, if it is no line of a log)
             record["norms"] = {role: float(norm) for role, norm in record["norms"].items()}
-        return config, restored(config, state["vocabulary"], state["model"], size), state
+        return config, model, state
 
 
-def restored(config, vocabulary, weights, size):
-    """The model of a config, its weights from a file of `size` bytes. ValueError if it cannot be."""
-    with torch.device("meta"):  # (a file may promise any size: no memory before the shapes agree)
-        model = Transformer(config, vocabulary, random=False)
-    shapes = {name: W.shape for name, W in model.state_dict().items()}
-    if shapes != {name: W.shape for name, W in weights.items()}:
-        raise ValueError("its weights do not have the shapes of its settings")
-    if 4 * sum(map(math.prod, shapes.values())) > size:  # (a tensor may repeat its numbers)
-        raise ValueError("it holds fewer numbers than its weights have")
-    model.to_empty(device="cpu").load_state_dict(weights)
+def built(config, vocabulary, weights, size):
+    """The model of settings and weights of a file of `size` bytes. ValueError if they do not fit."""
+    if ":" in config.constraint:  # (code of the user's, which is not run)
+        config = dataclasses.replace(config, constraint="none")
+    config.limits()
+    numbers = 2 * config.width * (len(vocabulary) + config.blocks * (config.width + config.hidden))
+    numbers += config.blocks * config.heads * config.seq_len if config.positions == "bias" else 0
+    if 4 * numbers > size:  # (settings may say anything: no memory before they agree with the file)
+        raise ValueError("it holds fewer numbers than its settings say")
+    model = Transformer(config, vocabulary)
+    model.load_state_dict(weights)
     return model
 
 
@@ -672,7 +662,6 @@ def load_published(path):
             with archive.open(info) as array:
                 np.lib.format.read_magic(array)
                 np.lib.format.read_array_header_1_0(array)
-                inspect(array)
                 stored.append(NumpyOnly(array).load().item())
         args, weights = stored
         weights = [weights[i] for i in range(len(weights))]
@@ -686,7 +675,7 @@ def load_published(path):
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
         weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
         weights["embedding_VD"] = weights["embedding_VD"].T
-        return config, restored(config, VOCABULARY, weights, 2**26)
+        return config, built(config, VOCABULARY, weights, 2**26)
 
 
 def write(path, data):
@@ -755,47 +744,44 @@ def main(config):
     # ---- train
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     losses, began = [], time.perf_counter()
-    try:
-        for step in tqdm(range(start, config.steps), disable=not sys.stderr.isatty(), leave=False):
-            x_BT, y_BT = batch_of(train_N, step, config)
-            logits_NV = config.loss_temperature * model(x_BT.to(device), dtype).flatten(0, 1)
-            loss = F.cross_entropy(logits_NV, y_BT.to(device).flatten())
-            loss.backward()
-            fraction = 1 - step / config.steps
-            for optimizer, start_lr in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = start_lr * fraction
-                optimizer.step()
-                optimizer.zero_grad()
-            if config.optimizer == "adamw" and config.constraint != "none":  # (Muon does it by itself)
-                for role, W in model.matrices():
-                    W.data.copy_(after_unknown_step(constraint, W, limits[role], lr * fraction))
-            model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
-            losses.append(loss.detach())
+    for step in tqdm(range(start, config.steps), disable=not sys.stderr.isatty(), leave=False):
+        x_BT, y_BT = batch_of(train_N, step, config)
+        logits_NV = config.loss_temperature * model(x_BT.to(device), dtype).flatten(0, 1)
+        loss = F.cross_entropy(logits_NV, y_BT.to(device).flatten())
+        loss.backward()
+        fraction = 1 - step / config.steps
+        for optimizer, start_lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = start_lr * fraction
+            optimizer.step()
+            optimizer.zero_grad()
+        if config.optimizer == "adamw" and config.constraint != "none":  # (Muon does it by itself)
+            for role, W in model.matrices():
+                W.data.copy_(after_unknown_step(constraint, W, limits[role], lr * fraction))
+        model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
+        losses.append(loss.detach())
 
-            done = step + 1
-            if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
-                numbers = torch.stack(losses[-10:]), *model.parameters()
-                if not all(t.isfinite().all() for t in numbers):
-                    raise UserError(f"step {done}: training has diverged: loss or weights are not "
-                                    f"finite; {out} may have a good checkpoint; try a smaller --lr")
-            if done in eval_steps:
-                seconds += time.perf_counter() - began
-                log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
-                buffer = io.BytesIO()
-                torch.save(dict(
-                    script=SCRIPT, config=dataclasses.asdict(config), step=done, seconds=seconds, log=log,
-                    data=data_name, tokens=len(train_N), vocabulary=vocabulary, model=model.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
-                write(out / "checkpoint.pt", buffer.getvalue())
-                write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-                tqdm.write(progress(log[-1], config.steps), file=sys.stdout)
-                sys.stdout.flush()
-                losses, began = [], time.perf_counter()
-        log = log or [measure(model, validation_N, 0, None, 0.0)]  # (of --load)
-        return report(config, model, out, log, data_name, validation_N, dtype)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"the same command with --out {out} goes on") from stop
+        done = step + 1
+        if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
+            numbers = torch.stack(losses[-10:]), *model.parameters()
+            if not all(t.isfinite().all() for t in numbers):
+                raise UserError(f"step {done}: training has diverged: loss or weights are not "
+                                f"finite; {out} may have a good checkpoint; try a smaller --lr")
+        if done in eval_steps:
+            seconds += time.perf_counter() - began
+            log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
+            buffer = io.BytesIO()
+            torch.save(dict(
+                script=SCRIPT, config=dataclasses.asdict(config), step=done, seconds=seconds, log=log,
+                data=data_name, tokens=len(train_N), vocabulary=vocabulary, model=model.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
+            write(out / "checkpoint.pt", buffer.getvalue())
+            write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+            tqdm.write(progress(log[-1], config.steps), file=sys.stdout)
+            sys.stdout.flush()
+            losses, began = [], time.perf_counter()
+    log = log or [measure(model, validation_N, 0, None, 0.0)]  # (of --load)
+    return report(config, model, out, log, data_name, validation_N, dtype)
 
 
 @torch.no_grad()
@@ -854,6 +840,12 @@ def report(config, model, out, log, data_name, validation_N, dtype):
           "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
+    print("  certificate (max-token RMS)\n"
+          "    block   radius R      value  pattern R^2        MLP  |  stream, by the ellipsoid")
+    for i, row in enumerate(bound["rows"]):
+        R, pattern = row["radius_log10"], log10(row["pattern"]) + 2 * row["radius_log10"]
+        cells = R, log10(row["value"]), pattern, log10(row["mlp"]), row["stream_log10"]
+        print("    {:5} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n\n"
           f"A sample at temperature {config.temperature:g}:\n{'-' * 80}")
@@ -873,8 +865,10 @@ def draw(config, out, log, norms):
         left.plot(steps, [record[name] for record in log], "o-", label=name)
     for role in norms:
         right.plot(steps, [record["norms"].get(role) for record in log], "o-", label=role)
+    if config.constraint != "none":
+        right.hlines(list(config.limits().values()), 0, config.steps, "grey", ":")
     left.set(title=f"{SCRIPT}, {config.preset}", xlabel="step", ylabel="loss, nats a character")
-    right.set(title=f"w_max {config.w_max}", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
+    right.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
     left.legend()
     right.legend()
     figure.savefig(out / "curves.png", dpi=110)
@@ -908,6 +902,6 @@ if __name__ == "__main__":
     except (UserError, OSError) as problem:
         print(f"{SCRIPT}.py: {problem}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"\n{SCRIPT}.py: interrupted; {stop or 'nothing was written'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
         sys.exit(130)

@@ -844,7 +844,7 @@ def test_a_printed_bound_is_rounded_up():
         shown = float(text[3:]) if text.startswith("10^") else math.log10(float(text))
         assert exponent - 1e-12 <= shown <= exponent + (0.1001 if exponent > 6 else 1e-3)
     assert shakespeare.power(15.26) == "10^15.3"
-    assert shakespeare.power(-math.inf) == "0" and shakespeare.power(math.inf) == "10^inf"
+    assert shakespeare.power(-math.inf) == "0" and shakespeare.power(math.inf) == "inf"
 
 
 def test_samples_are_reproducible_and_temperature_zero_is_greedy(capsys):
@@ -1128,18 +1128,14 @@ def test_wrong_types_in_a_published_file_are_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["settings", "repeated numbers", "compressed", "bytearray"])
+@pytest.mark.parametrize("kind", ["settings", "compressed"])
 def test_a_small_file_takes_no_gigabytes(kind, tmp_path):
-    """A model of 100s of GB promised by settings, a view, or a compressed file. Limit: 2 GB more than is in use."""
+    """A model of 100s of GB promised by settings, or a compressed file. Limit: 2 GB more than is in use."""
     out, _ = run(tmp_path)
     state, path = state_of(out), out / "checkpoint.pt"
-    if kind in ("settings", "repeated numbers"):
+    if kind == "settings":
         state["config"].update(width=2**14, hidden=2**16, blocks=50)
-    if kind == "repeated numbers":
-        with torch.device("meta"):
-            shapes = Transformer(Config(**state["config"]), state["vocabulary"], random=False).state_dict()
-        state["model"] = {name: torch.zeros(()).expand(W.shape) for name, W in shapes.items()}
-    torch.save(dict(state, data=Payload(bytearray, 2**36)) if kind == "bytearray" else state, path)
+    torch.save(state, path)
     if kind == "compressed":
         with zipfile.ZipFile(path) as archive:
             content = {name: archive.read(name) for name in archive.namelist()}
@@ -1149,7 +1145,7 @@ def test_a_small_file_takes_no_gigabytes(kind, tmp_path):
     limits, in_use = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**31, limits[1]))
     try:
-        with pytest.raises(UserError, match="it is compressed" if kind == "compressed" else "or code" if kind == "bytearray" else "its weights"):
+        with pytest.raises(UserError, match="it is compressed" if kind == "compressed" else "fewer numbers"):
             shakespeare.load_checkpoint(out)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -1260,12 +1256,12 @@ def test_by_command_any_terminal_shows_any_text_and_path(tmp_path):
     assert command("--data", tmp_path / "\u6f22", *SHORT, encoding="ascii")[0] == 2  # (there is no such file)
 
 
-def test_by_command_control_c_names_the_folder(tmp_path, monkeypatch, small_stand_in):
+def test_by_command_control_c_says_how_to_go_on(tmp_path, monkeypatch, small_stand_in):
     (tmp_path / "mine.py").write_text("def mine(W, w_max, step_norm=0.0):\n    if len(W) == 4:\n        return W\n    raise KeyboardInterrupt\n")
     (tmp_path / "text").write_text(small_stand_in)
     monkeypatch.chdir(tmp_path)
     status, _, err = command("--preset", "paper", "--data", "text", *SHORT, "--blocks", 1, "--constraint", "mine.py:mine")
-    assert status == 130 and "--out runs/shakespeare_paper_seed0" in err and err.count("\n") == 2
+    assert status == 130 and "--out RUN_FOLDER" in err and err.count("\n") == 2
     assert [p.name for p in Path("runs").iterdir()] == ["shakespeare_paper_seed0"]
 
 
