@@ -11,7 +11,7 @@ COMMANDS
     python shakespeare.py --preset lipschitz2      # a constant below 2, embeddings to logits
     python shakespeare.py --sample runs/NAME --prompt "ROMEO:" --temperature 0.8
     python shakespeare.py --load FILE.npz          # one of the authors' published models
-    python shakespeare.py --data FILE              # any text
+    python shakespeare.py --data FILE              # any text in UTF-8
     python shakespeare.py --out DIR                # DIR holds a stopped run: it goes on
 
 RESULT (tinyshakespeare, whole validation text; two cores of an AMD EPYC with bfloat16; torch 2.13)
@@ -62,10 +62,9 @@ LN10 = math.log(10)
 
 
 # ==== Config: every field is a flag ===============================================================
-def flag(default, text, low=None, high=math.inf, choices=None):
+def flag(default, help, low=None, high=1e15, choices=()):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    metadata = dict(help=text, range=(low, high), choices=choices)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=dict(help=help, range=(low, high), choices=choices))
 
 
 class UserError(Exception):
@@ -75,7 +74,6 @@ class UserError(Exception):
 @dataclasses.dataclass
 class Config:
     preset: str = flag("laptop", "named settings, see the end of this help; other flags override")
-    # data
     data: str = flag("auto", "auto, stand-in, or a text file in UTF-8")
     holdout: bool = flag(False, "for tuning: evaluate on the last tenth of the training text")
     # model
@@ -96,18 +94,15 @@ class Config:
     constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
                            "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
-    steps: int = flag(600, "training steps", 0)
+    steps: int = flag(600, "training steps", 0, 10**9)
     batch: int = flag(32, "windows a step", 1, 2**20)
-    lr: float = flag(0.0, "learning rate at the start, falling linearly to 0; under Muon the norm "
-                     "(RMS->RMS) of a step. 0: 0.1 for Muon, 0.003 for AdamW", 0)
+    lr: float = flag(0.0, "learning rate, falling to 0; 0: 0.1 for Muon, 0.003 for AdamW", 0, 1e30)
     embed_lr: float = flag(0.02, "learning rate of the embedding (Adam), falling likewise", 0)
     bias_lr: float = flag(0.1, "learning rate of the position bias (Adam), falling likewise", 0)
     momentum: float = flag(0.95, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
-    adamw_wd: float = flag(0.0, "AdamW's own weight decay, besides the constraint", 0)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
-    # run
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of activations; auto: the fast one", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "of activations", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
     evals: int = flag(4, "evaluations on all validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
@@ -115,16 +110,16 @@ class Config:
     load: str = flag("", "a published checkpoint (.npz): evaluate, certify and sample it")
     sample: str = flag("", "a run folder or a published checkpoint: only sample from it")
     prompt: str = flag("", "text that the sample continues; default: the start of a line")
-    length: int = flag(500, "characters to sample", 1)
+    length: int = flag(500, "characters to sample", 1, 10**9)
     temperature: float = flag(0.8, "of the sample; 0: always the most probable character", 0)
     top_k: int = flag(0, "sample from so many most probable characters; 0: from all", 0)
 
     @classmethod
     def of(cls, preset=None, **given):
         """A preset with changes. `given` is kept: a model that is loaded must not contradict it."""
-        given = {"preset": preset, **given} if preset else given
-        if preset and preset not in PRESETS:
+        if preset not in (None, *PRESETS):
             raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+        given = {"preset": preset, **given} if preset else given
         settings = PRESETS[preset or "laptop"]
         if given.get("optimizer", "muon") != settings.get("optimizer", "muon"):
             settings = dict(settings, lr=0.0)  # (a preset's learning rate is for its own optimizer)
@@ -133,35 +128,34 @@ class Config:
         return config
 
     def limits(self):
-        """w_max of each role of matrix. UserError if a setting is out of its range."""
-        def check(name, right, requirement):
+        """{role of a matrix: its w_max}. UserError if a setting is of no use."""
+        def need(name, right, requirement):
             if not right:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
 
         for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), f.metadata["choices"] or ()
-            low, high = f.metadata["range"]
-            check(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
-            in_range = low is None or low <= value <= high and value < math.inf
-            check(f.name, in_range, f"a finite number from {low} to {high}")
+            value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
+            right = isinstance(value, (int, float) if f.type is float else f.type)
+            need(f.name, right and (value is not True or f.type is bool), f"of type {f.type.__name__}")
+            need(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
+            need(f.name, low is None or low <= value <= high, f"a number from {low} to {high}")
         rope, E = self.positions == "rope", self.width / self.heads
-        check("heads", E % 1 == 0, f"a divisor of the width, {self.width}")
-        check("heads", not rope or E % 2 == 0, "such that width / heads is even, for rope")
-        check("logit_scale", not rope or self.logit_scale > 0, "above 0 for rope, which turns q and k")
-        check("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks")
-        check("hidden", self.activation == "gelu" or self.hidden % 2 == 0, "even for maxmin")
+        need("heads", E % 1 == 0, f"a divisor of the width, {self.width}")
+        need("heads", not rope or E % 2 == 0, "such that width / heads is even, for rope")
+        need("logit_scale", not rope or self.logit_scale > 0, "above 0 for rope, which turns q and k")
+        need("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks")
+        need("hidden", self.activation == "gelu" or self.hidden % 2 == 0, "even for maxmin")
         try:
             find_constraint(self.constraint)
         except ValueError as problem:
-            check("constraint", False, str(problem).removeprefix("must be "))
-        numbers = self.w_max.split(",") * (1 if "," in self.w_max else 7)
+            need("constraint", False, str(problem).removeprefix("must be "))
         try:
-            limits = dict(zip(ROLES, map(float, numbers), strict=True))
-        except ValueError:  # (a word, or another number of numbers)
-            limits = dict(q=math.nan)
-        right = all(0 < w < math.inf for w in limits.values())
-        check("w_max", right, "a finite number above 0, or 7 of them, with commas")
-        return limits
+            numbers = [float(w) for w in self.w_max.split(",")]
+        except ValueError:  # (a word)
+            numbers = []
+        right = len(numbers) in (1, 7) and all(1e-30 <= w <= 1e30 for w in numbers)
+        need("w_max", right, "a finite number above 0, or 7 of them, with commas")
+        return dict(zip(ROLES, numbers * 7))
 
 
 SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4,
@@ -182,7 +176,7 @@ def parse_arguments(argv=None):
     presets = "".join(f"\n  {name:12} " + " ".join(f"{k}={v}" for k, v in settings.items())
                       for name, settings in PRESETS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="presets:" + presets, allow_abbrev=False,
+        description=__doc__, epilog="presets:" + presets, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -191,7 +185,7 @@ def parse_arguments(argv=None):
 
 
 # ==== Model: attention and MLP, each mixed into the residual stream, and no norm layer ============
-GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (erf form: 1.12890415)
+GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (erf form: 1.1289042)
 GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its slope
 
 
@@ -203,9 +197,8 @@ def maxmin(z):
 
 
 def rotate(x_BHTE):
-    """RoPE as the paper has it: the angle of a head's pair (i, i + E/2) is position / 10000^(2i / E).
-
-    Pairs are reflected. Of q and k together that leaves a turn by the difference of positions.
+    """The paper's RoPE: a pair (i, i + E/2) is reflected at an angle of position / 10000^(2i / E), which
+    of q and k together leaves a turn by the difference of positions.
     """
     T, E = x_BHTE.shape[-2:]
     rate_E = 10000 ** (torch.arange(E // 2, dtype=torch.float64) / (E // 2))
@@ -226,8 +219,7 @@ class Block(torch.nn.Module):
         self.attention_scale = config.attention_scale or config.heads**-0.5
         D, Parameter = config.width, torch.nn.Parameter
         if config.logit_scale > 0:  # else attention does not look at content
-            self.q = Parameter(torch.zeros(D, D))
-            self.k = Parameter(torch.zeros(D, D))
+            self.q, self.k = Parameter(torch.zeros(D, D)), Parameter(torch.zeros(D, D))
         self.v = Parameter(torch.zeros(D, D))
         self.o = Parameter(torch.zeros(D, D))
         self.w_in = Parameter(torch.zeros(config.hidden, D))
@@ -275,7 +267,7 @@ class Block(torch.nn.Module):
         h_BTX, dtype = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), x_BTD.dtype
         if self.config.activation == "maxmin":
             return F.linear(maxmin(h_BTX), self.w_out.to(dtype))
-        # (in bfloat16 the exact form: a CPU computes it faster, and GELU_SLOPE is above its slope, too)
+        # (in bfloat16 the exact form: faster on a CPU, and GELU_SLOPE is above its slope, too)
         h_BTX = F.gelu(h_BTX, approximate="none" if dtype == torch.bfloat16 else "tanh")
         return F.linear(h_BTX, (self.w_out / GELU_SCALE).to(dtype))
 
@@ -322,26 +314,26 @@ class Transformer(torch.nn.Module):
 # Attention has no bound on all of space, as larger tokens move its pattern more. So the embeddings
 # are in the ball rms(x_t) <= R, which is convex: a bound on derivatives is one on differences.
 # sigma(.) is the largest singular value and C_h = o_h v_h. Attention is
-# out_t = beta sum_h C_h sum_j P^h_tj x_j, with P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
+# out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
 #
-# THE PRODUCT: how long a movement gets in each sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
+# THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
 #      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
 #      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
-#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE changes no norm.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
 #   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
 #      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
-#      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2 <= sigma(Q)^2, and
-#      |Q x_t| <= sigma(Q) r; both add up. So beta sum_h C_h u_h is at most pattern R^2 long, with
+#      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <=
+#      sigma(Q) and |Q x_t| <= sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with
 #      pattern = beta 2 s D sigma(o) sigma(Q), and attention's derivative is value + pattern R^2.
-#      For one head this is the paper's formula. For H heads that one, with norms of whole matrices,
-#      is too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
+#      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
+#      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
 #   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
 #   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes
-#      are in [1 - g, g] and |gelu(z)| <= |z|: its derivative is n g / 1.1289, its output n R / 1.1289.
-#   7. Residual: the constant is multiplied by (1 - a) + a derivative, R by (1 - a) + a gain, with gain
-#      the bound on output / R of step 5 or 6. R starts as the largest RMS of an embedding, plus rho;
+#      are in [1 - g, g] and |gelu(z)| <= |z|: derivative n g / 1.1289, output n R / 1.1289.
+#   7. Residual: the constant is multiplied by (1 - a) + a derivative, R by (1 - a) + a gain, gain
+#      the bound on output / R of step 5 or 6. R starts as the largest RMS of an embedding + rho;
 #      the head's norm comes last.
 #
 # THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
@@ -354,16 +346,15 @@ class Transformer(torch.nn.Module):
 #      slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2.
 #  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
 #      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
-#  11. The weights of parts and of neurons are free: zeros are the untuned start, from which `tuned`
-#      descends.
-#  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when every embedding moves by RMS <=
-#      rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D) times the product.
+#  11. The weights of parts and neurons are free: `tuned` descends from zeros, the untuned start.
+#  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when all embeddings move by RMS
+#      <= rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D) product.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
 
     rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
-    Returns log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10, the
+    Returns log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10,
     product and R after the last block; norms, {role: largest RMS->RMS norm}; rows, one a block.
     """
     model, up = copied(model), 1 + 1e-9
@@ -386,7 +377,7 @@ def certificate(model, rho=0.0, free=None):
         still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
         attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
         stream = ellipsoid_norm(S, log, torch.eye(D).double()).item() - math.log(D) / 2
-        rows.append(dict(  # steps 3 to 6, R before each sublayer, the factor of attention, E(S) behind
+        rows.append(dict(  # steps 3 to 6, R before each sublayer, factor of attention, E(S) behind
             value=value, pattern=pattern, mlp=gain * g, mlp_gain=gain, radius_log10=R,
             radius_mlp_log10=R + still, attention_log10=attention, stream_log10=stream / LN10))
         R += still + log10((1 - a) + a * gain)
@@ -449,20 +440,14 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
 
     Step 12, with the smaller one of product and ellipsoid, tuned for pairs from `free` on.
     """
-    model, reach, hopeless = copied(model), {}, True
+    model, reach, stands = copied(model), {}, {rho: [] for rho in rhos}
     U, D = model.config.final_scale * model.head_VD, model.config.width
-    free = tuned(model, 20, free, pairs=True)
+    free = tuned(model, 20 if len(U) <= 1024 else 0, free, pairs=True)  # (minutes for 4096)
     apart_VV = ellipsoid_pairs(torch.eye(D).double(), math.log(D), U) / LN10  # |u_y - u_j| sqrt(D)
     for rho in rhos:
         bound, (S, log) = certificate(model, rho), follow(model, rho, free)[-1]
         log_VV = torch.minimum(ellipsoid_pairs(S, log, U) / LN10, apart_VV + bound["body_log10"])
-        log_VV += math.log10(rho)
-        reach[rho] = (10**log_VV).fill_diagonal_(-math.inf)
-        # No margin exceeds |u_y - u_j| times the length of the stream.
-        hopeless &= (log_VV > apart_VV + bound["radius_log10"]).any(1).all().item()
-    if hopeless:  # whatever the text
-        return {rho: torch.zeros(len(tokens_N) - 1, dtype=torch.bool) for rho in rhos}
-    stands = {rho: [] for rho in rhos}
+        reach[rho] = (10 ** (log_VV + math.log10(rho))).fill_diagonal_(-math.inf)
     for x_BT, y_BT in windows(tokens_N, model.config.seq_len):
         y_N, logits_NV = y_BT.flatten(), model(x_BT, torch.float64).flatten(0, 1)
         margin_NV = logits_NV.gather(1, y_N[:, None]) - logits_NV
@@ -476,15 +461,17 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 VOCABULARY = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # its characters
+LONGEST, VARIED = 10**8, 4096  # most characters of a text, and most different ones: 4 GB of memory
 
 
 def load_data(config):
     """(train_N, validation_N, vocabulary, name): int64 tokens, sorted characters; 90 % to train."""
     text, name = load_text(config.data)
     vocabulary, needed = "".join(sorted(set(text))), 20 * (config.seq_len + 1)
-    if len(text) < needed or len(vocabulary) < 2:
-        raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; "
-                        f"{needed} are needed for windows of {config.seq_len}, and 2 different")
+    if len(text) < needed or not 2 <= len(vocabulary) <= VARIED:
+        raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; needed "
+                        f"are {needed} for windows of {config.seq_len} (--seq_len), and 2 to {VARIED} "
+                        "different; give another text")
     tokens_N, n = encode(text, vocabulary), int(0.9 * len(text))
     if config.holdout:
         tokens_N, n, name = tokens_N[:n], int(0.9 * n), name + ", evaluated on training text held out"
@@ -493,28 +480,38 @@ def load_data(config):
 
 def load_text(data):
     """(text, name) of a file, of tinyshakespeare (DATA_DIR, a cache, the network), or the stand-in."""
-    local = Path(os.environ.get("DATA_DIR", "nowhere")) / "tinyshakespeare/input.txt"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path, cache = local if data == "auto" else Path(data), home / "tinyshakespeare/input.txt"
+    local = Path(os.environ.get("DATA_DIR", "nowhere"), "tinyshakespeare/input.txt")
+    if data == "stand-in":
+        return stand_in(), data
+    if data != "auto" or local.is_file():
+        path = data if data != "auto" else str(local)
+        with reading(f"--data {path}", "text in UTF-8; to convert one: iconv -f ENCODING -t UTF-8"):
+            return read_text(path), path
     try:
-        if data != "stand-in" and (data != "auto" or local.is_file()):
-            return path.read_text(encoding="utf-8"), str(path)
-        if data == "auto":
-            text = cache.read_bytes() if cache.is_file() else b""
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache = Path(home, "tinyshakespeare/input.txt")
+        text = cache.read_bytes() if cache.is_file() else b""
+        if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
+            text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
             if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-                text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
-                if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
-                    raise OSError("what came from the network is not the text")
-                with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
-                    cache.parent.mkdir(parents=True, exist_ok=True)
-                    write(cache, text)
-            return text.decode(), "tinyshakespeare"
+                raise OSError("what came from the network is not the text")
+            with contextlib.suppress(OSError):  # (no cache: the next run downloads again)
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write(cache, text)
+        return text.decode(), "tinyshakespeare"
     except Exception as problem:  # (a network fails in dozens of ways)
-        if data != "auto":
-            raise UserError(f"--data {data}: cannot be read as UTF-8 ({problem})") from problem
-        print(f"{'!' * 98}\n!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source "
-              f"code of Python's library. Its loss compares with nothing.\n{'!' * 98}", flush=True)
-    return stand_in(), "stand-in"
+        print(f"!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source code of "
+              "Python's library. Its loss compares with nothing.", flush=True)
+        return stand_in(), "stand-in"
+
+
+def read_text(path):
+    """A file in UTF-8, with or without a byte-order mark; lines end in a newline alone."""
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(LONGEST + 1)
+    if len(text) > LONGEST or "\0" in text:  # (files may have no end)
+        raise ValueError(f"it has more than {LONGEST} characters, or NUL, as UTF-16 has")
+    return text
 
 
 def stand_in(characters=1_115_394):
@@ -530,7 +527,8 @@ def encode(text, vocabulary):
     try:
         return torch.tensor([number[character] for character in text], dtype=torch.int64)
     except KeyError as strange:
-        raise UserError(f"--prompt: the model does not know {strange}, only {vocabulary!r}") from strange
+        raise UserError(f"--prompt: the model does not know {strange}, only "
+                        f"{vocabulary[:100]!r}") from strange
 
 
 def batch_of(tokens_N, step, config):
@@ -541,8 +539,9 @@ def batch_of(tokens_N, step, config):
     return window[:, :-1], window[:, 1:]
 
 
-def windows(tokens_N, T, batch=32):
+def windows(tokens_N, T, batch=None):
     """Batches (x_BT, y_BT) of windows side by side: each token but the first is predicted once."""
+    batch = batch or max(1, 8192 // T)
     whole = (len(tokens_N) - 1) // T * T
     x_WT, y_WT = tokens_N[:whole].view(-1, T), tokens_N[1:whole + 1].view(-1, T)
     yield from zip(x_WT.split(batch), y_WT.split(batch))
@@ -552,18 +551,16 @@ def windows(tokens_N, T, batch=32):
 
 # ==== Run folders: one rule for starting and going on =============================================
 def go_on(config):
-    """(config, model, checkpoint) of what is stored, if anything. Settings that differ are an error."""
-    source = config.load or config.sample
-    if not source and not (config.out and (Path(config.out) / "checkpoint.pt").exists()):
-        return config, None, None
-    if config.load or source.endswith(".npz"):
-        own, model, state = *load_published(source), None
-    else:
-        own, model, state = load_checkpoint(source or config.out)
-    given = getattr(config, "given", dataclasses.asdict(config))
+    """(config, model, checkpoint) of what is stored, if anything. Other settings are an error."""
+    source, given = config.load or config.sample, getattr(config, "given", dataclasses.asdict(config))
     free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
+    if not source and not (config.out and Path(config.out, "checkpoint.pt").exists()):
+        return config, None, None
+    published = config.load or source.endswith(".npz")
+    own, model, *rest = load_published(source) if published else load_checkpoint(source or config.out)
+    state = None if source else rest[0]
     if source:
-        own.steps, state, free = 0, None, free | {"load", "sample", "holdout", "seed", "dtype"}
+        own.steps, free = 0, free | {"load", "sample", "holdout", "seed", "dtype"}
     for name, value in given.items():
         if name not in free and value != getattr(own, name):
             raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave "
@@ -589,62 +586,96 @@ def new_folder(config):
 
 
 @contextlib.contextmanager
-def reading(path, form):
+def reading(path, what):
     """One line for the user, whatever is wrong with a file."""
     try:
         yield
     except Exception as problem:
         reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-        raise UserError(f"{path}: is no checkpoint {form} ({type(problem).__name__}: {reason}); "
-                        "nothing in it was run") from problem
+        raise UserError(f"{path}: is no {what} ({type(problem).__name__}: {reason})") from problem
 
 
 def load_checkpoint(folder):
     """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
-    path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
-    with reading(path, f"of {SCRIPT}.py"):
+    path = Path(folder, "checkpoint.pt") if Path(folder).is_dir() else Path(folder)
+    with reading(path, f"checkpoint of {SCRIPT}.py, nothing in it was run"):
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > size:
+                raise ValueError("it is compressed, as no checkpoint is")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
-        config = Config(**state["config"])  # (its constraint may name code, which is not run here)
-        model = Transformer(dataclasses.replace(config, constraint="none"), state["vocabulary"])
-        model.load_state_dict(state["model"])
+        kinds = dict(vocabulary=str, data=str, tokens=int, step=int, seconds=float, log=list, optimizers=list)
+        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
+        config = Config(**state["config"])
+        model = built(config, state["vocabulary"], state["model"], size)
+        if wrong or not 0 <= state["step"] <= config.steps:
+            raise ValueError(f"its {', '.join(wrong) or 'step'} cannot be that of a run")
+        for record in state["log"]:
+            json.dumps(record), progress(record, config.steps)  # (raise, if it is no line of a log)
+            record["norms"] = {role: float(norm) for role, norm in record["norms"].items()}
         return config, model, state
 
 
-class NumpyOnly(pickle.Unpickler):
+def built(config, vocabulary, weights, size):
+    """The model of settings and weights of a file of `size` bytes. ValueError if they do not fit."""
+    if ":" in config.constraint:  # (code of the user's, which is not run)
+        config = dataclasses.replace(config, constraint="none")
+    config.limits()
+    numbers = 2 * config.width * (len(vocabulary) + config.blocks * (config.width + config.hidden))
+    numbers += config.blocks * config.heads * config.seq_len if config.positions == "bias" else 0
+    if 4 * numbers > size:  # (settings may say anything: no memory before they agree with the file)
+        raise ValueError("it holds fewer numbers than its settings say")
+    model = Transformer(config, vocabulary)
+    model.load_state_dict(weights)
+    return model
+
+
+def restore(optimizer, states, step):
+    """Momenta of a checkpoint, {number of the weight: {name: tensor}}, after `step` steps."""
+    names = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+    for i, W in enumerate(W for group in optimizer.param_groups for W in group["params"]):
+        optimizer.state[W] = {name: torch.zeros_like(W).copy_(states[i][name]) for name in names}
+        if "exp_avg" in names:
+            optimizer.state[W]["step"] = torch.tensor(float(step))
+
+
+class NumpyOnly(pickle._Unpickler):  # (that in C takes gigabytes if a few bytes ask for them)
     """Builds arrays and plain Python values. Other names become text, and text cannot be called."""
 
     def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        return f"{module}.{name}"
+        if module.startswith("numpy.") and name == "_reconstruct":
+            return lambda *kind_and_shape: np.empty(0, np.int8)  # (filled later, which sets both)
+        return np.dtype if (module, name) == ("numpy", "dtype") else f"{module}.{name}"
 
 
 def load_published(path):
-    """(config, model) of the authors' .npz: pickled dictionaries of settings, and of numbered matrices."""
-    stored, order = {}, ("v", "q", "k", "o", "w_in", "w_out")
-    with reading(f"--load {path}", "in the published form"), zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > 2**31:
-            raise ValueError("more than 2 GB when unpacked")
-        for name in ("args", "weights_checkpoint_0"):
-            with archive.open(name + ".npy") as f:
-                np.lib.format.read_magic(f)
-                np.lib.format.read_array_header_1_0(f)
-                stored[name] = NumpyOnly(f).load().item()
-        args, weights = stored.values()
-        weights = [torch.tensor(np.array(weights[i], np.float32)) for i in range(len(weights))]
-        weights = [W.reshape(W.shape[-2:]) for W in weights]
+    """(config, model) of the authors' .npz: pickled dictionaries of settings and of matrices."""
+    stored, order = [], ("v", "q", "k", "o", "w_in", "w_out")
+    with (reading(f"--load {path}", "checkpoint in the published form, nothing in it was run"),
+          open(path, "rb") as file, zipfile.ZipFile(io.BytesIO(file.read(2**27))) as archive):
+        for name in ("args.npy", "weights_checkpoint_0.npy"):
+            info = archive.getinfo(name)  # (no more than the size it claims is unpacked)
+            if info.file_size > 2**26 or info.compress_type not in (0, zipfile.ZIP_DEFLATED):
+                raise ValueError("more than 64 MB when unpacked, or packed in an unusual way")
+            with archive.open(info) as array:
+                np.lib.format.read_magic(array)
+                np.lib.format.read_array_header_1_0(array)
+                stored.append(NumpyOnly(array).load().item())
+        args, weights = stored
+        weights = [weights[i] for i in range(len(weights))]
+        weights = [torch.from_numpy(W[0] if isinstance(W, list) else W) for W in weights]
         config = Config(
             preset="published", width=int(args["d_embed"]), blocks=int(args["num_blocks"]),
             heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
             logit_scale=float(args["softmax_scale"]), final_scale=float(args.get("final_scale", 1)),
             residual_scale=float(args["residual_scale"]))
-        model = Transformer(config, VOCABULARY)
+        config.limits()
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
         weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
-        model.load_state_dict(dict(weights, embedding_VD=weights["embedding_VD"].T))
-        return config, model
+        weights["embedding_VD"] = weights["embedding_VD"].T
+        return config, built(config, VOCABULARY, weights, 2**26)
 
 
 def write(path, data):
@@ -655,9 +686,8 @@ def write(path, data):
     try:
         beside.write_bytes(data)
         os.replace(beside, path)
-    except OSError:
+    finally:
         beside.unlink(missing_ok=True)
-        raise
 
 
 # ==== Main ========================================================================================
@@ -665,14 +695,13 @@ def main(config):
     """Train, go on, load or sample; certify; report. Returns the summary, None of --sample."""
     config.limits()  # (complains before anything is loaded)
     config, model, state = go_on(config)
-    if state and (Path(config.out) / "summary.json").exists():
+    if state and Path(config.out, "summary.json").exists():
         print(f"The run in {config.out} is finished; start another with another --out.")
-        return json.loads((Path(config.out) / "summary.json").read_text())
-    try:
+        with reading(config.out, "run with a whole summary.json"):
+            return json.loads(Path(config.out, "summary.json").read_text())
+    with reading(f"--device {config.device}", "device here (try auto)"):
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
-    except Exception as problem:
-        raise UserError(f"--device {config.device}: cannot be used here; try auto") from problem
     dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.sample:
         return sample(model.to(device), config, dtype)
@@ -685,6 +714,7 @@ def main(config):
     # ---- build
     limits, constraint = config.limits(), find_constraint(config.constraint)
     model = (model or Transformer(config, vocabulary)).to(device)
+    copied(model)  # (complains of stored weights that are not finite)
     if config.optimizer == "muon":
         groups = [dict(params=[W for role, W in model.matrices() if limits[role] == w], w_max=w)
                   for w in sorted(set(limits.values()))]
@@ -692,16 +722,20 @@ def main(config):
                          every=config.constrain_every)
     else:
         optimizer = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
-                                      weight_decay=config.adamw_wd)
+                                      weight_decay=0.0)
     lr = config.lr or (0.1 if config.optimizer == "muon" else 0.003)
     adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
     optimizers = [(optimizer, lr), (adam([model.embedding_VD]), config.embed_lr)]
     if config.positions == "bias":
         optimizers.append((adam([block.bias_HT for block in model.blocks]), config.bias_lr))
-    state = state or dict(step=0, seconds=0.0, log=[], optimizers=[])
-    start, seconds, log, out = state["step"], state["seconds"], state["log"], new_folder(config)
-    for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    start, seconds, log = 0, 0.0, []
+    if state:
+        start, seconds, log = state["step"], state["seconds"], state["log"]
+        with reading(config.out, "run whose optimizers can go on"):
+            for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
+                restore(optimizer, saved["state"], start)
+    with reading(config.out or "runs", "folder that can be made or written in; see --out"):
+        out = new_folder(config)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
           f"({len(train_N):,} characters to train, {len(validation_N):,} to validate, "
@@ -709,9 +743,8 @@ def main(config):
 
     # ---- train
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
-    steps = tqdm(range(start, config.steps), disable=not sys.stderr.isatty(), leave=False)
     losses, began = [], time.perf_counter()
-    for step in steps:
+    for step in tqdm(range(start, config.steps), disable=not sys.stderr.isatty(), leave=False):
         x_BT, y_BT = batch_of(train_N, step, config)
         logits_NV = config.loss_temperature * model(x_BT.to(device), dtype).flatten(0, 1)
         loss = F.cross_entropy(logits_NV, y_BT.to(device).flatten())
@@ -730,26 +763,21 @@ def main(config):
 
         done = step + 1
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
-            if not all(t.isfinite().all() for t in (torch.stack(losses[-10:]), *model.parameters())):
-                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; "
-                                f"a last good checkpoint may be in {out}; try a smaller --lr")
+            numbers = torch.stack(losses[-10:]), *model.parameters()
+            if not all(t.isfinite().all() for t in numbers):
+                raise UserError(f"step {done}: training has diverged: loss or weights are not "
+                                f"finite; {out} may have a good checkpoint; try a smaller --lr")
         if done in eval_steps:
             seconds += time.perf_counter() - began
             log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
-            buffer, last = io.BytesIO(), log[-1]
+            buffer = io.BytesIO()
             torch.save(dict(
                 script=SCRIPT, config=dataclasses.asdict(config), step=done, seconds=seconds, log=log,
                 data=data_name, tokens=len(train_N), vocabulary=vocabulary, model=model.state_dict(),
                 optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            left = last["ms_per_step"] / 1000 * (config.steps - done)
-            tqdm.write(f"step {done:5d}/{config.steps}  train loss {last['train_loss']:.3f}  "
-                       f"validation loss {last['val_loss_at_temperature']:.3f}  "
-                       f"accuracy {100 * last['val_accuracy']:5.2f} %  largest norm "
-                       f"{last['max_weight_norm']:.3f}  bound (max-token RMS) "
-                       f"{power(last['lipschitz_log10'])}  {last['ms_per_step']:.0f} ms/step  "
-                       f"{left:.0f} s left", file=sys.stdout)
+            tqdm.write(progress(log[-1], config.steps), file=sys.stdout)
             sys.stdout.flush()
             losses, began = [], time.perf_counter()
     log = log or [measure(model, validation_N, 0, None, 0.0)]  # (of --load)
@@ -757,26 +785,35 @@ def main(config):
 
 
 @torch.no_grad()
-def evaluate(model, batches, dtype=torch.float32):
-    """(mean cross-entropy of the logits, the same at the loss temperature, accuracy)."""
+def evaluate(model, batches):
+    """(mean cross-entropy of the logits, that at the loss temperature, accuracy), in float32."""
     device, sums, count = model.head_VD.device, torch.zeros(3, dtype=torch.float64), 0
     for x_BT, y_BT in batches:
-        logits_NV, y_N = model(x_BT.to(device), dtype).flatten(0, 1), y_BT.to(device).flatten()
-        loss = F.cross_entropy(logits_NV, y_N, reduction="sum").item()
-        hot = F.cross_entropy(model.config.loss_temperature * logits_NV, y_N, reduction="sum").item()
-        sums += torch.tensor([loss, hot, (logits_NV.argmax(1) == y_N).sum().item()])
+        logits_NV, y_N = model(x_BT.to(device)).flatten(0, 1), y_BT.to(device).flatten()
+        losses = [F.cross_entropy(t * logits_NV, y_N, reduction="sum").item()
+                  for t in (1.0, model.config.loss_temperature)]
+        sums += torch.tensor([*losses, (logits_NV.argmax(1) == y_N).sum().item()])
         count += len(y_N)
-    return tuple((sums / count).tolist())
+    return (sums / count).tolist()
 
 
 def measure(model, validation_N, step, train_loss, seconds):
     """A line of the log. Its bound is the untuned one."""
-    loss, hot_loss, accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
+    loss, hot, accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
     bound = certificate(model)
-    return dict(step=step, train_loss=train_loss, val_loss=loss, val_loss_at_temperature=hot_loss,
-                val_accuracy=accuracy, norms=bound["norms"], lipschitz_log10=bound["log10"],
-                max_weight_norm=max(bound["norms"][role] for role in bound["norms"] if role != "embedding"),
-                ms_per_step=1000 * seconds / max(1, step))
+    largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
+    return dict(step=step, train_loss=train_loss, val_loss=loss, val_loss_at_temperature=hot,
+                val_accuracy=accuracy, max_weight_norm=largest, norms=bound["norms"],
+                lipschitz_log10=bound["log10"], ms_per_step=1000 * seconds / max(1, step))
+
+
+def progress(record, steps):
+    """A line of the log in words."""
+    ms, step = record["ms_per_step"], record["step"]
+    return (f"step {step:5d}/{steps}  train loss {record['train_loss']:.3f}  validation loss "
+            f"{record['val_loss_at_temperature']:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
+            f"largest norm {record['max_weight_norm']:.3f}  bound (max-token RMS) "
+            f"{power(record['lipschitz_log10'])}  {ms:.0f} ms/step  {ms / 1000 * (steps - step):.0f} s left")
 
 
 def report(config, model, out, log, data_name, validation_N, dtype):
@@ -785,22 +822,22 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     free, last = tuned(model), log[-1]
     bound, stands = certificate(model, free=free), certified_tokens(model, validation_N, free)
     certified = {f"{rho:g}": right_N.double().mean().item() for rho, right_N in stands.items()}
-    kept = ("val_loss", "val_loss_at_temperature", "val_accuracy", "max_weight_norm", "norms", "ms_per_step")
     summary = dict(
-        script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()),
-        steps=config.steps, **{key: last[key] for key in kept}, lipschitz_log10=bound["log10"],
-        lipschitz_product_log10=bound["product_log10"], certified_token_accuracy=certified,
+        {key: last[key] for key in last if key not in ("step", "train_loss")}, script=SCRIPT,
+        preset=config.preset, params=sum(p.numel() for p in model.parameters()), steps=config.steps,
+        lipschitz_log10=bound["log10"], lipschitz_product_log10=bound["product_log10"],
         lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball",
-        w_max=config.limits() if config.constraint != "none" else None,
-        loss_temperature=config.loss_temperature, data=data_name, seed=config.seed,
+        certified_token_accuracy=certified, loss_temperature=config.loss_temperature, seed=config.seed,
+        w_max=config.limits() if config.constraint != "none" else None, data=data_name,
         train_seconds=last["ms_per_step"] * config.steps / 1000, device=str(model.head_VD.device),
         dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
     write(out / "summary.json", json.dumps(summary, indent=1))  # (now it is finished)
+    draw(config, out, log, bound["norms"])
 
     print(f"\n{config.load or config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
           f"steps, seed {config.seed}, data: {data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, "
-          f"loss {last['val_loss']:.3f}, at the loss temperature {config.loss_temperature:g} "
-          f"{last['val_loss_at_temperature']:.3f}\n  certified token accuracy at rho (RMS, every embedding)",
+          f"loss {last['val_loss_at_temperature']:.3f} (loss temperature {config.loss_temperature:g})\n"
+          "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print("  certificate (max-token RMS)\n"
@@ -809,35 +846,31 @@ def report(config, model, out, log, data_name, validation_N, dtype):
         R, pattern = row["radius_log10"], log10(row["pattern"]) + 2 * row["radius_log10"]
         cells = R, log10(row["value"]), pattern, log10(row["mlp"]), row["stream_log10"]
         print("    {:5} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
-    print(f"    LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
-          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
-    draw(config, out, log, bound, certified)
-    print(f"\nA sample at temperature {config.temperature:g}:\n{'-' * 80}")
+    print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
+          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n\n"
+          f"A sample at temperature {config.temperature:g}:\n{'-' * 80}")
     sample(model, config, dtype)
     print(f"{'-' * 80}\nPicture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample "
-          f"{config.load or out} --prompt \"ROMEO:\"\nAttack its claims: python verify_lipschitz.py {out}")
+          f"{config.load or out}\nAttack its claims: python verify_lipschitz.py {out}")
     return summary
 
 
-def draw(config, out, log, bound, certified):
-    """curves.png: losses, norms with their limits, certified tokens."""
+def draw(config, out, log, norms):
+    """curves.png: losses and norms."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
 
-    figure, steps = Figure(figsize=(14, 4.5), layout="constrained"), [record["step"] for record in log]
-    figure.suptitle(f"{SCRIPT}, {config.preset}: {config.optimizer} + {config.constraint}")
-    a, b, c = figure.subplots(1, 3)
+    figure, steps = Figure(figsize=(11, 4.5), layout="constrained"), [record["step"] for record in log]
+    left, right = figure.subplots(1, 2)
     for name in ("val_loss_at_temperature", "train_loss"):
-        a.plot(steps, [record[name] for record in log], "o-", label=name)
-    for role in bound["norms"]:
-        b.plot(steps, [record["norms"][role] for record in log], "o-", label=role)
+        left.plot(steps, [record[name] for record in log], "o-", label=name)
+    for role in norms:
+        right.plot(steps, [record["norms"].get(role) for record in log], "o-", label=role)
     if config.constraint != "none":
-        b.hlines(list(config.limits().values()), 0, config.steps, "grey", ":")
-    c.semilogx([float(rho) for rho in certified], [100 * share for share in certified.values()], "o-")
-    a.set(title="loss (at the loss temperature)", xlabel="step", ylabel="nats a character")
-    b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
-    c.set(title=f"certified tokens, %; constant {power(bound['log10'])}", xlabel="rho (RMS, each embedding)")
-    a.legend()
-    b.legend()
+        right.hlines(list(config.limits().values()), 0, config.steps, "grey", ":")
+    left.set(title=f"{SCRIPT}, {config.preset}", xlabel="step", ylabel="loss, nats a character")
+    right.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS norm", ylim=(0, None))
+    left.legend()
+    right.legend()
     figure.savefig(out / "curves.png", dpi=110)
 
 
@@ -850,11 +883,14 @@ def sample(model, config, dtype):
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double() * model.config.loss_temperature
+        if not logits_V.isfinite().all():
+            raise UserError("the logits of this model are not finite: it cannot be sampled")
         if config.top_k:
             least = logits_V.topk(min(config.top_k, len(logits_V))).values[-1]
             logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
-        p_V = (logits_V / config.temperature).softmax(0) if config.temperature else logits_V == logits_V.max()
-        tokens.append(torch.multinomial(p_V.double(), 1, generator=generator).item())
+        below_V = logits_V - logits_V.max()
+        p_V = (below_V / config.temperature).softmax(0) if config.temperature else (below_V == 0).double()
+        tokens.append(torch.multinomial(p_V, 1, generator=generator).item())
         print(vocabulary[tokens[-1]], end="", flush=True)
     print()
 
@@ -864,7 +900,7 @@ if __name__ == "__main__":
     try:
         main(parse_arguments())
     except (UserError, OSError) as problem:
-        print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
+        print(f"{SCRIPT}.py: {problem}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
