@@ -2,14 +2,16 @@
 
 Muon moves each weight matrix by a known amount and a constraint takes back what exceeds its limit,
 so the network is as Lipschitz as the limits say, at every step. That certifies images: one of large
-margin keeps its class under *every* perturbation up to a radius. (The CIFAR-10 experiments of arXiv
-2507.13338; certified accuracy is ours, after Tsuzuku et al. 2018. Results: README.md.)
+margin keeps its class under *every* perturbation up to a radius.
 
 COMMANDS
     python mlp_cifar.py                                      # a minute, once CIFAR-10 is there
     python mlp_cifar.py --preset paper                       # the paper's settings; --help has more
     python mlp_cifar.py --optimizer adamw --constraint none  # no constraint: see how the norms grow
     python mlp_cifar.py --out DIR                            # DIR holds a stopped run: it goes on
+RESULT (seeds 0 to 2; CIFAR-10 re-encoded as JPEG; 30 s on two cores of an AMD EPYC with bfloat16)
+    58.9 +- 0.2 % right at a bound of 70.9 +- 0.1 (RMS->RMS), 41.1 +- 0.1 % certified at 36/255.
+ANCESTRY. Experiments of arXiv 2507.13338 (its code is in JAX); certification of Tsuzuku et al. (2018).
 """
 
 import argparse
@@ -422,9 +424,8 @@ def write(path, data):
     try:
         beside.write_bytes(data)
         os.replace(beside, path)
-    except OSError:
+    finally:
         beside.unlink(missing_ok=True)
-        raise
 
 
 # ==== Main ========================================================================================
@@ -436,8 +437,8 @@ def evaluate(model, images_NP, labels_N):
     return F.cross_entropy(logits_NK, labels_N).item(), right_N.double().mean().item()
 
 
-def main(config, started=lambda folder: None):
-    """Train, or go on; certify; report. Returns the summary. `started` is told the run folder."""
+def main(config):
+    """Train, or go on; certify; report. Returns the summary."""
     config, model, state = copy.copy(config), None, dict(step=0, log=[], optimizers=[])
     config.out = os.path.expanduser(config.out)
     if config.out and (Path(config.out) / "checkpoint.pt").exists():
@@ -458,7 +459,7 @@ def main(config, started=lambda folder: None):
         raise UserError(f"--data {data_name}: {N} images, {classes} classes; the run in {config.out} had "
                         f"{state['images']} and {state['classes']}, of {state['data']}")
     model = (model or MLP(config, images_NP.sum(0) / (255 * N), classes)).to(device)
-    if config.optimizer == "muon":
+    if config.optimizer == "muon":  # layers share the learning rate: the product moves by lr / w_max
         groups = [dict(params=[W], w_max=w_max) for W, w_max in zip(model.weights, limits)]
         optimizers = [(Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
                             every=config.constrain_every), (config.lr or 0.2) / config.depth)]
@@ -470,20 +471,20 @@ def main(config, started=lambda folder: None):
     start, log, seconds = int(state["step"]), state["log"], 0.0
     for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(dict(saved, param_groups=optimizer.state_dict()["param_groups"]))
-    name, number = config.out or f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
+    base, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
     while True:
-        out = Path(name if number == 1 else f"{name}_{number}")
+        out = Path(config.out or (base if number == 1 else f"{base}_{number}"))
         try:
             out.mkdir(parents=True, exist_ok=bool(config.out))
             break
         except FileExistsError:  # (so two runs never share a folder)
-            number += 1
             if config.out:
                 raise
-    started(out)
+            number += 1
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
           f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
+    # ---- train
     batch, images_NP, labels_N = min(config.batch, N), images_NP.to(device), labels_N.to(device)
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
     order_N, losses, began = None, [], time.perf_counter()
@@ -589,12 +590,11 @@ def report(config, model, out, log, data_name, test_set, dtype):
 
 
 if __name__ == "__main__":
-    folders = ["FOLDER"]
     try:
-        main(parse_arguments(), folders.append)
+        main(parse_arguments())
     except (UserError, OSError) as problem:
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; with --out {folders[-1]} it goes on", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
         sys.exit(130)

@@ -449,7 +449,7 @@ def test_a_run_goes_on_after_a_kill_bit_identically(tmp_path, optimizer):
     assert before == {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
 
 
-def test_ctrl_c_says_where_the_run_is(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     data = folder_of_pictures(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mlp_cifar.py", "--data", str(data), "--steps", "100000", "--evals", "10000", "--width", "8"])
@@ -465,8 +465,8 @@ def test_ctrl_c_says_where_the_run_is(tmp_path, monkeypatch, capsys):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    where = Path("runs") / "mlp_cifar_default_seed0"
-    assert exit_.value.code == 130 and f"with --out {where} it goes on" in capsys.readouterr().err and where.exists()
+    assert exit_.value.code == 130 and "with --out RUN_FOLDER it goes on" in capsys.readouterr().err
+    assert (tmp_path / "runs/mlp_cifar_default_seed0").exists()
 
 
 def stopped(tmp_path, **changes):
@@ -497,15 +497,16 @@ def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
     class Started(Exception):
         pass
 
-    def started(folder):
-        folders.append(folder)
+    def started(path, data):  # config.json
+        folders.append(path.parent)
         raise Started
 
     def one(_):
         with pytest.raises(Started):
-            mlp_cifar.main(Config(**TINY), started)
+            mlp_cifar.main(Config(**TINY))
 
     folders = []
+    monkeypatch.setattr(mlp_cifar, "write", started)
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, range(60)))
