@@ -113,7 +113,7 @@ class Config:
     momentum_warmup: int = flag(300, "steps of that rise", 0)
     # run
     seed: int = flag(0, "of initialisation, order of the data, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of forward and backward; float64: of weights too; auto: what is fast",
+    dtype: str = flag("auto", "of forward and backward; float64: weights too; auto: what is fast",
                       choices=("auto", "float32", "bfloat16", "float64"))
     device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
     evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)
@@ -151,8 +151,8 @@ class Config:
                 ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
                 ("hidden", self.hidden % 2 and self.activation == "maxmin", "even for maxmin"),
                 ("micro_batch", self.batch % self.micro_batch, f"a divisor of the batch, {self.batch}"),
-                ("constraint", self.baseline and self.constraint != "none", "none for baselines"),
-                ("data", self.prepare and self.data in ("fineweb", "stand-in"), "a new folder: --data DIR")):
+                ("constraint", self.baseline and self.constraint != "none", "none for the baseline"),
+                ("data", self.prepare and self.data in ("fineweb", "stand-in"), "a new folder (--data DIR)")):
             if wrong:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
         with told(f"--constraint {self.constraint}: cannot be used", "see --help"):
@@ -160,13 +160,13 @@ class Config:
         return dict.fromkeys(ROLES, self.w_max)
 
 
-POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, w_max=1.0, final_scale=40.0)
+POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, final_scale=40.0)
 TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max=3.0,
             seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0, lr=0.1,
             head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
 PRESETS = {
     "tiny": TINY,
-    "tiny_tight": {**TINY, **POSITION, "hidden": 640, "residual_scale": 4.0},
+    "tiny_tight": {**TINY, **POSITION, "w_max": 1.0, "hidden": 640, "residual_scale": 4.0},
     "cap1": {},  # the paper's run with spectral cap at 1: the defaults above are its settings
     "specnorm8": dict(constraint="specnorm", w_max=8.0, steps=1770, logit_scale=128**0.5 / 64),
     "tight": dict(POSITION, hidden=3840, residual_scale=12.0),
@@ -382,8 +382,8 @@ class Transformer(torch.nn.Module):
 
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
-# As in shakespeare.py, where each inequality is proved and attacked. Documents and windows only take
-# tokens out of an average. Logits by position do not move. The baseline's norm layers have no bound.
+# As in shakespeare.py, where each inequality is proved and attacked. Documents and windows only
+# take tokens out of an average. Logits by position do not move. Norm layers have no bound here.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """As in shakespeare.py. With attention by position for up to seq_len tokens, as own_share_H is.
@@ -459,8 +459,7 @@ def wide(W):
 
 
 # ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==
-MAGIC, VERSION, HEADER = 20240520, 1, 256
-SHARD = 100_000_000  # tokens of a shard that --prepare writes
+MAGIC, VERSION, HEADER, SHARD = 20240520, 1, 256, 10**8  # SHARD: tokens that --prepare puts in one
 
 
 @dataclasses.dataclass
@@ -563,26 +562,27 @@ def documents(source):
         kind, options = kinds.get(file.suffix.lower()), dict(data_files=glob.escape(str(file)))
         if not path.exists():  # a name on the Hub
             kind, options = source, {}
-        if kind:
-            import datasets  # takes a second, so only where it is needed
-            rows = datasets.load_dataset(*kind.split(":"), split="train", streaming=True, **options)
-            yield from (row["text"] for row in rows)
-            continue
-        held, marked = "", False
-        with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
-            while piece := f.read(2**14):
-                if "\0" in piece:
-                    raise UnicodeError(f"{file} holds NUL characters")
-                *whole, held = (held + piece).split("<|endoftext|>")
-                marked = marked or bool(whole)
-                if not marked:  # the last blank line ends a document
-                    text, blank, held = held.rpartition("\n\n")
-                    whole = [text + blank]
-                if len(held) > 2**20:  # (and so does this length: memory is finite)
-                    whole, held = [*whole, held], ""
-                yield from filter(None, whole)
-        if held:
-            yield held
+        with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
+                  "CP1252 -t UTF-8), .jsonl, .json, .parquet with texts in a column text, or a folder"):
+            if kind:
+                import datasets  # takes a second, so only where it is needed
+                rows = datasets.load_dataset(*kind.split(":"), split="train", streaming=True, **options)
+                yield from (row["text"] and row["text"] + "" for row in rows)  # (else it is no text)
+                continue
+            held, marked = "", False
+            with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
+                while piece := f.read(2**14):
+                    if "\0" in piece:
+                        raise UnicodeError("it holds NUL characters")
+                    *whole, held = (held + piece).split("<|endoftext|>")
+                    marked = marked or bool(whole)
+                    if not marked:  # the last blank line ends a document
+                        text, blank, held = held.rpartition("\n\n")
+                        whole = [text + blank]
+                    if len(held) > 2**20:  # (and so does this length: memory is finite)
+                        whole, held = [*whole, held], ""
+                    yield from filter(None, whole)
+            yield from filter(None, [held])
 
 
 def prepare(config):
@@ -593,13 +593,10 @@ def prepare(config):
     held, shards, empty, texts = bytearray(), 0, 0, True  # (2 bytes a token)
     with contextlib.ExitStack() as if_it_fails:  # (all shards or none)
         while texts:
-            with told(f"--prepare {config.prepare}: cannot be read", "give text in UTF-8 (iconv -f UTF-16 "
-                      "or CP1252 -t UTF-8), .jsonl, .json, .parquet with a column text, or a folder"):
-                texts = list(itertools.islice(source, 256))
-                known = [text for text in texts if text]
-                tokens = encoding.encode_ordinary_batch(known, num_threads=os.cpu_count())
+            texts = list(itertools.islice(source, 256))
+            known = [text for text in texts if text]
             empty += len(texts) - len(known)
-            for ids in tokens:
+            for ids in encoding.encode_ordinary_batch(known, num_threads=os.cpu_count()):
                 held += np.array([encoding.eot_token, *ids], np.uint16).tobytes()
             if not texts and not shards and len(held) < 40:
                 raise UserError(f"--prepare {config.prepare}: has {len(held) // 2} tokens; give more text")
@@ -679,16 +676,20 @@ def go_on(config):
         raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
                         f"--constraint {own.constraint}")
     with told(f"{folder}: cannot be used as a checkpoint", "give another run folder"):
-        for name, p in model.named_parameters():
-            stored = {key: x.shape for key, x in state["optimizers"][name].items()}
-            if stored not in (dict(momentum=p.shape), dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)):
-                raise ValueError(f"{name} has the optimizer's state {stored}")
-        numbers = [x for record in state["log"] for x in (
-            record["train_loss"], record["val_loss"], record["val_accuracy"], record["ms_per_step"],
-            *record["losses"], *record["activations"], *record["norms"].values())]
+        own.limits()
         right = 0 < state["step"] == state["log"][-1]["step"] <= own.steps
-        if not right or {type(x) for x in numbers} != {float}:
-            raise ValueError("its log is no log, or that of another run")
+        if not right or [type(state[key]) for key in ("step", "tokens", "data")] != [int, int, str]:
+            raise ValueError("its step, tokens or data are not those of such a run")
+        for name, p in model.named_parameters():
+            kept = {key: x.shape for key, x in state["optimizers"][name].items()}
+            if kept not in (dict(momentum=p.shape), dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)):
+                raise ValueError(f"the optimizer kept {kept} of {name}")
+        roles = {"embedding", *dict(model.matrices())}
+        for record in state["log"]:
+            numbers = [record[key] for key in ("train_loss", "val_loss", "val_accuracy", "ms_per_step")]
+            numbers += [*record["losses"], *record["activations"], *record["norms"].values()]
+            if {type(x) for x in numbers} != {float} or record["norms"].keys() != roles:
+                raise ValueError("its log is not that of such a run")
         summary = folder / "summary.json"
         return own, state, json.loads(summary.read_text()) if summary.exists() else None
 
@@ -880,8 +881,7 @@ def main(config):
         recent = exchange.sum(torch.stack(losses[-10:]))
         named = [("the loss", recent), *model.named_parameters()]
         if bad := [name for name, x in named if not x.isfinite().all()]:
-            raise UserError(f"step {done}: training has diverged, {bad[-1]} is not finite; the "
-                            "last checkpoint, if any, is good; try a smaller --lr")
+            raise UserError(f"step {done}: diverged, {bad[-1]} is not finite; try a smaller --lr")
         if not evaluates:
             if done == start + 10:  # (these were slow: compilation)
                 began, since = time.perf_counter(), done

@@ -4,10 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import pickle
+import resource
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -888,13 +891,106 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "x").read_bytes() == b"before" and list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
-@pytest.mark.parametrize("break_it", [lambda p: p.write_bytes(p.read_bytes()[:3000]), lambda p: p.write_bytes(b"x"), lambda p: torch.save(dict(script="other"), p),
-                                      lambda p: torch.save(dict(script="nanogpt_lipschitz", config=dict(width=16), model={}), p)])
-def test_wrong_checkpoints(break_it, tmp_path):
-    out, _ = run(tmp_path)
-    break_it(out / "checkpoint.pt")
-    with pytest.raises(UserError, match="cannot be used as a checkpoint"):
-        nano.main(tiny(out=str(out)))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run and all that its checkpoint holds."""
+    out, _ = run(tmp_path_factory.mktemp("finished"), blocks=1)
+    return out, torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def stored(folder, state):
+    """A run folder whose checkpoint holds `state`."""
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "checkpoint.pt")
+    return Config.of(out=str(folder))
+
+
+def one_clear_line(error):
+    assert "\n" not in str(error.value) and "; " in str(error.value) and len(str(error.value)) < 500, str(error.value)
+
+
+WRONG = [None, "x", "", [], [1], {}, {"x": 1}, -1, 0, 10**30, 1e300, math.nan, -math.inf, b"x", torch.zeros(2)]
+
+
+@pytest.mark.parametrize("key", ["script", "config", "step", "log", "data", "tokens", "model", "optimizers"])
+def test_a_checkpoint_with_wrong_fields_is_refused(key, finished, tmp_path):
+    """Or does no harm: `data` is only shown, `tokens` only compared."""
+    harmless = dict(data=str, tokens=int).get(key, torch.nn.Module)
+    states = [dict(finished[1], **{key: value}) for value in WRONG if not isinstance(value, harmless)]
+    for state in [*states, {k: v for k, v in finished[1].items() if k != key}]:
+        with pytest.raises(UserError, match="cannot be used as a checkpoint") as error:
+            nano.go_on(stored(tmp_path / "run", state))
+        one_clear_line(error)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda f: f.name)
+def test_a_checkpoint_with_wrong_settings_is_refused(field, finished, tmp_path):
+    """Refused, or it is a setting of the right type within its range, for the weights that are there."""
+    for value in WRONG:
+        try:
+            own, state, _ = nano.go_on(stored(tmp_path / "run", dict(finished[1], config={**finished[1]["config"], field.name: value})))
+        except UserError as error:
+            assert "\n" not in str(error) and "; " in str(error), str(error)
+        else:
+            assert isinstance(getattr(own, field.name), (int, float) if field.type is float else field.type), value
+            own.limits()
+
+
+@pytest.mark.parametrize("place", ["train_loss", "val_loss", "val_accuracy", "ms_per_step", "losses", "norms", "activations", "step"])
+def test_a_checkpoint_with_a_wrong_log_is_refused(place, finished, tmp_path):
+    for value in WRONG[:2] + WRONG[4:5] + WRONG[6:10] + [b"x"]:
+        log = [dict(record) for record in finished[1]["log"]]
+        log[-1][place] = value
+        with pytest.raises(UserError, match="cannot be used as a checkpoint") as error:
+            nano.go_on(stored(tmp_path / "run", dict(finished[1], log=log)))
+        one_clear_line(error)
+
+
+class Runs:
+    """Code that a pickle runs where it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def compressed(path):
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_name("new"), "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    path.with_name("new").replace(path)
+
+
+@pytest.mark.parametrize("break_it", [
+    lambda p, s: p.write_bytes(p.read_bytes()[:3000]), lambda p, s: p.write_bytes(b"x"), lambda p, s: p.write_bytes(b""),
+    lambda p, s: torch.save(dict(script="other"), p), lambda p, s: torch.save([1], p), lambda p, s: torch.save(dict(s, config=dict(width=16)), p),
+    lambda p, s: torch.save(dict(s, x=Runs(p.with_name("ran"))), p), lambda p, s: p.write_bytes(pickle.dumps(Runs(p.with_name("ran")))),
+    lambda p, s: compressed(p), lambda p, s: torch.save(dict(s, config={**s["config"], "width": 2**14, "blocks": 1000}), p),
+    lambda p, s: torch.save(dict(s, config={**s["config"], "unknown": 1}), p),
+    lambda p, s: torch.save(dict(s, model={k: W[..., :1] for k, W in s["model"].items()}), p),
+    lambda p, s: torch.save(dict(s, config={**s["config"], "vocab": 2**16, "width": 2**14, "heads": 2**10}, model={
+        k: torch.zeros(1).expand(2**16, 2**14) for k in s["model"]}), p),  # (4 GB each, of one number)
+    lambda p, s: torch.save(dict(s, optimizers={k: dict(momentum=torch.zeros(3)) for k in s["optimizers"]}), p),
+    lambda p, s: torch.save(dict(s, step=s["step"] + 1), p)])
+def test_wrong_checkpoints(break_it, finished, tmp_path):
+    """One line, no code run, and little memory: what is stored must have the size that the settings claim."""
+    config = stored(tmp_path / "run", finished[1])
+    break_it(tmp_path / "run" / "checkpoint.pt", finished[1])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="cannot be used as a checkpoint") as error:
+        nano.main(config)
+    one_clear_line(error)
+    assert not (tmp_path / "run" / "ran").exists() and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**20
+
+
+def test_a_damaged_summary_is_named(finished, tmp_path):
+    config = stored(tmp_path / "run", finished[1])
+    for text in ("\0\0", "{", "[" * 100_000):
+        (tmp_path / "run" / "summary.json").write_text(text)
+        with pytest.raises(UserError, match="cannot be used as a checkpoint"):
+            nano.main(config)
 
 
 def test_divergence_stops_and_names_the_matrix(tmp_path):
