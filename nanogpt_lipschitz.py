@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import glob
 import io
 import itertools
 import json
@@ -302,11 +301,9 @@ class Block(torch.nn.Module):
 
     def mlp(self, x_BTD):
         """w_out maxmin(w_in x), or w_out gelu(w_in x) / 1.1289."""
-        h_BTX, w_out = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), self.w_out
-        if self.config.activation == "gelu":
-            h_BTX, w_out = F.gelu(h_BTX), w_out / GELU_SCALE
-        else:
-            h_BTX = maxmin(h_BTX)
+        gelu, h_BTX = self.config.activation == "gelu", F.linear(x_BTD, self.w_in.to(x_BTD.dtype))
+        h_BTX = F.gelu(h_BTX) if gelu else maxmin(h_BTX)
+        w_out = self.w_out / GELU_SCALE if gelu else self.w_out
         return F.linear(h_BTX, w_out.to(x_BTD.dtype))
 
     def forward(self, x_BTD, mask=None):
@@ -397,9 +394,8 @@ def certificate(model, rho=0.0, free=None):
     if config.baseline:
         keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
         return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=rows)
-    R, body, g, scale = log10((norms["embedding"] + rho) * up), 0.0, 1.0, 1.0
-    if config.activation == "gelu":
-        g, scale = GELU_SLOPE, GELU_SCALE
+    R, body = log10((norms["embedding"] + rho) * up), 0.0
+    g, scale = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else (1.0, 1.0)
     for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
         W = {role: wide(matrix) for role, matrix in block.matrices()}
         H, beta_o = config.heads, block.attention_scale * sigma(W["o"]).item() * up
@@ -523,8 +519,8 @@ def load_data(config):
     for what, tokens, needed, first in (("train on", train, config.seq_len + 1, config.seq_len + 1),
                                         ("validate on", validation, 2, config.val_tokens + 1)):
         if len(tokens) < needed:
-            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; give {needed}, or "
-                            f"a --seq_len below {config.seq_len}")
+            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; give at least {needed} "
+                            f"(one sequence: --seq_len {config.seq_len} and one)")
         tokens.read(0, first)  # (those beyond the vocabulary are found now, not after an hour)
     return train, validation, name
 
@@ -556,17 +552,22 @@ def gpt2():
 
 def documents(source):
     """The texts of a source, one after the other; of a row without text, None or an empty one."""
-    path, kinds = Path(source), {".txt": "", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    path, kinds = Path(source), (".txt", ".jsonl", ".json", ".parquet")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds)
     for file in files if path.is_dir() else [path]:
-        kind, options = kinds.get(file.suffix.lower()), dict(data_files=glob.escape(str(file)))
-        if not path.exists():  # a name on the Hub
-            kind, options = source, {}
         with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
-                  "CP1252 -t UTF-8), .jsonl, .json, .parquet with texts in a column text, or a folder"):
-            if kind:
+                  "CP1252 -t UTF-8), JSON lines or parquet with the texts in a column text, or a folder"):
+            rows = None
+            if not path.exists():
                 import datasets  # takes a second, so only where it is needed
-                rows = datasets.load_dataset(*kind.split(":"), split="train", streaming=True, **options)
+                rows = datasets.load_dataset(*source.split(":"), split="train", streaming=True)
+            elif file.suffix.lower() == ".parquet":
+                from pyarrow import parquet
+                batches = parquet.ParquetFile(file).iter_batches(1024, columns=["text"])
+                rows = (row for batch in batches for row in batch.to_pylist())
+            elif file.suffix.lower() in (".jsonl", ".json"):  # (with an object a line)
+                rows = (json.loads(line) for line in open(file, encoding="utf-8-sig") if line.strip())
+            if rows is not None:
                 yield from (row["text"] and row["text"] + "" for row in rows)  # (else it is no text)
                 continue
             held, marked = "", False
@@ -579,7 +580,7 @@ def documents(source):
                     if not marked:  # the last blank line ends a document
                         text, blank, held = held.rpartition("\n\n")
                         whole = [text + blank]
-                    if len(held) > 2**20:  # (and so does this length: memory is finite)
+                    if len(held) > 2**18:  # (and so does this length: memory is finite)
                         whole, held = [*whole, held], ""
                     yield from filter(None, whole)
             yield from filter(None, [held])
@@ -843,13 +844,12 @@ def main(config):
         out = Path(config.out or next(name for name in names if not Path(name).exists()))
         out.mkdir(parents=True, exist_ok=bool(config.out))  # (else it is of a run that was faster)
         run_folders.append(out)
-        print(f"device {device} x {world_size}, computing in {dtype} with {model.head_XD.dtype} weights, "
-              f"data: {data_name} ({len(train):,} tokens to train, {len(validation):,} to validate), "
-              f"run folder {out}, from step {start}", flush=True)
+        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} ({len(train):,} to "
+              f"train on, {len(validation):,} to validate), run folder {out}, from step {start}", flush=True)
 
     # ---- train
-    evals, tokens = min(config.evals, config.steps), config.batch * config.seq_len
     losses, began, since, state = [], time.perf_counter(), start, None
+    tokens, evals = config.batch * config.seq_len, config.evals
     for step in range(start, config.steps):
         factor, momentum, window = schedule(config, step)
         loss, share = 0.0, config.micro_batch
