@@ -287,7 +287,7 @@ class Block(torch.nn.Module):
             # Query (a, b) and key (1, 0) are the same for all tokens, turned by position. (Not a
             # table by distance: its gradient would be 2e9 atomic additions in a step of cap1.)
             scale, key_HE = 1.0, torch.zeros_like(self.query_HE)
-            key_HE[:, :len(self.speeds)] = 1
+            key_HE[:, :len(self.speeds)].fill_(1)  # (= 1 would put a number of the CPU into the graph)
             qk = [rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(dtype).expand(B, H, T, -1)
                   for x_HE in (self.query_HE, key_HE)]
         if isinstance(mask, BlockMask):
