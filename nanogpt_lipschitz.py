@@ -984,8 +984,8 @@ if __name__ == "__main__":
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        status, saved = 130, [out for out in run_folders if (out / "checkpoint.pt").exists()]
-        print(f"\n{SCRIPT}.py: interrupted;", *(f"--out {out} goes on" for out in saved), file=sys.stderr)
+        status, saved = 130, [f"--out {out} goes on" for out in run_folders if any(out.iterdir())]
+        print(f"\n{SCRIPT}.py: interrupted; {(saved or ['nothing was saved'])[0]}", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):

@@ -885,7 +885,7 @@ def test_wrong_types_from_python():
 
 
 def test_endings(tmp_path, small_stand_in):
-    """One line and status 2; nothing is left of a start that failed; Ctrl-C names the folder that goes on; a closed pipe is no traceback."""
+    """One line and status 2; nothing is left of a start that failed; Ctrl-C names the folder that goes on."""
     data, endless = tmp_path / "data", flags(steps=10**6, evals=10**5)
     data.mkdir()
     shard(data / "train.bin", [7] * 150 + [299] * 150), shard(data / "val.bin", [7] * 30)
@@ -893,7 +893,7 @@ def test_endings(tmp_path, small_stand_in):
     wrong = start(SCRIPT, "--heads", 3, **settings)
     failed = start(SCRIPT, *flags(), "--data", data, "--out", tmp_path / "failed", **settings)
     stopped = start(SCRIPT, *endless, **settings)
-    while "step " not in stopped.stdout.readline():
+    while "train loss" not in stopped.stdout.readline():
         pass
     stopped.send_signal(signal.SIGINT)
     status, _, errors = end(wrong)
