@@ -78,7 +78,7 @@ def told(what, remedy):
 
 @dataclasses.dataclass
 class Config:
-    preset: str = flag("tiny", "named settings, see the end of this help; other flags override")
+    preset: str = flag("tiny", "named settings, see the end; flags override; brackets show cap1's")
     # data
     data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder (train_1.bin, val_0.bin)")
     vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
@@ -94,7 +94,7 @@ class Config:
     attention_scale: float = flag(1 / 3, "factor on the output of attention; 0: 1 / sqrt(H)", 0)
     residual_scale: float = flag(1.0, "2 * blocks * a in x <- (1 - a) x + a block(x)", 0)
     final_scale: float = flag(1.0, "fixed factor on the logits, counted in bounds", 0)
-    w_max: float = flag(1.0, "limit on the RMS->RMS norm of each matrix", 1e-9)
+    w_max: str = flag("1", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
     baseline: bool = flag(False, "unconstrained, with RMSNorm, QK norm, softcap, whole residuals")
     # training
     constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
@@ -117,7 +117,6 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
     evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
-    # instead of training; the sample
     prepare: str = flag("", "make shards in --data DIR of a text, .jsonl, .json, .parquet (column text), "
                         "a folder of them (.txt), or a data set on the Hub, NAME or NAME:CONFIG")
     sample: str = flag("", "a run folder: only sample from it")
@@ -136,7 +135,7 @@ class Config:
         return config
 
     def limits(self):
-        """The limit of each role of matrix. UserError if a setting is out of its range."""
+        """w_max of each role of matrix. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
             value, choices, (low, high) = getattr(self, f.name), f.metadata["choices"], f.metadata["range"]
             if not isinstance(value, (int, float) if f.type is float else f.type):
@@ -156,18 +155,22 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
         with told(f"--constraint {self.constraint}: cannot be used", "see --help"):
             find_constraint(self.constraint)
-        return dict.fromkeys(ROLES, self.w_max)
+        with told(f"--w_max {self.w_max}: must be a number above 0, or 7", "give, say, 1,1,1,1,1,1,2"):
+            limits = [float(w) for w in self.w_max.split(",")]
+            if len(limits) not in (1, 7) or not all(0 < w < math.inf for w in limits):
+                raise ValueError(f"it is {limits}")
+        return dict(zip(ROLES, limits * 7))
 
 
 POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, final_scale=40.0)
-TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max=3.0,
+TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
             seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0, lr=0.1,
             head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
 PRESETS = {
     "tiny": TINY,
-    "tiny_tight": {**TINY, **POSITION, "w_max": 1.0, "hidden": 640, "residual_scale": 4.0},
+    "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
     "cap1": {},  # the paper's run with spectral cap at 1: the defaults above are its settings
-    "specnorm8": dict(constraint="specnorm", w_max=8.0, steps=1770, logit_scale=128**0.5 / 64),
+    "specnorm8": dict(constraint="specnorm", w_max="8", steps=1770, logit_scale=128**0.5 / 64),
     "tight": dict(POSITION, hidden=3840, residual_scale=12.0),
     "baseline": dict(baseline=True, constraint="none"),  # cap1 with norm layers and without limits
 }
@@ -287,7 +290,7 @@ class Block(torch.nn.Module):
             # Query (a, b) and key (1, 0) are the same for all tokens, turned by position. (Not a
             # table by distance: its gradient would be 2e9 atomic additions in a step of cap1.)
             scale, key_HE = 1.0, torch.zeros_like(self.query_HE)
-            key_HE[:, :len(self.speeds)].fill_(1)  # (= 1 would put a number of the CPU into the graph)
+            key_HE[:, :len(self.speeds)].fill_(1)  # (= 1 would be a copy from the CPU)
             qk = [rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(dtype).expand(B, H, T, -1)
                   for x_HE in (self.query_HE, key_HE)]
         if isinstance(mask, BlockMask):
@@ -328,12 +331,12 @@ class Transformer(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(Block(config, i) for i in range(config.blocks))
         rows = math.ceil(config.vocab / 128) * 128  # (a round number is faster; others stay 0)
         self.head_XD = torch.nn.Parameter(torch.zeros(rows, config.width))
-        w_max, stiefel = config.w_max, config.constraint == "stiefel"
+        limits, stiefel = config.limits(), config.constraint == "stiefel"
         for role, W in self.matrices():
             # If blocks are half of the stream, zeros would lose the signal; stiefel allows none.
             if role != "head" and (role not in ("o", "out") or stiefel or self.mix >= 0.4):
                 torch.nn.init.orthogonal_(W, generator=generator)
-                W.data.mul_(sigma_per_norm(W) * (w_max if stiefel else min(1.0, w_max)))
+                W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
         if config.dtype == "float64":
             self.double()
 
@@ -473,7 +476,7 @@ class Tokens:
         for name, tokens in self.shards:
             piece = tokens[max(0, start):max(0, start + count)].astype(np.int64)
             if piece.size and piece.max() >= self.vocab:
-                raise UserError(f"{name}: holds token {piece.max()}; give a --vocab above (GPT-2: 50257)")
+                raise UserError(f"{name}: holds token {piece.max()}; give --vocab (GPT-2: 50257)")
             pieces.append(piece)
             start -= len(tokens)
         return torch.from_numpy(np.concatenate(pieces))
@@ -492,8 +495,8 @@ class Tokens:
 
 def read_shard(path):
     """(name, uint16 tokens) of a shard, memory-mapped."""
-    with told(f"{path}: is no whole shard", f"it takes {HEADER} int32 ({MAGIC}, {VERSION}, count, 0 "
-              "...), then count uint16; see --prepare"):
+    with told(f"{path}: is no whole shard", f"it takes {HEADER} int32 ({MAGIC}, {VERSION}, count, "
+              "0 ...), then count uint16; see --prepare"):
         header, size = np.fromfile(path, dtype=np.int32, count=HEADER).tolist(), path.stat().st_size
         if header[:2] != [MAGIC, VERSION] or not size == 4 * HEADER + 2 * header[2] > 4 * HEADER:
             raise ValueError(f"it begins with {header[:3]} and has {size} bytes")
@@ -519,8 +522,7 @@ def load_data(config):
     for what, tokens, needed, first in (("train on", train, config.seq_len + 1, config.seq_len + 1),
                                         ("validate on", validation, 2, config.val_tokens + 1)):
         if len(tokens) < needed:
-            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; give at least {needed} "
-                            f"(one sequence: --seq_len {config.seq_len} and one)")
+            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; give at least {needed}")
         tokens.read(0, first)  # (those beyond the vocabulary are found now, not after an hour)
     return train, validation, name
 
@@ -556,7 +558,7 @@ def documents(source):
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds)
     for file in files if path.is_dir() else [path]:
         with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
-                  "CP1252 -t UTF-8), JSON lines or parquet with the texts in a column text, or a folder"):
+                  "CP1252 -t UTF-8), JSON lines or parquet with texts in a column text, or a folder"):
             rows = None
             if not path.exists():
                 import datasets  # takes a second, so only where it is needed
@@ -568,7 +570,7 @@ def documents(source):
             elif file.suffix.lower() in (".jsonl", ".json"):  # (with an object a line)
                 rows = (json.loads(line) for line in open(file, encoding="utf-8-sig") if line.strip())
             if rows is not None:
-                yield from (row["text"] and row["text"] + "" for row in rows)  # (else it is no text)
+                yield from (row["text"] and row["text"] + "" for row in rows)  # (else no text)
                 continue
             held, marked = "", False
             with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
@@ -671,11 +673,10 @@ def go_on(config):
         if name in ("out", "data", "micro_batch", "device", "prompt", "length", "temperature", "top_k"):
             setattr(own, name, value)
         elif value != getattr(own, name):
-            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave the "
-                            "flag out to go on with it, or give another --out")
+            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave "
+                            "the flag out to go on with it, or give another --out")
     if ":" in own.constraint and config.constraint != own.constraint:  # (no code runs unasked)
-        raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
-                        f"--constraint {own.constraint}")
+        raise UserError(f"--out {folder}: has code; say that you trust it: --constraint {own.constraint}")
     with told(f"{folder}: cannot be used as a checkpoint", "give another run folder"):
         own.limits()
         right = 0 < state["step"] == state["log"][-1]["step"] <= own.steps
@@ -801,12 +802,11 @@ def main(config):
     dtype = getattr(torch, config.dtype, None) or fast_dtype(device)
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if not flex and config.seq_len > 8192:
-        raise UserError(f"--seq_len {config.seq_len}: must be at most 8192, or on CUDA a multiple of "
-                        "128 with another --dtype than float64 (else masks are T x T)")
+        raise UserError(f"--seq_len {config.seq_len}: must be at most 8192, or on CUDA a multiple of 128 "
+                        "with another --dtype than float64; give one")
     train, validation, data_name = load_data(config)
     if state and state["tokens"] != len(train):
-        raise UserError(f"--data {data_name}: has {len(train)} tokens to train on; give those of the run "
-                        f"in {config.out}, {state['data']} with {state['tokens']}")
+        raise UserError(f"--data {data_name}: has {len(train)} tokens, not {state['tokens']}; give the same")
     if world_size > 1:  # (a download may take long: whoever waits, waits at the store)
         store.set(f"has data {rank}", "")
         store.wait([f"has data {i}" for i in range(world_size)], datetime.timedelta(hours=2))
@@ -822,7 +822,7 @@ def main(config):
     for role, W in model.matrices():
         if exchange.owner[W] == rank:  # (the limit on the head is one on the rows of real tokens)
             real, lr = (config.vocab / len(W), config.head_lr) if role == "head" else (1, config.lr)
-            groups.setdefault((lr, config.w_max * real**0.5), []).append(W)
+            groups.setdefault((lr, config.limits()[role] * real**0.5), []).append(W)
     if groups:
         optimizers.append(Muon(
             [dict(params=params, peak_lr=lr, w_max=w) for (lr, w), params in groups.items()],
