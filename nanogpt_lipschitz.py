@@ -555,7 +555,7 @@ def gpt2():
 def documents(source):
     """The texts of a source, one after the other; of a row without text, None or an empty one."""
     path, kinds = Path(source), (".txt", ".jsonl", ".json", ".parquet")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
     for file in files if path.is_dir() else [path]:
         with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
                   "CP1252 -t UTF-8), JSON lines or parquet with texts in a column text, or a folder"):

@@ -504,6 +504,7 @@ def test_prepare_text_files(tmp_path, monkeypatch, small_stand_in, capsys):
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     (tmp_path / "folder" / "a.txt").write_text("one<|endoftext|>two\n\n" + "2" * 20_000 + "\n\nthree")
     (tmp_path / "folder" / "deep" / "b.txt").write_text("four")
+    (tmp_path / "folder" / "a_folder.txt").mkdir()
     nano.main(tiny(data=str(tmp_path / "more"), prepare=str(tmp_path / "folder"), val_tokens=10**7))
     assert len(nano.read_shard(tmp_path / "more" / "val_000000.bin")[1]) == len(all_tokens(tmp_path / "more")) // 10
     texts = bytes(0 if t == 256 else t for t in all_tokens(tmp_path / "more")).decode().split("\0")
