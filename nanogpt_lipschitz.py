@@ -4,10 +4,10 @@ WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338): 162M weights o
 norm, QK norm or softcapping, on processes that own shares of the matrices.
 
 COMMANDS
-    python nanogpt_lipschitz.py                                      # minutes on a laptop, no network
+    python nanogpt_lipschitz.py                                    # minutes on a laptop, no network
     torchrun --standalone --nproc_per_node 8 nanogpt_lipschitz.py --preset cap1   # the paper's run
     python nanogpt_lipschitz.py --sample runs/NAME --prompt "def " --temperature 0.8
-    python nanogpt_lipschitz.py --prepare SOURCE --data DIR          # token shards of a text of yours
+    python nanogpt_lipschitz.py --prepare SOURCE --data DIR        # token shards of a text of yours
     With --out DIR a stopped run goes on, on any number of processes, and torchrun's --max-restarts
     revives what was killed (on several nodes with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
 
@@ -17,12 +17,12 @@ RESULT (bytes of Python's library; two cores of a CPU, torch 2.13, one seed, a m
 
 ANCESTRY. The experiment is the authors', its shape modded-nanogpt's (Jordan et al.), the shards are
 Karpathy's; none of their code is used. Different on purpose: softmax and limit of the head are over
-50257 real tokens, not 50304 rows (first loss 10.825); msign never exceeds 1; a constraint waits if
-the limit is sure to hold; embeddings have an RMS of at most 1; validation sequences are as long as
-those of training. The presets tight and tiny_tight are ours.
+50257 real tokens, not 50304 rows (first loss 10.825); msign never exceeds 1; constraints wait where
+limits surely hold; embeddings have an RMS of at most 1. tight and tiny_tight are ours.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import io
@@ -32,13 +32,13 @@ import math
 import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from constraints import (cap_rows, ellipsoid_blocks, ellipsoid_norm, find_constraint, log10,
@@ -49,6 +49,8 @@ SCRIPT = "nanogpt_lipschitz"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 BLOCK = 128  # positions that attention takes or skips together
 LN10 = math.log(10)
+EPS = 8e-10  # Adam's, for sums over the tokens of a step; the authors': 1e-10 for an eighth of them
+run_folders = []  # of this process
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
 # V tokens in the vocabulary, X something wide, N positions, C a chunk of them, Q blocks of them.
@@ -64,11 +66,21 @@ class UserError(Exception):
     """What the user can mend, in one line: what was given, what is needed, how. Exit status 2."""
 
 
+@contextlib.contextmanager
+def told(what, remedy):
+    """Errors of dozens of kinds, of files and libraries, as a UserError."""
+    try:
+        yield
+    except Exception as problem:
+        reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
+        raise UserError(f"{what} ({type(problem).__name__}: {reason}); {remedy}") from problem
+
+
 @dataclasses.dataclass
 class Config:
-    preset: str = flag("tiny", "named settings, see the end of this help; other flags override")
+    preset: str = flag("tiny", "named settings, see the end; flags override; brackets show cap1's")
     # data
-    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder of train_1.bin, val_0.bin")
+    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder (train_1.bin, val_0.bin)")
     vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
     val_tokens: int = flag(10_485_760, "validation tokens, the first of the validation shards", 1)
     # model
@@ -100,14 +112,13 @@ class Config:
     momentum_warmup: int = flag(300, "steps of that rise", 0)
     # run
     seed: int = flag(0, "of initialisation, order of the data, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of forward and backward; float64: of weights, too; auto: what is fast",
+    dtype: str = flag("auto", "of forward and backward; float64: weights too; auto: what is fast",
                       choices=("auto", "float32", "bfloat16", "float64"))
     device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
     evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
-    # instead of training; the sample
-    prepare: str = flag("", "make shards in --data DIR of a text file, a folder of .txt, .jsonl, "
-                        ".parquet (column text), or a data set on the Hub (NAME or NAME:CONFIG)")
+    prepare: str = flag("", "make shards in --data DIR of a text, .jsonl, .json, .parquet (column text), "
+                        "a folder of them (.txt), or a data set on the Hub, NAME or NAME:CONFIG")
     sample: str = flag("", "a run folder: only sample from it")
     prompt: str = flag("", "text that the sample continues; default: the start of a document")
     length: int = flag(300, "tokens to sample", 1)
@@ -117,51 +128,47 @@ class Config:
     @classmethod
     def of(cls, preset=None, **given):
         """A preset with changes. `given` is kept: a run that goes on must not contradict it."""
-        given = given if preset is None else dict(given, preset=preset)
         if preset not in (None, *PRESETS):
             raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        config = cls(**{**PRESETS[preset or "tiny"], **given})
-        config.given = given
+        config = cls(**{**PRESETS[preset or "tiny"], **given, "preset": preset or "tiny"})
+        config.given = dict(given, preset=preset) if preset else given
         return config
 
     def limits(self):
         """w_max of each role of matrix. UserError if a setting is out of its range."""
         for f in dataclasses.fields(self):
             value, choices, (low, high) = getattr(self, f.name), f.metadata["choices"], f.metadata["range"]
+            if not isinstance(value, (int, float) if f.type is float else f.type):
+                raise UserError(f"--{f.name} {value!r:.80}: must be of the type {f.type.__name__}")
             if choices and value not in choices:
                 raise UserError(f"--{f.name} {value}: must be one of {', '.join(choices)}")
             if low is not None and not (low <= value <= high and value < math.inf):
                 raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
-        for name, ok, requirement in (
-                ("heads", self.width % (4 * self.heads) == 0, f"a divisor of width / 4, {self.width / 4}"),
-                ("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks"),
-                ("hidden", self.hidden % 2 == 0 or self.activation == "gelu", "even for maxmin"),
-                ("micro_batch", self.batch % self.micro_batch == 0, f"a divisor of the batch, {self.batch}"),
-                ("constraint", not self.baseline or self.constraint == "none", "none for the baseline"),
-                ("logit_scale", not self.baseline or self.logit_scale > 0, "above 0 for baselines"),
-                ("data", not self.prepare or self.data not in ("fineweb", "stand-in"), "a new folder")):
-            if not ok:
+        for name, wrong, requirement in (
+                ("heads", self.width % (4 * self.heads), f"a divisor of width / 4 = {self.width / 4}"),
+                ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
+                ("hidden", self.hidden % 2 and self.activation == "maxmin", "even for maxmin"),
+                ("micro_batch", self.batch % self.micro_batch, f"a divisor of the batch, {self.batch}"),
+                ("constraint", self.baseline and self.constraint != "none", "none for the baseline"),
+                ("data", self.prepare and self.data in ("fineweb", "stand-in"), "a new folder (--data DIR)")):
+            if wrong:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
-        try:
+        with told(f"--constraint {self.constraint}: cannot be used", "see --help"):
             find_constraint(self.constraint)
-        except ValueError as problem:
-            raise UserError(f"--constraint {self.constraint}: {problem}") from problem
-        limits = self.w_max.split(",") * (1 if "," in self.w_max else 7)
-        try:
-            if len(limits) == 7 and all(0 < float(w) < math.inf for w in limits):
-                return {role: float(w) for role, w in zip(ROLES, limits)}
-        except ValueError:
-            pass
-        raise UserError(f"--w_max {self.w_max}: must be a number above 0, or 7: 1,1,1,1,1,1,2")
+        with told(f"--w_max {self.w_max}: must be a number above 0, or 7", "give, say, 1,1,1,1,1,1,2"):
+            limits = [float(w) for w in self.w_max.split(",")]
+            if len(limits) not in (1, 7) or not all(0 < w < math.inf for w in limits):
+                raise ValueError(f"it is {limits}")
+        return dict(zip(ROLES, limits * 7))
 
 
-POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, w_max="1", final_scale=40.0)
+POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, final_scale=40.0)
 TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
             seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0, lr=0.1,
             head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
 PRESETS = {
     "tiny": TINY,
-    "tiny_tight": {**TINY, **POSITION, "hidden": 640, "residual_scale": 4.0},
+    "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
     "cap1": {},  # the paper's run with spectral cap at 1: the defaults above are its settings
     "specnorm8": dict(constraint="specnorm", w_max="8", steps=1770, logit_scale=128**0.5 / 64),
     "tight": dict(POSITION, hidden=3840, residual_scale=12.0),
@@ -215,8 +222,8 @@ def dense_mask(docs_BT, blocks):
 
 def block_mask(docs_BT, blocks):
     """The same for flex_attention, without ever looking at T x T positions."""
-    # Numbers of documents rise along a sequence, so blocks have one in common only if their ranges
-    # overlap. `sees` decides within blocks. It knows no window: so a new one compiles nothing anew.
+    # Numbers of documents rise, so blocks have one in common only if their ranges overlap. `sees`
+    # decides within blocks. It knows no window: so a new one compiles nothing anew.
     B, T = docs_BT.shape
     low_BQ, high_BQ = docs_BT.view(B, -1, BLOCK)[..., 0], docs_BT.view(B, -1, BLOCK)[..., -1]
     q = torch.arange(T // BLOCK, device=docs_BT.device)
@@ -251,7 +258,7 @@ class Block(torch.nn.Module):
         self.w_in = Parameter(torch.zeros(config.hidden, D))
         self.w_out = Parameter(torch.zeros(D, config.hidden))
         if config.logit_scale == 0:
-            # Attention by position: the logit of a head is a sum of waves in the distance x = t - j,
+            # Attention by position: logits of a head are a sum of waves in the distance x = t - j,
             # sum_i a_i cos(speed_i x) + b_i sin(speed_i x), at first with its peak at x = h step.
             n, step = D // config.heads // 2, 2 ** min(index, 5)
             speeds = 2 * (4 * config.window) ** (-torch.arange(n) / n)
@@ -266,7 +273,6 @@ class Block(torch.nn.Module):
         return (wide(self.query_HE).cpu() @ wave_TE.T).softmax(-1)[:, 0].to(wide(self.query_HE))
 
     def matrices(self):
-        """[(role, matrix)]"""
         named = self.named_parameters()
         return [(name.removeprefix("w_"), W) for name, W in named if name != "query_HE"]
 
@@ -284,7 +290,7 @@ class Block(torch.nn.Module):
             # Query (a, b) and key (1, 0) are the same for all tokens, turned by position. (Not a
             # table by distance: its gradient would be 2e9 atomic additions in a step of cap1.)
             scale, key_HE = 1.0, torch.zeros_like(self.query_HE)
-            key_HE[:, :len(self.speeds)] = 1
+            key_HE[:, :len(self.speeds)].fill_(1)  # (= 1 would be a copy from the CPU)
             qk = [rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(dtype).expand(B, H, T, -1)
                   for x_HE in (self.query_HE, key_HE)]
         if isinstance(mask, BlockMask):
@@ -298,11 +304,9 @@ class Block(torch.nn.Module):
 
     def mlp(self, x_BTD):
         """w_out maxmin(w_in x), or w_out gelu(w_in x) / 1.1289."""
-        h_BTX, w_out = F.linear(x_BTD, self.w_in.to(x_BTD.dtype)), self.w_out
-        if self.config.activation == "gelu":
-            h_BTX, w_out = F.gelu(h_BTX), w_out / GELU_SCALE
-        else:
-            h_BTX = maxmin(h_BTX)
+        gelu, h_BTX = self.config.activation == "gelu", F.linear(x_BTD, self.w_in.to(x_BTD.dtype))
+        h_BTX = F.gelu(h_BTX) if gelu else maxmin(h_BTX)
+        w_out = self.w_out / GELU_SCALE if gelu else self.w_out
         return F.linear(h_BTX, w_out.to(x_BTD.dtype))
 
     def forward(self, x_BTD, mask=None):
@@ -378,14 +382,12 @@ class Transformer(torch.nn.Module):
 
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
-# The derivation is that of shakespeare.py, where each inequality is proved and attacked, with its
-# names. Documents and windows take tokens out of an average and do not move: they change nothing.
-# Logits by position do not move: no pattern. Norm layers are not what bounds are made of: infinity.
+# As in shakespeare.py, where each inequality is proved and attacked. Documents and windows only
+# take tokens out of an average. Logits by position do not move. Norm layers have no bound here.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
-    """As in shakespeare.py: log10, product_log10, ellipsoid_log10, body_log10, radius_log10, norms, rows.
+    """As in shakespeare.py. With attention by position for up to seq_len tokens, as own_share_H is.
 
-    With attention by position for sequences of up to seq_len tokens, as own_share_H counts so many.
     rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
     """
     config, a, up, norms, rows = model.config, model.mix, 1 + 1e-9, {}, []
@@ -393,11 +395,10 @@ def certificate(model, rho=0.0, free=None):
         norms[role] = max(norms.get(role, 0.0), (sigma(wide(W)) / sigma_per_norm(W)).item() * up)
     norms["embedding"] = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
     if config.baseline:
-        nothing = dict.fromkeys(("log10", "product_log10", "ellipsoid_log10", "body_log10"), math.inf)
-        return dict(nothing, radius_log10=math.inf, norms=norms, rows=rows)
-    R, body, g, scale = log10((norms["embedding"] + rho) * up), 0.0, 1.0, 1.0
-    if config.activation == "gelu":
-        g, scale = GELU_SLOPE, GELU_SCALE
+        keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
+        return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=rows)
+    R, body = log10((norms["embedding"] + rho) * up), 0.0
+    g, scale = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else (1.0, 1.0)
     for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
         W = {role: wide(matrix) for role, matrix in block.matrices()}
         H, beta_o = config.heads, block.attention_scale * sigma(W["o"]).item() * up
@@ -457,8 +458,7 @@ def wide(W):
 
 
 # ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==
-MAGIC, VERSION, HEADER = 20240520, 1, 256
-SHARD = 100_000_000  # tokens of a shard that --prepare writes
+MAGIC, VERSION, HEADER, SHARD = 20240520, 1, 256, 10**8  # SHARD: tokens that --prepare puts in one
 
 
 @dataclasses.dataclass
@@ -476,8 +476,7 @@ class Tokens:
         for name, tokens in self.shards:
             piece = tokens[max(0, start):max(0, start + count)].astype(np.int64)
             if piece.size and piece.max() >= self.vocab:
-                raise UserError(f"{name}: holds token {piece.max()}: --vocab must be above that "
-                                "(GPT-2's tokens need --vocab 50257)")
+                raise UserError(f"{name}: holds token {piece.max()}; give --vocab (GPT-2: 50257)")
             pieces.append(piece)
             start -= len(tokens)
         return torch.from_numpy(np.concatenate(pieces))
@@ -496,14 +495,12 @@ class Tokens:
 
 def read_shard(path):
     """(name, uint16 tokens) of a shard, memory-mapped."""
-    try:
-        header = np.fromfile(path, dtype=np.int32, count=HEADER).tolist()
-        if header[:2] != [MAGIC, VERSION] or path.stat().st_size != 4 * HEADER + 2 * header[2]:
-            raise ValueError(f"begins with {header[:3]} and has {path.stat().st_size} bytes")
+    with told(f"{path}: is no whole shard", f"it takes {HEADER} int32 ({MAGIC}, {VERSION}, count, "
+              "0 ...), then count uint16; see --prepare"):
+        header, size = np.fromfile(path, dtype=np.int32, count=HEADER).tolist(), path.stat().st_size
+        if header[:2] != [MAGIC, VERSION] or not size == 4 * HEADER + 2 * header[2] > 4 * HEADER:
+            raise ValueError(f"it begins with {header[:3]} and has {size} bytes")
         return str(path), np.memmap(path, np.uint16, "r", 4 * HEADER, (header[2],))
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{path}: is no whole shard ({problem}); needed are {HEADER} int32 ({MAGIC}, "
-                        f"{VERSION}, count, ...), then count uint16; see --prepare") from problem
 
 
 def load_data(config):
@@ -520,71 +517,75 @@ def load_data(config):
                              for kind in ("train", "val"))
         if not train or not validation:
             raise UserError(f"--data {name}: has {len(train)} files *.bin with the word train in their "
-                            f"names and {len(validation)} with val; needed is one of each at least")
+                            f"names and {len(validation)} with val; give a folder with both")
     train, validation = Tokens(train, config.vocab), Tokens(validation, config.vocab)
-    for what, tokens in (("train on", train), ("validate on", validation)):
-        if len(tokens) < 2 * (config.seq_len + 1):
-            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; needed are "
-                            f"{2 * (config.seq_len + 1)} for sequences of {config.seq_len}")
+    for what, tokens, needed, first in (("train on", train, config.seq_len + 1, config.seq_len + 1),
+                                        ("validate on", validation, 2, config.val_tokens + 1)):
+        if len(tokens) < needed:
+            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; give at least {needed}")
+        tokens.read(0, first)  # (those beyond the vocabulary are found now, not after an hour)
     return train, validation, name
 
 
 def fineweb(config):
-    """Paths of the published shards that a run reads, of $DATA_DIR/fineweb10B or the Hub (cached)."""
+    """Paths of the published shards that a run reads, from $DATA_DIR/fineweb10B or the Hub."""
     shards = min(103, math.ceil(config.steps * config.batch * config.seq_len / 1e8))
     names = [f"fineweb_train_{i + 1:06d}.bin" for i in range(shards)] + ["fineweb_val_000000.bin"]
     local = [Path(os.environ.get("DATA_DIR", "nowhere")) / "fineweb10B" / name for name in names]
     if all(path.is_file() for path in local):
         return local
-    try:
+    with told("--data fineweb: cannot be had from the Hub", "give a folder, or take --preset tiny"):
         from huggingface_hub import hf_hub_download  # takes a second, so only where it is needed
         return [Path(hf_hub_download("kjj0/fineweb10B-gpt2", n, repo_type="dataset")) for n in names]
-    except Exception as problem:  # no network, no such file, disk full: of dozens of kinds
-        raise UserError(f"--data fineweb: cannot be had from the Hub ({one_line(problem)}); give a "
-                        "folder, or take --preset tiny, which needs no network") from problem
 
 
 def stand_in(characters=1_115_394):
     """Text that is on every machine: the source of Python's standard library, ASCII only."""
     other = bytes(set(range(256)) - {ord("\n"), *range(ord(" "), ord("~") + 1)})
-    paths = sorted(Path(os.__file__).parent.glob("*.py"))
-    text = b"".join(path.read_bytes().translate(None, other) for path in paths)
-    return text[:characters].decode()
+    files = (path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+    return b"".join(text.translate(None, other) for text in files)[:characters].decode()
 
 
 def gpt2():
-    try:
+    with told("GPT-2's tokens cannot be had", "they need tiktoken, and once the network"):
         import tiktoken
         return tiktoken.get_encoding("gpt2")
-    except Exception as problem:  # (at first use it downloads its table)
-        raise UserError("GPT-2's tokens need tiktoken, and once the network, or TIKTOKEN_CACHE_DIR "
-                        f"({one_line(problem)})") from problem
 
 
 def documents(source):
-    """The texts of a source, one after the other; None for a row that has none."""
-    path, kinds = Path(source), {".txt": "", ".parquet": "parquet", ".jsonl": "json"}
-    files = sorted(file for file in path.rglob("*") if file.suffix in kinds)
+    """The texts of a source, one after the other; of a row without text, None or an empty one."""
+    path, kinds = Path(source), (".txt", ".jsonl", ".json", ".parquet")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
     for file in files if path.is_dir() else [path]:
-        kind, options = kinds.get(file.suffix), dict(data_files=str(file))
-        if kind is None and not path.exists() and not path.is_absolute():  # a name on the Hub
-            kind, _, configuration = source.partition(":")
-            options = dict(name=configuration or None)
-        if kind:
-            import datasets  # takes a second, so only where it is needed
-            rows = datasets.load_dataset(kind, split="train", streaming=True, **options)
-            yield from (row["text"] for row in rows)
-            continue
-        held, marked = "", False
-        for line in open(file, encoding="utf-8-sig"):  # (which takes off a byte-order mark)
-            first, *rest = line.split("<|endoftext|>")
-            held, marked = held + first, marked or bool(rest)
-            if not marked and not line.strip() and len(held) > 2**14:  # a blank line, no marks
-                rest = [""]
-            for document in rest:
-                yield held
-                held = document
-        yield held
+        with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
+                  "CP1252 -t UTF-8), JSON lines or parquet with texts in a column text, or a folder"):
+            rows = None
+            if not path.exists():
+                import datasets  # takes a second, so only where it is needed
+                rows = datasets.load_dataset(*source.split(":"), split="train", streaming=True)
+            elif file.suffix.lower() == ".parquet":
+                from pyarrow import parquet
+                batches = parquet.ParquetFile(file).iter_batches(1024, columns=["text"])
+                rows = (row for batch in batches for row in batch.to_pylist())
+            elif file.suffix.lower() in (".jsonl", ".json"):  # (with an object a line)
+                rows = (json.loads(line) for line in open(file, encoding="utf-8-sig") if line.strip())
+            if rows is not None:
+                yield from (row["text"] and row["text"] + "" for row in rows)  # (else no text)
+                continue
+            held, marked = "", False
+            with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
+                while piece := f.read(2**14):
+                    if "\0" in piece:
+                        raise UnicodeError("it holds NUL characters")
+                    *whole, held = (held + piece).split("<|endoftext|>")
+                    marked = marked or bool(whole)
+                    if not marked:  # the last blank line ends a document
+                        text, blank, held = held.rpartition("\n\n")
+                        whole = [text + blank]
+                    if len(held) > 2**18:  # (and so does this length: memory is finite)
+                        whole, held = [*whole, held], ""
+                    yield from filter(None, whole)
+            yield from filter(None, [held])
 
 
 def prepare(config):
@@ -592,38 +593,37 @@ def prepare(config):
     folder, encoding, source = Path(config.data), gpt2(), documents(config.prepare)
     if list(folder.glob("*.bin")):
         raise UserError(f"--data {folder}: has shards already; give another folder, or remove them")
-    held_N, shards, empty, texts = np.zeros(0, np.uint16), 0, 0, True
-    while texts:
-        try:
-            texts = list(itertools.islice(source, 4096))
-        except Exception as problem:  # the libraries raise dozens of kinds
-            raise UserError(f"--prepare {config.prepare}: cannot be read ({one_line(problem)}); give a "
-                            "file, a folder, a data set on the Hub, with texts named text") from problem
-        known = [text for text in texts if text]
-        empty += len(texts) - len(known)
-        ids = encoding.encode_ordinary_batch(known, num_threads=os.cpu_count())
-        held_N = np.concatenate([held_N, *(np.array([encoding.eot_token, *x], np.uint16) for x in ids)])
-        if not texts and shards == 0 and len(held_N) < 20:
-            raise UserError(f"--prepare {config.prepare}: has {len(held_N)} tokens; give more text")
-        while len(held_N) >= config.val_tokens + SHARD or not texts and len(held_N):
-            first = config.val_tokens if texts else min(config.val_tokens, len(held_N) // 10)
-            tokens_N, held_N = np.split(held_N, [SHARD if shards else first])
-            header = np.array([MAGIC, VERSION, len(tokens_N)] + [0] * (HEADER - 3), dtype=np.int32)
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / (f"train_{shards:06d}.bin" if shards else "val_000000.bin")
-            write(path, header.tobytes() + tokens_N.tobytes())
-            print(f"{path}: {len(tokens_N):,} tokens", flush=True)
-            shards += 1
+    held, shards, empty, texts = bytearray(), 0, 0, True  # (2 bytes a token)
+    with contextlib.ExitStack() as if_it_fails:  # (all shards or none)
+        while texts:
+            texts = list(itertools.islice(source, 256))
+            known = [text for text in texts if text]
+            empty += len(texts) - len(known)
+            for ids in encoding.encode_ordinary_batch(known, num_threads=os.cpu_count()):
+                held += np.array([encoding.eot_token, *ids], np.uint16).tobytes()
+            if not texts and not shards and len(held) < 40:
+                raise UserError(f"--prepare {config.prepare}: has {len(held) // 2} tokens; give more text")
+            while len(held) >= 2 * (config.val_tokens + SHARD) or not texts and held:
+                first = config.val_tokens if texts else min(config.val_tokens, len(held) // 20)
+                data = held[:2 * (SHARD if shards else first)]
+                header = np.array([MAGIC, VERSION, len(data) // 2] + [0] * (HEADER - 3), np.int32)
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / (f"train_{shards:06d}.bin" if shards else "val_000000.bin")
+                if_it_fails.callback(path.unlink, missing_ok=True)
+                write(path, header.tobytes() + data)
+                print(f"{path}: {len(data) // 2:,} tokens", flush=True)
+                held, shards = held[len(data):], shards + 1
+        if_it_fails.pop_all()
     print(f"{folder}: {shards} shards; {empty} rows without text were skipped")
 
 
 # ==== Distribution: who owns what, and how gradients and weights travel ===========================
 class Exchange:
-    """Every parameter has one owner. Gradients are summed to it while the backward pass still runs;
-    it alone updates and constrains; new weights come from it. So replicas have the same bits."""
+    """Every parameter has an owner. Gradients are summed to it while backward still runs, it alone
+    updates and constrains, and new weights come from it. So replicas have the same bits."""
 
     def __init__(self, model, rank=0, world_size=1):
-        # Largest work first, each to the rank that has least: FLOPs of msign, or 100 a number.
+        # Largest work first (FLOPs of msign, or 100 a number), each to the rank that has least.
         work = {p: 100 * p.numel() for p in model.parameters()}
         work.update({W: 10 * W.numel() * min(W.shape) for _, W in model.matrices()})
         load, self.owner = [0] * world_size, {}
@@ -661,12 +661,6 @@ class Exchange:
             dist.gather_object(own, parts if self.rank == 0 else None)
         return {name: state for part in parts for name, state in part.items()}
 
-    def load_states(self, optimizers, states):
-        for optimizer in optimizers:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            saved = {i: states[self.names[p]] for i, p in enumerate(params)}
-            optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved))
-
 
 # ==== Run folders: one rule for starting and going on =============================================
 def go_on(config):
@@ -674,53 +668,52 @@ def go_on(config):
     folder = Path(config.out)
     if not config.out or not (folder / "checkpoint.pt").exists():
         return config, None, None
-    own, _, state = load_checkpoint(folder)
+    own, model, state = load_checkpoint(folder)
     for name, value in getattr(config, "given", dataclasses.asdict(config)).items():
         if name in ("out", "data", "micro_batch", "device", "prompt", "length", "temperature", "top_k"):
             setattr(own, name, value)
         elif value != getattr(own, name):
             raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave "
-                            "the flag out to go on with that run, or give another --out")
+                            "the flag out to go on with it, or give another --out")
     if ":" in own.constraint and config.constraint != own.constraint:  # (no code runs unasked)
-        raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
-                        f"--constraint {own.constraint}")
-    summary = folder / "summary.json"
-    return own, state, json.loads(summary.read_text()) if summary.exists() else None
-
-
-def new_folder(config):
-    """The folder of a run that starts: config.out, or the first free runs/SCRIPT_PRESET_seedN."""
-    if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return Path(config.out)
-    for again in itertools.chain([""], (f"_{number}" for number in itertools.count(2))):
-        try:  # (mkdir fails if it is there: two runs never share one)
-            out = Path(f"runs/{SCRIPT}_{config.preset}_seed{config.seed}{again}")
-            out.mkdir(parents=True)
-            return out
-        except FileExistsError:
-            pass
-
-
-def one_line(problem):
-    reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-    return f"{type(problem).__name__}: {reason}"
+        raise UserError(f"--out {folder}: has code; say that you trust it: --constraint {own.constraint}")
+    with told(f"{folder}: cannot be used as a checkpoint", "give another run folder"):
+        own.limits()
+        right = 0 < state["step"] == state["log"][-1]["step"] <= own.steps
+        if not right or [type(state[key]) for key in ("step", "tokens", "data")] != [int, int, str]:
+            raise ValueError("its step, tokens or data are not those of such a run")
+        for name, p in model.named_parameters():
+            kept = {key: x.shape for key, x in state["optimizers"][name].items()}
+            if kept not in (dict(momentum=p.shape), dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)):
+                raise ValueError(f"the optimizer kept {kept} of {name}")
+        roles = {"embedding", *dict(model.matrices())}
+        for record in state["log"]:
+            numbers = [record[key] for key in ("train_loss", "val_loss", "val_accuracy", "ms_per_step")]
+            numbers += [*record["losses"], *record["activations"], *record["norms"].values()]
+            if {type(x) for x in numbers} != {float} or record["norms"].keys() != roles:
+                raise ValueError("its log is not that of such a run")
+        summary = folder / "summary.json"
+        return own, state, json.loads(summary.read_text()) if summary.exists() else None
 
 
 def load_checkpoint(folder):
     """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
     path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
-    try:
+    with told(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py", "give another run folder"):
+        if any(file.compress_type for file in zipfile.ZipFile(path).infolist()):
+            raise ValueError("it is compressed")  # (and could fill any memory)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         config = Config(**state["config"])
-        model = Transformer(dataclasses.replace(config, constraint="none"))  # (a name runs no code)
+        plain = dataclasses.replace(config, constraint="none")  # (a name runs no code)
+        plain.limits()
+        least = 8 * config.width * (config.vocab + config.blocks * (config.width + config.hidden))
+        if type(config.constraint) is not str or path.stat().st_size < least:
+            raise ValueError("its settings are those of another model")
+        model = Transformer(plain)
         model.load_state_dict(state["model"])
-    except Exception as problem:  # truncated, no checkpoint at all, or with code in it
-        raise UserError(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py "
-                        f"({one_line(problem)}); give another run folder") from problem
-    return config, model, state
+        return config, model, state
 
 
 def write(path, data):
@@ -771,22 +764,25 @@ def main(config):
     config.limits()  # (complains before anything is loaded)
     if config.prepare:
         return prepare(config)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with told("RANK, WORLD_SIZE, MASTER_ADDR: cannot be used", "unset them, or leave them to torchrun"):
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < world_size:
+            raise ValueError(f"there is no RANK {rank} in a WORLD_SIZE of {world_size}")
+        if world_size > 1:
+            store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
     local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     names = dict(auto=local if torch.cuda.is_available() else "cpu", cuda=local)
-    try:
+    with told(f"--device {config.device}: cannot be used here", "try cpu, or fewer processes than GPUs"):
         device = torch.zeros(1, device=names.get(config.device, config.device)).device
-    except Exception as problem:
-        raise UserError(f"--device {config.device}: cannot be used here ({one_line(problem)}); try "
-                        "cpu, or fewer processes than GPUs") from problem
     cuda = device.type == "cuda"
     if config.sample:
-        return sample(load_checkpoint(config.sample)[1].to(device), config)
+        model = load_checkpoint(config.sample)[1].to(device)
+        with told(f"--sample {config.sample}: cannot be sampled from", "give another run"):
+            return sample(model, config)
 
     # ---- load: rank 0 the run that goes on, each rank its data
     begun = [go_on(config) if rank == 0 else None]
     if world_size > 1:
-        store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(hours=2)))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
             # On one node torchrun keeps its store over a restart, with addresses of dead processes.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -806,15 +802,14 @@ def main(config):
     dtype = getattr(torch, config.dtype, None) or fast_dtype(device)
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if not flex and config.seq_len > 8192:
-        raise UserError(f"--seq_len {config.seq_len}: must be at most 8192 with T x T masks; longer "
-                        "ones need CUDA, a multiple of 128, and another --dtype than float64")
+        raise UserError(f"--seq_len {config.seq_len}: must be at most 8192, or on CUDA a multiple of 128 "
+                        "with another --dtype than float64; give one")
     train, validation, data_name = load_data(config)
     if state and state["tokens"] != len(train):
-        raise UserError(f"--data {data_name}: has {len(train)} tokens to train on, the run in "
-                        f"{config.out} had {state['tokens']} ({state['data']}); give the same")
+        raise UserError(f"--data {data_name}: has {len(train)} tokens, not {state['tokens']}; give the same")
     if world_size > 1:  # (a download may take long: whoever waits, waits at the store)
         store.set(f"has data {rank}", "")
-        store.wait([f"has data {other}" for other in range(world_size)])
+        store.wait([f"has data {i}" for i in range(world_size)], datetime.timedelta(hours=2))
 
     # ---- build
     model = Transformer(config).to(device)
@@ -835,24 +830,26 @@ def main(config):
             dtype=None if dtype == torch.float64 else dtype))
     adam += [(block.query_HE, config.bias_lr) for block in model.blocks if config.logit_scale == 0]
     if adam := [dict(params=[p], peak_lr=lr) for p, lr in adam if exchange.owner[p] == rank]:
-        # Gradients are sums over the tokens of a step, not means: eps is the same to a token seen
-        # once, whatever the batch. The authors': 1e-10 on sums over an eighth of a step.
-        optimizers.append(torch.optim.Adam(adam, betas=(0.8, 0.95), eps=8e-10, fused=cuda))
+        optimizers.append(torch.optim.Adam(adam, betas=(0.8, 0.95), eps=EPS, fused=cuda))
     start, log = (state["step"], state["log"]) if state else (0, [])
     if state:
         model.load_state_dict(state["model"])
-        exchange.load_states(optimizers, state["optimizers"])
+        for optimizer in optimizers:
+            names = [exchange.names[p] for group in optimizer.param_groups for p in group["params"]]
+            saved = {i: state["optimizers"][name] for i, name in enumerate(names)}
+            optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved))
     if rank == 0:
-        out = new_folder(config)
-        write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-        print(f"device {device} x {world_size}, computing in {dtype} with {model.head_XD.dtype} weights, "
-              f"data: {data_name} ({len(train):,} tokens to train, {len(validation):,} to validate), "
-              f"run folder {out}, from step {start}", flush=True)
+        stem = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}"
+        names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
+        out = Path(config.out or next(name for name in names if not Path(name).exists()))
+        out.mkdir(parents=True, exist_ok=bool(config.out))  # (else it is of a run that was faster)
+        run_folders.append(out)
+        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} ({len(train):,} to "
+              f"train on, {len(validation):,} to validate), run folder {out}, from step {start}", flush=True)
 
     # ---- train
-    evals, tokens = min(config.evals, config.steps), config.batch * config.seq_len
-    eval_steps = {math.ceil(config.steps * (i + 1) / evals) for i in range(evals)}
     losses, began, since, state = [], time.perf_counter(), start, None
+    tokens, evals = config.batch * config.seq_len, config.evals
     for step in range(start, config.steps):
         factor, momentum, window = schedule(config, step)
         loss, share = 0.0, config.micro_batch
@@ -869,9 +866,7 @@ def main(config):
             exchange.pending.pop().wait()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-                if "momentum" in group:
-                    group["momentum"] = momentum
+                group.update(lr=group["peak_lr"] * factor, momentum=momentum)  # (Adam has none)
             optimizer.step()
         model.zero_grad()
         if exchange.owner[model.embedding_VD] == rank and not config.baseline:
@@ -880,16 +875,14 @@ def main(config):
         losses.append(loss / tokens)
 
         done = step + 1
-        if done % 10 and done not in eval_steps:  # (not at each step: a GPU would wait for it)
+        evaluates = evals * done // config.steps > evals * step // config.steps
+        if done % 10 and not evaluates:  # (not at each step: a GPU would wait for it)
             continue
         recent = exchange.sum(torch.stack(losses[-10:]))
         named = [("the loss", recent), *model.named_parameters()]
         if bad := [name for name, x in named if not x.isfinite().all()]:
-            raise UserError(f"step {done}: training has diverged, {bad[-1]} is not finite; the "
-                            "last checkpoint, if any, is good; try a smaller --lr")
-        if rank == 0 and sys.stderr.isatty():
-            print(f"\rstep {done}/{config.steps}  loss {recent[-1]:.3f} ", end="\r", file=sys.stderr)
-        if done not in eval_steps:
+            raise UserError(f"step {done}: diverged, {bad[-1]} is not finite; try a smaller --lr")
+        if not evaluates:
             if done == start + 10:  # (these were slow: compilation)
                 began, since = time.perf_counter(), done
             continue
@@ -911,13 +904,13 @@ def main(config):
                 script=SCRIPT, config=dataclasses.asdict(config), step=done, log=log, data=data_name,
                 tokens=len(train), model=model.state_dict(), optimizers=states), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
+            write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            print(
-                f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  validation "
-                f"loss {val_loss:.3f}  accuracy {100 * accuracy:5.2f} %  largest norm "
-                f"{log[-1]['max_weight_norm']:.3f}  entry {max(entries):.2f}  bound (max-token RMS) "
-                f"{power(bound['log10'])}  {ms:.0f} ms/step  "
-                f"{tokens / ms:,.1f}k tokens/s  {ms / 1000 * (config.steps - done):.0f} s left", flush=True)
+            print(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  validation "
+                  f"loss {val_loss:.3f}  accuracy {100 * accuracy:5.2f} %  largest norm "
+                  f"{log[-1]['max_weight_norm']:.3f}  entry {max(entries):.2f}  bound (max-token RMS) "
+                  f"{power(bound['log10'])}  {ms:.0f} ms/step  {tokens / ms:,.1f}k tokens/s  "
+                  f"{ms / 1000 * (config.steps - done):.0f} s left", flush=True)
         losses, began, since = [], time.perf_counter(), done
     return report(config, model, out, log, data_name, dtype, world_size) if rank == 0 else None
 
@@ -938,9 +931,8 @@ def report(config, model, out, log, data_name, dtype, world_size):
     write(out / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{config.preset}: Muon + {config.constraint}, w_max {config.w_max}, {config.steps} steps, "
           f"seed {config.seed}, {world_size} process(es), data: {data_name}\n  accuracy "
-          f"{100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}")
-    print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print("  largest entry after each block", *(f"  {entry:.3g}" for entry in last["activations"]))
+          f"{100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}\n"
+          "  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS; product "
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
     draw(config, out, log)
@@ -952,42 +944,35 @@ def report(config, model, out, log, data_name, dtype, world_size):
 def draw(config, out, log):
     """curves.png: losses, norms and largest entries."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-    steps, figure = [record["step"] for record in log], Figure(figsize=(14, 4.5), layout="constrained")
-    a, b, c = figure.subplots(1, 3)
-    for key in ("train_loss", "val_loss"):
-        a.plot(steps, [record[key] for record in log], "o-", label=key)
-    for role in log[0]["norms"]:
-        b.plot(steps, [record["norms"][role] for record in log], "o-", label=role)
-    c.plot(steps, [record["activations"] for record in log], "o-")
-    a.set(title=f"{config.preset}: loss, nats a token", xlabel="step")
-    b.set(title="largest norm of each role (RMS->RMS)", xlabel="step", ylim=(0, None))
-    c.set(title="largest entry after each block", xlabel="step", ylim=(0, None))
-    a.legend(), b.legend()
+    figure, steps = Figure(figsize=(14, 4.5), layout="constrained"), [record["step"] for record in log]
+    curves = {("loss, nats a token", "train", "validation"): [(r["train_loss"], r["val_loss"]) for r in log],
+              ("largest norm (RMS->RMS)", *log[0]["norms"]): [[*r["norms"].values()] for r in log],
+              ("largest entry after block", *range(config.blocks)): [r["activations"] for r in log]}
+    for panel, ((title, *names), values) in zip(figure.subplots(1, 3), curves.items()):
+        panel.plot(steps, values, "o-", label=names)
+        panel.set(title=f"{config.preset}: {title}", xlabel="step")
+        panel.legend()
     figure.savefig(out / "curves.png", dpi=110)
 
 
 @torch.no_grad()
 def sample(model, config):
     """Print the prompt and `length` tokens more; each sees up to 1024 tokens before it."""
-    generator, encoding = torch.Generator().manual_seed(config.seed), None
+    generator, decode = torch.Generator().manual_seed(config.seed), bytes
     device, tokens = model.head_XD.device, list(config.prompt.encode() or b"\n")
     dtype = getattr(torch, model.config.dtype, None) or fast_dtype(device)
     if model.config.vocab != 256:  # (else tokens are bytes)
         encoding = gpt2()
-        tokens = [encoding.eot_token, *encoding.encode_ordinary(config.prompt)]
+        decode, tokens = encoding.decode_bytes, [encoding.eot_token, *encoding.encode_ordinary(config.prompt)]
     print(config.prompt, end="")
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-min(model.config.seq_len, 1024):]], device=device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double()
-        k = min(config.top_k or len(logits_V), len(logits_V))
-        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(k).values[-1], -math.inf)
-        if config.temperature > 0:
-            p_V = (logits_V / config.temperature).softmax(0)
-            tokens.append(torch.multinomial(p_V, 1, generator=generator).item())
-        else:
-            tokens.append(logits_V.argmax().item())
-        piece = encoding.decode_bytes(tokens[-1:]) if encoding else bytes(tokens[-1:])
-        print(piece.decode(errors="replace"), end="", flush=True)
+        least = logits_V.topk(min(config.top_k or len(logits_V), len(logits_V))).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
+        p_V = (logits_V / config.temperature).softmax(0) if config.temperature else logits_V == logits_V.max()
+        tokens.append(torch.multinomial(p_V.double(), 1, generator=generator).item())
+        print(decode(tokens[-1:]).decode(errors="replace"), end="", flush=True)
     print()
 
 
@@ -999,19 +984,17 @@ if __name__ == "__main__":
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        status = 130
-        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
+        status, saved = 130, [f"--out {out} goes on" for out in run_folders if any(out.iterdir())]
+        print(f"\n{SCRIPT}.py: interrupted; {(saved or ['nothing was saved'])[0]}", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):
-            # torchrun ends all when one has ended. Whoever may only have lost the others, or found
-            # what rank 0 found too, waits for that before it speaks: one error, one message.
-            time.sleep(5)
-        get_error_handler().record_exception(problem)  # (for torchrun's own report)
+            time.sleep(5)  # (so that torchrun ends whoever only lost the others, or found the same)
         if status == 1:
             sys.excepthook(*sys.exc_info())
         print(f"{SCRIPT}.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr)
-    if rank:  # (sys.exit could wait for messages of the others for ever, and gloo's threads abort it
-        sys.stdout.flush()  # in one run of twenty, at which torchrun kills rank 0 in its report)
-        os._exit(status)
-    sys.exit(status)
+    for out in run_folders:
+        with contextlib.suppress(OSError):  # (it is not empty)
+            out.rmdir()
+    sys.stdout.flush()
+    os._exit(status)  # (sys.exit may wait for others for ever, and gloo's threads abort one in 20)
