@@ -50,7 +50,6 @@ ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention,
 BLOCK = 128  # positions that attention takes or skips together
 LN10 = math.log(10)
 EPS = 8e-10  # Adam's, for sums over the tokens of a step; the authors': 1e-10 for an eighth of them
-run_folders = []  # of this process
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
 # V tokens in the vocabulary, X something wide, N positions, C a chunk of them, Q blocks of them.
@@ -724,9 +723,8 @@ def write(path, data):
     try:
         beside.write_bytes(data)
         os.replace(beside, path)
-    except OSError:
+    finally:
         beside.unlink(missing_ok=True)
-        raise
 
 
 # ==== Main ========================================================================================
@@ -839,11 +837,16 @@ def main(config):
             saved = {i: state["optimizers"][name] for i, name in enumerate(names)}
             optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved))
     if rank == 0:
-        stem = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}"
-        names = itertools.chain([stem], (f"{stem}_{i}" for i in itertools.count(2)))
-        out = Path(config.out or next(name for name in names if not Path(name).exists()))
-        out.mkdir(parents=True, exist_ok=bool(config.out))  # (else it is of a run that was faster)
-        run_folders.append(out)
+        stem, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
+        while True:
+            out = Path(config.out or (stem if number == 1 else f"{stem}_{number}"))
+            try:
+                out.mkdir(parents=True, exist_ok=bool(config.out))
+                break
+            except FileExistsError:  # (so two runs never share a folder)
+                if config.out:
+                    raise
+                number += 1
         print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} ({len(train):,} to "
               f"train on, {len(validation):,} to validate), run folder {out}, from step {start}", flush=True)
 
@@ -984,8 +987,8 @@ if __name__ == "__main__":
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        status, saved = 130, [f"--out {out} goes on" for out in run_folders if any(out.iterdir())]
-        print(f"\n{SCRIPT}.py: interrupted; {(saved or ['nothing was saved'])[0]}", file=sys.stderr)
+        status = 130
+        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):
@@ -993,8 +996,5 @@ if __name__ == "__main__":
         if status == 1:
             sys.excepthook(*sys.exc_info())
         print(f"{SCRIPT}.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr)
-    for out in run_folders:
-        with contextlib.suppress(OSError):  # (it is not empty)
-            out.rmdir()
     sys.stdout.flush()
     os._exit(status)  # (sys.exit may wait for others for ever, and gloo's threads abort one in 20)

@@ -923,10 +923,10 @@ def test_wrong_types_from_python():
 
 
 def test_endings(tmp_path, small_stand_in):
-    """One line and status 2; nothing is left of a start that failed; Ctrl-C names the folder that goes on."""
+    """One line and status 2; nothing is left of a start that failed; Ctrl-C says how to go on."""
     data, endless = tmp_path / "data", flags(steps=10**6, evals=10**5)
     data.mkdir()
-    shard(data / "train.bin", [7] * 150 + [299] * 150), shard(data / "val.bin", [7] * 30)
+    shard(data / "train.bin", [299] * 150 + [7] * 150), shard(data / "val.bin", [7] * 30)
     settings = dict(cwd=tmp_path)
     wrong = start(SCRIPT, "--heads", 3, **settings)
     failed = start(SCRIPT, *flags(), "--data", data, "--out", tmp_path / "failed", **settings)
@@ -940,7 +940,7 @@ def test_endings(tmp_path, small_stand_in):
     assert status == 2 and errors.count("\n") == 1 and "holds token 299" in errors and not (tmp_path / "failed").exists()
     status, _, errors = end(stopped)
     folder = Path("runs/nanogpt_lipschitz_tiny_seed0")
-    assert status == 130 and errors.splitlines()[-1] == f"nanogpt_lipschitz.py: interrupted; --out {folder} goes on"
+    assert status == 130 and errors.splitlines()[-1] == "nanogpt_lipschitz.py: interrupted; with --out RUN_FOLDER it goes on"
     assert (tmp_path / folder / "checkpoint.pt").exists() and (tmp_path / folder / "config.json").exists()
 
 
