@@ -160,6 +160,10 @@ def test_lifted_square_is_never_below_the_true_one():
         X = (X / X.abs().max()).float()
         below = muon.lifted_square(X).double() - X.double() @ X.double().mT
         assert torch.linalg.eigvalsh(below).min() >= 0, name
+    # And what is added is what step 2 asks for, whatever the order of the sums: of ones the product itself is exact.
+    for m, n, c in ((1, 128, 128), (3, 3000, 130), (512, 2048, 256)):
+        added = muon.lifted_square(torch.ones(1, m, n))[0].diagonal() - n
+        torch.testing.assert_close(added, torch.full((m,), (c + 32) * 2.0**-24 * m * n), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 24), (20, 300)])
@@ -358,11 +362,11 @@ WRITES = {"no_grad": lambda W, new: torch.no_grad()(W.copy_)(new), "data": lambd
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("norm", [10.0, 1e20])
-def test_a_write_that_nobody_announced(norm, write, every):
+@pytest.mark.parametrize("norm, lr", [(10.0, 0.01), (1e20, 0.01), (10.0, 1e-4), (10.0, 0.0)])  # at 0 nothing counts up
+def test_a_write_that_nobody_announced(norm, lr, write, every):
     """Norm 10 (or more) at a limit of 1, small steps: never NaN, and back within the limit after at most 64 steps, for good."""
     W = torch.nn.Parameter(torch.zeros(12, 12))
-    optimizer = Muon([W], lr=0.01, constraint=soft_cap, w_max=1.0, every=every)
+    optimizer = Muon([W], lr=lr, constraint=soft_cap, w_max=1.0, every=every)
     generator, within = torch.Generator().manual_seed(0), []
     for step in range(140):
         if step == 5:
@@ -434,10 +438,10 @@ def test_weight_decay_under_muon_keeps_the_limit():
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("name", WAITING)
 def test_state_dict_is_safe_to_load_and_continues(name, every):
-    """Bit by bit the same as without a stop."""
+    """Bit by bit the same as without a stop, at the limit and with small steps: there constraints wait."""
     def make():
-        W = torch.nn.Parameter(0.1 * torch.ones(3, 5))
-        return W, Muon([W], lr=0.1, constraint=CONSTRAINTS[name], w_max=1.0, every=every)
+        W = torch.nn.Parameter(0.2 * torch.ones(3, 5))
+        return W, Muon([W], lr=0.01, constraint=CONSTRAINTS[name], w_max=1.0, every=every)
 
     def step(W, optimizer, seed):
         W.grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed))
@@ -473,6 +477,15 @@ def test_states_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=r"another optimizer or model.*momentum \(3, 4\)"):
             optimizer.load_state_dict(state)
         used(W, optimizer)  # and nothing was harmed
+
+
+def test_a_state_without_a_limit_leaves_the_limit():
+    W = torch.nn.Parameter(torch.eye(3))
+    W.grad = -torch.eye(3)
+    optimizer = Muon([W], lr=0.5, constraint=hard_cap, w_max=1.0)
+    optimizer.load_state_dict(Muon([W], lr=0.5).state_dict())
+    optimizer.step()
+    assert optimizer.param_groups[0]["w_max"] == 1 and exact_norm(W) <= 1 + 1e-4
 
 
 def test_flattened_states_of_distributed_checkpoints():
