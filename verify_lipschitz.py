@@ -41,8 +41,7 @@ from constraints import log10
 from mlp_cifar import UserError
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
-# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
-# Attacks are in float64: real numbers are claimed, and float32 errs by the size looked for.
+# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads. (In float64.)
 
 # ==== Config ======================================================================================
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
@@ -115,7 +114,7 @@ def directions(*shape, seed):
 def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
     """(S,) largest quotients found, max_t rms(f(x + d) - f(x - d))_t / (2 max_t rms(d_t)).
 
-    f maps (S, T, D) to (S, T, O), each of S by itself. Starts at x_STD, put into the ball.
+    f maps (S, T, D) to (S, T, O), each of S by itself. x_STD is where to start.
     """
     (S, T, _), moving, scale = x_STD.shape, steps * 2 // 3, radius if radius < math.inf else 1.0
     order_S = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
@@ -473,7 +472,8 @@ def read_checkpoint(path):
     settings, entries = saved["config"], sum(W.numel() for W in saved["model"].values())
     D, depth = settings["width"], settings.get("blocks", settings.get("depth", 2) - 2)
     V = max(settings.get("vocab", 0), len(saved.get("vocabulary", "")))
-    if 4 * entries > size or max(V * D, depth * D * max(D, settings.get("hidden", 0))) > entries:
+    bias = settings["heads"] * settings["seq_len"] if settings.get("positions") == "bias" else 0
+    if 4 * entries > size or max(V * D, depth * max(D * D, D * settings.get("hidden", 0), bias)) > entries:
         raise UserError(f"{path}: its settings are of a larger model than its weights")
     return saved
 
@@ -491,8 +491,8 @@ def verify(table, path):
     text = json.dumps([saved["config"], saved["step"], saved["log"]]).replace("-Infinity", '"-inf"')
     settings, step, log = json.loads(text.replace("Infinity", '"inf"'))
     table.claim("config.json", "", written, {k: settings[k] for k in settings if k not in PLACES})
+    limits = script.Config(**dict(saved["config"], constraint="none")).limits()  # (runs no code of a file)
     run, model, _ = script.load_checkpoint(path)
-    limits = dataclasses.replace(run, constraint="none").limits()  # (no code of a file is run)
     if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
         table.bound(bad[0], "is not finite", 0.0, math.inf, "")
         return

@@ -127,7 +127,7 @@ def test_one_bad_matrix_does_not_spoil_the_others(name, bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("largest", [1e20, 1e38, 1e-20, 1e-38, 1.0])
+@pytest.mark.parametrize("largest", [1e20, 1e38, 1e-20, 2e-21, 1e-38, 1.0])
 @pytest.mark.parametrize("w_max", [1e-21, 1e-25, 1e-38, 1.0, 1e25])
 def test_hard_cap_at_all_scales(w_max, largest, dtype):
     for s in (torch.tensor([1, 0.5, 0.1, 1e-3, 1e-6]), torch.ones(5)):

@@ -417,11 +417,12 @@ def test_hostile_values_are_broken_or_one_line(name, runs, tmp_path, capsys, mon
 
     monkeypatch.setattr(verify_lipschitz, "verify_mlp", stop)
     monkeypatch.setattr(verify_lipschitz, "verify_transformer", stop)
-    files, values = Files(runs / name, tmp_path / "copy"), itertools.cycle([*WRONG, torch.ones(1).expand(10**5, 10**5), 10**9])
+    files, values = Files(runs / name, tmp_path / "copy"), itertools.cycle([*WRONG, torch.ones(1).expand(10**5, 10**5)])
     files.state["optimizers"] = []  # (not looked at)
-    for target in (files.state, files.settings, files.weights, files.state["log"][-1]):
+    targets = [files.state, files.settings, files.weights, files.state["log"][-1], files.settings]
+    for i, target in enumerate(targets):
         for key in list(target):
-            before, target[key] = target[key], next(values)
+            before, target[key] = target[key], next(values) if i < 4 else 10**9  # (no model of that size is built)
             torch.save(files.state, files.out / "checkpoint.pt")
             assert verify_lipschitz.main([str(files.out)], FAST) in (1, 2), key
             said = capsys.readouterr()
@@ -477,6 +478,18 @@ def test_the_command_line(tmp_path, capsys):
             verify_lipschitz.parse_arguments(arguments)
         assert stop.value.code == (0 if arguments == ["--help"] else 2) and text in capsys.readouterr().out
     assert verify_lipschitz.parse_arguments(["a", "--budget", "20"]) == (["a"], Config(budget=20.0))
+
+
+def test_own_shares_of_nanogpt_are_given():
+    """Its attention by position, as computed: no token gives itself less, in windows shorter than a sequence."""
+    config = nanogpt_lipschitz.Config.of("tiny", width=16, blocks=1, heads=2, hidden=32, seq_len=64, window=32, vocab=256,
+                                         logit_scale=0.0, attention_scale=1.0)
+    block = nanogpt_lipschitz.Transformer(config).double().blocks[0]
+    block.v.data = block.o.data = torch.eye(16).double()  # so a token's output is the average of tokens, head by head
+    x_TTD = torch.eye(64).double()[:, :, None].expand(64, 64, 16)  # in row t only token t is not 0
+    own_TH = block.attention(x_TTD)[torch.arange(64), torch.arange(64)][:, ::8]
+    share_H = block.own_share_H()
+    assert (share_H <= own_TH * (1 + 1e-9)).all() and torch.allclose(share_H, own_TH[-1])
 
 
 # ---- the search --------------------------------------------------------------------------------------
