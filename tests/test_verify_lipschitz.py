@@ -506,6 +506,18 @@ def attention_layer(kind, heads, positions="rope", seed=0, **changes):
     return model.double()
 
 
+@pytest.mark.parametrize("rho", [0.1, 3.0])
+def test_a_certificate_at_a_radius_is_of_the_larger_ball(rho):
+    """Embeddings of RMS 1 that may move by rho: the product starts at 1 + rho, and attacks in that ball do not exceed it."""
+    model = attention_layer("orthogonal", 2)
+    bound = shakespeare.certificate(model, rho)
+    row, block = bound["rows"][0], model.blocks[0]
+    assert row["radius_log10"] >= math.log10(1 + rho)
+    starts = verify_lipschitz.split_tokens(block, 2, 12, 1 + rho)
+    found = climb(lambda x: torch.lerp(x, block.attention(x), model.mix), starts, 1 + rho, steps=60).max().item()
+    assert found <= 10 ** row["attention_log10"]
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("D", [16, 64, 256])
 def test_search_finds_the_constant_of_linear_maps(D, layers):
