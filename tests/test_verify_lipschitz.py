@@ -566,6 +566,14 @@ def test_attack_on_predictions_of_a_linear_map():
         assert kept_N.tolist() == stands
 
 
+def test_a_prediction_that_falls_is_not_made_up_for_by_another():
+    """Of two predictions the wrong one was certified: as many are certified as stand."""
+    table, W_KD = Table(FAST), torch.tensor([[1.0, 0], [0, 0]]).double()
+    table.attack_predictions("images", "", {1.0: torch.tensor([True, False])}, lambda x: x @ W_KD.T,
+                             torch.tensor([[0.1, 0], [5, 0]]).double(), torch.zeros(2, dtype=torch.int64), 1, 2000)
+    assert (table.rows[0]["claimed"], table.rows[0]["found"], table.verdict()) == (0.5, 0.5, "BROKEN")
+
+
 def test_ranges_of_an_evaluation():
     """What other machines may find lies inside: the same logits with other rounding errors of that size."""
     generator = torch.Generator().manual_seed(0)
