@@ -430,6 +430,17 @@ def test_hostile_values_are_broken_or_one_line(name, runs, tmp_path, capsys, mon
             target[key] = before
 
 
+def test_weights_that_are_larger_than_their_file(runs, tmp_path, capsys):
+    """A view of one number as 9 million: the model that it fits is not built."""
+    files = Files(runs / "mlp", tmp_path / "copy")
+    files.settings["width"], files.weights["weights.1"] = 3000, torch.ones(1).expand(3000, 3000)
+    torch.save(files.state, files.out / "checkpoint.pt")
+    files.config["width"] = 3000
+    (files.out / "config.json").write_text(json.dumps(files.config))
+    assert verify_lipschitz.main([str(files.out)], FAST) == 2
+    assert "settings are of a larger model than its weights" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["summary", "config"])
 def test_hostile_summaries_are_broken_or_not_checked(name, runs, tmp_path, capsys, no_picture):
     """All values wrong at once, each in another way."""
