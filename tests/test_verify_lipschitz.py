@@ -529,6 +529,17 @@ def test_a_certificate_at_a_radius_is_of_the_larger_ball(rho):
     assert found <= 10 ** row["attention_log10"]
 
 
+def test_a_factor_on_the_logits_is_in_all_bounds_and_certifies_nothing():
+    found = []
+    for scale in (1.0, 8.0):
+        model = attention_layer("orthogonal", 2, "bias", logit_scale=0.0, final_scale=scale)
+        bound = shakespeare.certificate(model)
+        tokens_N = torch.randint(8, (400,), generator=torch.Generator().manual_seed(0))
+        shares = [kept_N.sum().item() for kept_N in shakespeare.certified_tokens(model, tokens_N).values()]
+        found.append((bound["product_log10"] - math.log10(scale), bound["ellipsoid_log10"] - math.log10(scale), shares))
+    assert found[0][:2] == pytest.approx(found[1][:2], abs=1e-8) and found[0][2] == found[1][2] and found[0][2][0] > 0
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("D", [16, 64, 256])
 def test_search_finds_the_constant_of_linear_maps(D, layers):
