@@ -17,7 +17,6 @@ import contextlib
 import math
 
 import torch
-
 # ==== msign: the orthogonal factor of a matrix, by matrix products alone ===========================
 # For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. An odd polynomial
 # a x + b x^3 + c x^5 acts on singular values as (a I + b A + c A^2) G with A = G G^T, so a few of them,
@@ -27,8 +26,7 @@ import torch
 #      [l, 1 + tau]: it is 1-e, 1+e, 1-e, 1+e in turn, at l, at two points between, at 1 + tau (Remez).
 #   2. Divide it by 1+e. It maps [l, 1] into [(1-e)/(1+e), 1], and rises from 0 on [0, l]: p <= 1.
 #   3. Repeat with (1-e)/(1+e) as the new l. From l = 0.003: 0.0125, 0.0515, 0.203, 0.638, 0.985.
-#   4. tau = 0.02 is for rounding. At 1 the slope is 11: what rounding takes above 1, each step would throw
-#      further out. With tau even bfloat16 stays below 1.01.
+#   4. tau = 0.02: at 1 the slope is 11, and throws out what rounding takes above 1. bfloat16: below 1.01.
 QUINTICS = (
     (4.162211142880929, -11.819187004684427, 8.420724651839146),
     (4.125812740391712, -11.528474162407102, 8.174927041191554),
@@ -61,16 +59,14 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     than float64 (lifted_square). Zero gives zero, NaN or infinity NaN. Not for TF32, nor under autocast.
     """
     if G.ndim < 2 or G.dtype not in MSIGN_MAX:
-        raise ValueError("msign needs a matrix (..., fan_out, fan_in) in float64, float32 or bfloat16, "
-                         f"got {G.dtype} {tuple(G.shape)}")
+        raise ValueError(f"msign needs a float64, float32 or bfloat16 matrix, not {G.dtype} {tuple(G.shape)}")
     tall, (m, n) = G.shape[-2] > G.shape[-1], sorted(G.shape[-2:])
     X = (G.mT if tall else G).reshape(-1, m, n)
     # Entries into [-1, 1], so that no product over- or underflows. (Dividing: 1/1e-45 is infinite.)
     largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
-    # n / m from where the second form is faster: measured on a CPU; a guess for GPUs
     long = 1.5 if X.dtype != torch.bfloat16 else 4 if X.device.type == "cpu" else 8
-    direct = n < long * m
+    direct = n < long * m  # (the faster form: measured on a CPU, a guess for GPUs)
     wide = X if direct or X.dtype == torch.float64 else X.float()
     A = X @ X.mT if direct else lifted_square(wide)
     A2 = A @ A
@@ -138,8 +134,7 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, and a constraint applied to each matrix after its update.
     lr            RMS->RMS norm of an update
     momentum      M <- momentum * M + (1 - momentum) * gradient (msign does not see the scale)
-    constraint    a map constraint(W, w_max, step_norm) from constraints.py or of your own, or None.
-                  Decoupled weight decay is one, too: constraint=weight_decay, w_max=1/decay
+    constraint    a map (W, w_max, step_norm) -> W, yours or of constraints.py (weight_decay: w_max=1/decay)
     w_max         the RMS->RMS limit it enforces, on float32 or float64 (bfloat16's rounding drifts)
     dtype         precision of msign, None: the parameters'. A step in bfloat16 has norm up to 1.01 lr
     every         a constraint that can wait (see _constrain) runs about every so many steps, 1 to 64
@@ -161,11 +156,13 @@ class Muon(torch.optim.Optimizer):
         for name, (low, high) in limits.items():
             if not low <= (group[name] or 0) < high and (name != "w_max" or group["constraint"]):
                 wrong.append(f"{name} is {group[name]}, must be at least {low:g} and below {high:g}")
+        if not (group["constraint"] is None or callable(group["constraint"])):
+            wrong.append(f"constraint is {group['constraint']!r}, must be a function (or None)")
         for p in group["params"]:
-            if p.ndim not in (2, 3) or p.numel() == 0 or (group["dtype"] or p.dtype) not in MSIGN_MAX:
-                wrong.append(f"a parameter is {tuple(p.shape)} in {p.dtype}, must be a matrix or a stack, in "
-                             "float32, float64 or bfloat16. Biases and gains go to Adam; the kernel of a "
-                             "convolution is to be held as a matrix (fan_out, the rest)")
+            dtypes = {p.dtype, group["dtype"] or p.dtype}
+            if p.ndim not in (2, 3) or p.numel() == 0 or not dtypes <= MSIGN_MAX.keys():
+                wrong.append(f"a parameter is {tuple(p.shape)} in {dtypes}, must be a matrix or a stack, in "
+                             "float32, float64 or bfloat16. Give biases to Adam; a convolution as a matrix")
         if wrong:
             self.param_groups.pop()
             raise ValueError("Muon: " + "; ".join(wrong))
@@ -197,7 +194,7 @@ class Muon(torch.optim.Optimizer):
                                  f"{tuple(p.shape)}, it has {saved}")
         super().load_state_dict(state_dict)
         for group, before in zip(self.param_groups, own):
-            group.update(constraint=before["constraint"], w_max=group["w_max"] or before["w_max"])
+            group.update(constraint=before["constraint"], w_max=group.get("w_max") or before["w_max"])
 
     @torch._disable_dynamo  # (torch.compile runs it as it is)
     @torch.no_grad()
@@ -213,7 +210,8 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     batches.setdefault((p.shape, p.dtype, p.device), []).append(p)
             for batch in batches.values():
-                self._update(batch, group)
+                with torch.autocast(batch[0].device.type, enabled=False):
+                    self._update(batch, group)
         return loss
 
     def _update(self, batch, group):
@@ -224,8 +222,8 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            M = state["momentum"].lerp_(p.grad, 1 - momentum)
-            updates.append(torch.lerp(p.grad, M, momentum).to(group["dtype"] or M.dtype))
+            M = state["momentum"].lerp_(p.grad.to_dense(), 1 - momentum)  # (an embedding's may be sparse)
+            updates.append(torch.lerp(p.grad.to_dense(), M, momentum).to(group["dtype"] or M.dtype))
         update = msign(torch.stack(updates) if len(batch) > 1 else updates[0][None])
         if update.device.type != "cpu" or not update[..., 0, 0].isfinite().all():  # (a look costs a GPU more)
             for M in (update, *(self.state[p]["momentum"] for p in batch)):
@@ -255,6 +253,8 @@ class Muon(torch.optim.Optimizer):
                 stack, most = constraint(stack, reach, math.inf), reach
             target -= max(0, min(group["every"] - 1, target // (16 * step))) * step if step else 0
             bound, told = target, max(most, reach) - target
-        for p, W in zip(batch, constraint(stack, target, told)):
+        if getattr(new := constraint(stack, target, told), "shape", None) != stack.shape:
+            raise ValueError(f"Muon: a constraint must return a tensor {tuple(stack.shape)}, as it is given")
+        for p, W in zip(batch, new):
             p.copy_(W)
             self.bounds[p] = bound

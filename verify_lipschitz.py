@@ -27,6 +27,7 @@ import json
 import math
 import sys
 import time
+import zipfile
 from itertools import accumulate
 from pathlib import Path
 
@@ -40,9 +41,7 @@ from constraints import log10
 from mlp_cifar import UserError
 
 # Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
-# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
-# Attacks are in float64: real numbers are claimed, and float32 errs by the size looked for.
-
+# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads. (In float64.)
 
 # ==== Config ======================================================================================
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
@@ -67,8 +66,8 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="run folders, folders of those, .npz files [runs]")
     for f in dataclasses.fields(Config):
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default,
-                            help=f"{FLAGS[f.name]} [{f.default}]")
+        text = f"{FLAGS[f.name]} [{f.default}]"
+        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=text)
     given = vars(parser.parse_args(argv))
     for name, low in dict(budget=1e-6, images=1, windows=1, seed=0).items():
         if not low <= given[name] < 2**31:
@@ -81,12 +80,10 @@ def parse_arguments(argv=None):
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
 # So any such quotient is a lower bound on L, at any distance (not only d -> 0: where f is piecewise
 # linear, its Jacobian gives no direction in which to move x). With d = h w and rms(w_t) = 1:
-#   1. w moves towards the gradient of how far an output token moved, normalised token by token.
-#      Whole steps are power iteration for linear f, but then x, w and the patterns of several heads
-#      do not find each other: they are 0.3 until, in the last third, x rests where it was best.
+#   1. w moves 0.3 of the way to the gradient of how far an output token moved, normalised token by
+#      token; in the last third, where x rests, all the way: power iteration.
 #   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
-#   3. Each search has its own output token (the one that moves most is one of the first, which see
-#      few others) and its own h, from 1e-6 to 0.5 of the radius.
+#   3. Each search has its own output token (the first ones see few others), and its own h.
 TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smallest distance
 
 
@@ -117,9 +114,7 @@ def directions(*shape, seed):
 def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
     """(S,) largest quotients found, max_t rms(f(x + d) - f(x - d))_t / (2 max_t rms(d_t)).
 
-    f       maps (S, T, D) to (S, T, O), each of S by itself
-    x_STD   where to start (put into the ball)
-    radius  of the ball, in RMS at every token; infinite for maps whose constant is global
+    f maps (S, T, D) to (S, T, O), each of S by itself. x_STD is where to start.
     """
     (S, T, _), moving, scale = x_STD.shape, steps * 2 // 3, radius if radius < math.inf else 1.0
     order_S = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
@@ -160,10 +155,7 @@ def margins(logits_NK, y_N):
 
 
 def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
-    """(N,) bool: predicted right, and still so all along a descent of the margin by its gradient.
-
-    logits  (N, K) of inputs like x, each vector of which may move by an RMS of at most radius
-    """
+    """(N,) bool: predicted right, and still so all along a descent of the margin within radius (RMS)."""
     stands_N = torch.ones(len(y_N), dtype=torch.bool)
     for restart in range(restarts if radius else 1):  # (the first starts at x)
         d = radius * directions(*x.shape, seed=seed + restart) * (restart > 0)
@@ -180,28 +172,23 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 
 # ==== Claims: what the files of a run say, beside what the weights give ===========================
 # A claimed number has to be the recomputed one, or in the range of a tuple (recomputed, low, high).
-#   1. Norms and products are functions of the weights in float64. The largest singular value has a
-#      relative error of about n 2^-52 (7e-13 at n = 3072), a product of 1000 layers 7e-10. ROUNDING
-#      is a thousand times that, and less than any digit printed. Tuning adds 1e-12 (1 and 2 threads).
-#   2. A tuned bound, or a share certified with it, may be claimed weaker than it is here: that is
-#      true as well. It may not be claimed stronger.
-#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype), and each machine rounds in
-#      its own way. If logits in that dtype are off by e here, then by up to 4 e elsewhere; a margin
-#      or a loss by 8 e. A prediction with a smaller margin may count either way. The loss may differ
-#      by the mean of 8 e. (And by ROUNDING: 2^13 terms added in float32 are 13 roundings of 2^-24.)
+#   1. Norms and products are functions of the weights in float64, with relative errors of at most
+#      7e-10 (1000 layers). ROUNDING is a thousand times that, and less than any digit printed.
+#   2. A tuned bound, or a share certified with it, may be claimed weaker than here, not stronger.
+#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype). If logits are off by e here,
+#      then by up to 4 e on other machines; a margin or a loss by 8 e. A prediction with a smaller
+#      margin may count either way. (And ROUNDING: 2^13 terms added in float32 are 13 roundings.)
 ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-9)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
-LIMITING = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # the constraints that promise a limit
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
+MEMORY = 2**26  # numbers that an evaluation holds several times at once: 0.5 GB each time
 MISSING = object()
 NORM = "max-token RMS->max-token RMS"
-# Settings that say where, not what: they may differ between the files of a run.
-PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch",
-          "resume", "launcher", "sample", "prepare", "compile"}
-# What a run did and its weights do not tell.
-HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "spikes",
-           "largest_activation", "activations", "tokens_per_second", "utilisation", "update_share",
-           "memory_gib", "processes"}
+# Settings that say where, not what, may differ. What a run did its weights do not tell.
+PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "sample",
+          "prepare"}
+HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",
+           "largest_activation", "tokens_per_second", "memory_gib", "processes"}
 
 
 def holds(claim, low, high):
@@ -286,6 +273,7 @@ class Table:
         """Every prediction certified at a radius (`length` of it is the RMS) must survive there."""
         steps = max(2, int(steps * self.config.budget))
         for radius, certified_N in certified.items():
+            print(f"  attacking {len(y_N)} predictions within {radius:.3g} ...", flush=True)
             stands_N = withstands(logits, x, y_N, radius * length, steps, restarts, self.seed)
             kept_N, what = certified_N[:len(y_N)], f"predictions right within {radius:.3g}"
             shares = [part_N.double().mean().item() for part_N in (kept_N, stands_N)]
@@ -306,7 +294,6 @@ def evaluation_data(table, script, run, model, trained_on):
     there = "stand-in" if trained_on.startswith("stand-in") else run.data
     run = dataclasses.replace(run, data=table.config.data or there)
     try:
-        run.shards = 1  # (nanogpt's: no more of the training text than must be)
         _, data, *vocabulary, table.data_name = script.load_data(run)
         if vocabulary and vocabulary[0] != model.vocabulary:
             raise UserError(f"--data {run.data}: has other characters than the run's text; give it")
@@ -349,7 +336,6 @@ def verify_mlp(table, script, run, model, trained_on):
     distance_N = (x_NP - other_NP).norm(dim=1).clamp(min=1e-300)
     found = ((model(x_NP) - model(other_NP)).norm(dim=1) / distance_N).max().item()
     table.bound("network", "test images, two by two", bound["tight_log10"], found, "l2->l2", log=True)
-
     radius_N = mlp_cifar.certified_radii(model, bound["pairs_log10_KK"], images_NP, labels_N)
     certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
     table.attack_predictions("test images", "l2 radius, pixels in [0, 1]", certified, model, x_NP,
@@ -376,17 +362,20 @@ def verify_transformer(table, script, run, model, trained_on):
         norms=bound["norms"], lipschitz_log10=(bound["log10"], bound["log10"], math.inf),
         lipschitz_product_log10=bound["product_log10"],
         lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
-    if sum(W.numel() for W in model.parameters()) * len(tokens_N) < LARGEST:
+    widest, count = max(len(embedding_VD), run.hidden, run.heads * T), len(tokens_N)  # (of what a token has)
+    if sum(W.numel() for W in model.parameters()) * count < LARGEST and T * widest < MEMORY:
+        print(f"  evaluating {count} tokens ...", flush=True)
         dtype = torch.float32
         if script is nanogpt_lipschitz:  # (auto was bfloat16, if that was fast)
             dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
-        batches = shakespeare.windows(tokens_N, T, batch=max(1, 8192 // T))
+        batches = shakespeare.windows(tokens_N, T, batch=max(1, min(8192, MEMORY // widest) // T))
         table.of_data = evaluation(model, batches, getattr(run, "loss_temperature", None), dtype)
     if getattr(run, "baseline", False):  # (norm layers: no promise that an attack could reach)
         return
     head = functools.partial(F.linear, weight=run.final_scale * model.head_VD)
     attack_bounds(table, script, run, model, head, bound, tokens_N)
-    if script is shakespeare and len(embedding_VD) <= 1024:  # (pairs of more would fill the memory)
+    if script is shakespeare and len(embedding_VD) <= 1024 and 32 * T * widest <= 2 * MEMORY:  # (for memory)
+        print("  certificates of tokens ...", flush=True)
         n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions
         certified = script.certified_tokens(model, tokens_N, free)
         table.attack_predictions(
@@ -402,23 +391,19 @@ def attack_bounds(table, script, run, model, head, bound, tokens_N):
     T, generator = min(32, run.seq_len), torch.Generator().manual_seed(table.seed)
     start_3W = torch.randint(len(tokens_N) - T, (3, 64), generator=generator)
     windows = tokens_N[start_3W[..., None] + torch.arange(T)]
-    t_W, swapped = torch.randint(T, (64,), generator=generator), windows[0].clone()
-    swapped[torch.arange(64), t_W] = windows[1, torch.arange(64), t_W]
-    x, y, real, swapped = F.embedding(torch.cat([windows, swapped[None]]), model.embedding_VD)
-    attack_layers(table, script, run, model, bound, real[:8])
-    found = table.climb(head, directions(8, 1, run.width, seed=table.seed))
-    table.bound("head", "norm", bound["norms"]["head"] * run.final_scale, found, NORM)
+    x, y, real = F.embedding(windows, model.embedding_VD)
+    attack_layers(table, run, model, bound, real[:8])
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real[:8], R * directions(8, T, run.width, seed=table.seed)])
+    print("  searching the network ...", flush=True)
     found = table.climb(lambda x: head(body(x)), starts, R)
     table.bound("network", "certificate", bound["log10"], found, NORM, log=True)
-    for what, other in (("real windows, two by two", y), ("one token swapped", swapped)):
-        apart_W = rms(head(body(x) - body(other))).amax(-1)
-        found = (apart_W / rms(x - other).amax(-1).clamp(min=1e-300)).max().item()
-        table.bound("network", what, bound["log10"], found, NORM, log=True)
+    apart_W = rms(head(body(x) - body(y))).amax(-1)
+    found = (apart_W / rms(x - y).amax(-1).clamp(min=1e-300)).max().item()
+    table.bound("network", "real windows, two by two", bound["log10"], found, NORM, log=True)
 
 
-def attack_layers(table, script, run, model, bound, real_STD):
+def attack_layers(table, run, model, bound, real_STD):
     """Each sublayer, alone and with the stream; and the ball that the stream is to stay in."""
     (_, T, D), seed = real_STD.shape, table.seed
 
@@ -430,23 +415,20 @@ def attack_layers(table, script, run, model, bound, real_STD):
     real = [x_STD.nan_to_num(0, 0, 0) for x_STD in streams(real_STD)]
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
         where, a = f"block {i + 1}", model.mix
+        print(f"  searching {where} of {len(model.blocks)} ...", flush=True)
         R, R_mlp = (10.0 ** min(60.0, row[key]) for key in ("radius_log10", "radius_mlp_log10"))
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
                             split_tokens(block, run.heads, T, R)])
         single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
-        attention = row["value"] + row["pattern"] * R * R
         for what, f, x_STD, radius, alone, with_stream in (
-                ("attention", block.attention, starts, R, attention,
+                ("attention", block.attention, starts, R, row["value"] + row["pattern"] * R * R,
                  10.0 ** min(300.0, row["attention_log10"])),
                 ("MLP", block.mlp, single, R_mlp, row["mlp"], (1 - a) + a * row["mlp"])):
             table.bound(where, what, alone, table.climb(f, x_STD, radius), NORM)
             found = table.climb(lambda x: torch.lerp(x, f(x), model.mix), x_STD, radius)
             table.bound(where, f"{what} + stream", with_stream, found, NORM)
-        if hasattr(block, "q"):
-            certified, found = attention_logits(script, run, block, R, starts)
-            table.bound(where, "attention logits", certified, found, "abs")
-
     # The ball: ascent of the largest token at the end.
+    print("  searching the way out of the ball ...", flush=True)
     radii = [row[key] for row in bound["rows"] for key in ("radius_log10", "radius_mlp_log10")]
     radii, R = [*radii, bound["radius_log10"]], 10.0 ** radii[0]
     x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
@@ -468,52 +450,59 @@ def split_tokens(block, heads, T, R):
     return R * unit(torch.stack([first_HD[(torch.arange(T) + s) % heads] for s in range(8)]))
 
 
-def attention_logits(script, run, block, R, x_STD):
-    """(bound s sigma(q_h) sigma(k_h) R^2 D of the largest head, largest logit found)."""
-    H, D, s = run.heads, run.width, run.logit_scale * run.heads / run.width
-    q_HED, k_HED = (W.unflatten(0, (H, -1)) for W in (block.q, block.k))
-    sigma_H = torch.linalg.matrix_norm(q_HED, ord=2) * torch.linalg.matrix_norm(k_HED, ord=2)
-    U, _, Vh = torch.linalg.svd(q_HED.mT @ k_HED)
-    found, aligned_HTD = 0.0, R * D**0.5 * torch.stack([U[:, :, 0], Vh[:, 0]], 1)
-    turned = getattr(run, "positions", "rope") == "rope"
-    for x in (into_ball(x_STD, R), aligned_HTD):
-        q, k = (F.linear(x, W).unflatten(-1, (H, -1)).transpose(1, 2) for W in (block.q, block.k))
-        q, k = (script.rotate(q), script.rotate(k)) if turned else (q, k)
-        found = max(found, (s * q @ k.mT).abs().max().item())
-    return s * sigma_H.max().item() * R * R * D * (1 + 1e-9), found
-
-
 # ==== Main: the files of a run, the report ========================================================
-def verify(config, path):
-    """The table of one run folder or file."""
-    table = Table(config)
+def read_json(path):
+    """What a file of a run holds, of .jsonl a list; None if there is none. UserError, naming it."""
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > 2**24:
+            raise ValueError(f"{path.stat().st_size} bytes, at most {2**24} are read")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
+    except (ValueError, RecursionError) as problem:
+        raise UserError(f"{path.name}: is no JSON of a run ({problem})") from problem
+
+
+def read_checkpoint(path):
+    """All that a run saved. UserError if what it unpacks to, or its model, is larger than the file."""
+    size = path.stat().st_size
+    if not path.is_file() or sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
+        raise UserError(f"{path}: is a pipe, or compressed, as no run's is")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    settings, entries = saved["config"], sum(W.numel() for W in saved["model"].values())
+    D, depth = settings["width"], settings.get("blocks", settings.get("depth", 2) - 2)
+    V = max(settings.get("vocab", 0), len(saved.get("vocabulary", "")))
+    bias = settings["heads"] * settings["seq_len"] if settings.get("positions") == "bias" else 0
+    if 4 * entries > size or max(V * D, depth * max(D * D, D * settings.get("hidden", 0), bias)) > entries:
+        raise UserError(f"{path}: its settings are of a larger model than its weights")
+    return saved
+
+
+def verify(table, path):
+    """Fill the table of a run folder or file."""
     if path.suffix == ".npz":
         run, model = shakespeare.load_published(path)  # (says not what its weights were held to)
         verify_transformer(table, shakespeare, run, model.double().requires_grad_(False), "")
-        return table
-    try:
-        summary, written = (json.loads(file.read_text()) if file.is_file() else None
-                            for file in (path / "summary.json", path / "config.json"))
-        saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)
-        script, settings = SCRIPTS[saved["script"]], dict(saved["config"])
-        table.claim("config.json", "", written, {k: settings[k] for k in settings if k not in PLACES})
-        run, model, state = script.load_checkpoint(path)
-        limits = dataclasses.replace(run, constraint="none").limits()  # (no code of a file is run)
-        step, trained_on, last = state["step"], str(state["data"]), dict(state.get("log", [{}])[-1])
-    except Exception as problem:  # a file may be wrong in dozens of ways
-        if table.verdict() == "BROKEN":  # (a setting was changed, and does not fit the weights)
-            return table
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
-        raise UserError(f"cannot be used ({reason}); give the folder of a run "
-                        f"of {', '.join(SCRIPTS)}, or an .npz file") from problem
+        return
+    summary, written, lines = [read_json(path / f) for f in ("summary.json", "config.json", "log.jsonl")]
+    saved = read_checkpoint(path / "checkpoint.pt")
+    script, trained_on = SCRIPTS[saved["script"]], str(saved["data"])
+    # As they come back from JSON: what is neither text nor numbers is refused.
+    text = json.dumps([saved["config"], saved["step"], saved["log"]]).replace("-Infinity", '"-inf"')
+    settings, step, log = json.loads(text.replace("Infinity", '"inf"'))
+    table.claim("config.json", "", written, {k: settings[k] for k in settings if k not in PLACES})
+    limits = script.Config(**dict(saved["config"], constraint="none")).limits()  # (runs no code of a file)
+    run, model, _ = script.load_checkpoint(path)
     if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
         table.bound(bad[0], "is not finite", 0.0, math.inf, "")
-        return table
+        return
+    print("  certificates, then searches ...", flush=True)
     verify_script = verify_mlp if script is mlp_cifar else verify_transformer
     verify_script(table, script, run, model.double().requires_grad_(False), trained_on)
     norms = table.of_weights["norms"]
     caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
-    if run.constraint in LIMITING:
+    if run.constraint in ("specnorm", "stiefel", "soft_cap", "hard_cap"):  # (they promise a limit)
         for key, norm in norms.items():
             table.bound("weights", f"limit on {key}", caps[key], norm, "RMS->RMS", SLACK)
     expected = dict(
@@ -523,42 +512,48 @@ def verify(config, path):
         params=sum(p.numel() for p in model.parameters()),
         max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
         w_max=None if run.constraint == "none" else limits)
-    if not config.data and table.data_name != trained_on:
+    if not table.config.data and table.data_name != trained_on:
         table.excuse = "not checked: its data are not here"
     table.claim("summary.json", "", summary, expected)
+    last = dict(log[-1]) if log else {}
     names = last.keys() & expected.keys()  # (what is printed after every evaluation)
     table.claim("checkpoint's log", "", *({n: d[n] for n in names} for d in (last, expected)))
-    return table
+    agree = lines is None or lines == log[:len(lines)]  # (if the run was killed, the last may lack)
+    table.claim("log.jsonl", "is the checkpoint's log", agree, True)
 
 
-def print_report(path, table, seconds):
-    print(f"\n{path}, data: {table.data_name}\n  {'':58} {'claimed or':>12} {'recomputed':>12}\n"
-          f"  {'where':17} {'what':40} {'certified':>12} {'or attacked':>12}  verdict, found / certified")
+def print_report(table, seconds):
+    print(f"\n  data: {table.data_name}\n  where             what  {'claimed or certified':>48} "
+          f"{'found':>12}  verdict, found / certified")
     for row in table.rows:
-        if row["verdict"] != "agrees" or row["where"] == "summary.json":  # (verify.json has all)
-            values, note = [row["claimed"], row["found"]], ""
-            if row["kind"] == "bound":
-                values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
-                note = f"{row['tightness']:.4f}  {row['norm']}"
-            left, right = (f"{x:.5g}" if isinstance(x, float) else str(x)[:12] for x in values)
-            print(f"  {row['where']:17} {row['what']:40} {left:>12} {right:>12}  {row['verdict']}  {note}")
+        if row["verdict"] == "agrees" and row["where"] != "summary.json":  # (verify.json has all)
+            continue
+        values, note = [row["claimed"], row["found"]], ""
+        if row["kind"] == "bound":
+            values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
+            note = f"{row['tightness']:.4f}  {row['norm']}"
+        texts = [f"{x:.5g}" if isinstance(x, float) else ascii(x).strip("'") for x in values]
+        if max(map(len, texts)) > 12:  # too long for the columns: whole, at the end
+            note, texts = " / ".join(dict.fromkeys(texts))[:300], ["", "at the end"]
+        what = ascii(row["what"])[1:-1][:100]
+        print(f"  {row['where']:17} {what:40} {texts[0]:>12} {texts[1]:>12}  {row['verdict']}  {note}")
     print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
 
 
 def draw(path, table):
-    """The picture: what was certified and what attacks found."""
+    """The picture: a panel of bounds, one of shares, with what was certified and what attacks found."""
     from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
     figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    bounds, radii = ([row for row in table.rows if row["kind"] == kind and math.isfinite(row["claimed"])
-                      and math.isfinite(row["found"])] for kind in ("bound", "share"))
-    for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
-        left.plot([row[key] for row in bounds], range(len(bounds)), mark, label=label)
-        right.plot([row["radius"] for row in radii], [100 * row[key] for row in radii], "o-", label=label)
-    left.set_yticks(range(len(bounds)), [f"{r['where']}: {r['what']}" for r in bounds], fontsize=6)
-    left.set(title=f"{path.name}: bounds, log10")
-    right.set(title="predictions right, %", xlabel=radii[0]["norm"] if radii else "", ylim=(0, None))
-    right.legend()
+    figure.suptitle(f"{path.name}: {table.verdict()}", parse_math=False)
+    titles = dict(bound="bounds, log10", share="share of predictions that are right")
+    kinds = [kind for kind in titles if any(row["kind"] == kind for row in table.rows)]
+    for i, kind in enumerate(kinds):
+        axes = figure.add_subplot(1, len(kinds), i + 1, title=titles[kind])
+        rows = [row for row in table.rows if row["kind"] == kind]
+        axes.set_yticks(range(len(rows)), [f"{row['where']}: {row['what']}" for row in rows], fontsize=6)
+        for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
+            axes.plot([row[key] for row in rows], range(len(rows)), mark, label=label)
+        axes.legend()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
@@ -570,14 +565,18 @@ def main(names, config):
         inside = [] if (path / "checkpoint.pt").exists() else path.glob("*/checkpoint.pt")
         paths += sorted(p.parent for p in inside) or [path]
     for path in paths:
-        began = time.perf_counter()
+        began, table = time.perf_counter(), Table(config)
+        print(f"\n{path}", flush=True)
         try:
-            table = verify(config, path)
-        except ERRORS as problem:
-            print(f"verify_lipschitz.py: {path}: could not be checked: {problem}", file=sys.stderr)
-            verdicts.append("could not be checked")
-            continue
-        print_report(path, table, time.perf_counter() - began)
+            verify(table, path)
+        except Exception as problem:  # a file may be wrong in hundreds of ways
+            if table.verdict() != "BROKEN":  # (else a setting was changed, and fits no weights)
+                reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
+                print(f"verify_lipschitz.py: {path}: could not be checked ({reason}); needed is the "
+                      f"folder of a run of {', '.join(SCRIPTS)}, or an .npz file", file=sys.stderr)
+                verdicts.append("could not be checked")
+                continue
+        print_report(table, time.perf_counter() - began)
         verdicts.append(table.verdict())
         folder = path if path.is_dir() else Path("runs") / f"verify_{path.stem}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -590,6 +589,7 @@ def main(names, config):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # (a terminal may lack characters of a path)
     try:
         sys.exit(main(*parse_arguments()))
     except (*ERRORS, OSError) as problem:

@@ -1,12 +1,14 @@
 """verify_lipschitz.py: what is true is held, what was tampered with is reported, the search finds what is there."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import nanogpt_lipschitz
 import shakespeare
 import verify_lipschitz
 from matrices import sigma_limit, with_spectrum
-from verify_lipschitz import Config, Table, climb, rms
+from verify_lipschitz import Config, Table, UserError, climb, rms
 
 ROOT = Path(__file__).parent.parent
 FAST = Config(budget=0.01, images=20, windows=4)  # what is recomputed does not depend on the search
@@ -67,12 +69,14 @@ class Files:
         shutil.copytree(run, out)
         self.out = out
         self.summary, self.config = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "config"))
+        self.log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         self.state = torch.load(out / "checkpoint.pt", weights_only=True)
         self.settings, self.weights = self.state["config"], self.state["model"]
 
     def write(self):
         for name, content in dict(summary=self.summary, config=self.config).items():
             (self.out / f"{name}.json").write_text(json.dumps(content))
+        (self.out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.log))
         torch.save(self.state, self.out / "checkpoint.pt")
         return self.out
 
@@ -80,11 +84,14 @@ class Files:
 # ---- what is true is held ----------------------------------------------------------------------------
 def test_true_runs_are_held(runs, capsys):
     assert verify_lipschitz.main([str(runs)], Config(budget=0.3, images=60, windows=8)) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "4 held"
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "4 held"
+    assert "searching block 1 of 2 ..." in said and "evaluating" in said  # (what it does while it takes long)
+    assert "  max-token RMS->max-token RMS, embeddings to logits, inside the ball\n" in said  # whole, though longer than its column
     for name, wheres in (("mlp", {"layer 1", "layer 3", "network", "weights", "test images", "config.json"}),
-                         ("nano", {"block 2", "head", "network", "stream"}),
-                         ("content", {"block 1", "block 2", "head", "network", "stream", "validation text"}),
-                         ("position", {"block 1", "weights", "head", "network", "checkpoint's log"})):
+                         ("nano", {"block 2", "network", "stream"}),
+                         ("content", {"block 1", "block 2", "network", "stream", "validation text"}),
+                         ("position", {"block 1", "weights", "network", "checkpoint's log", "log.jsonl"})):
         result = json.loads((runs / name / "verify.json").read_text())
         rows = result["rows"]
         assert result["verdict"] == "held" and wheres <= {row["where"] for row in rows}
@@ -96,7 +103,6 @@ def test_true_runs_are_held(runs, capsys):
         shares = [row for row in rows if row["kind"] == "share"]
         assert (shares or name == "nano") and all(row["claimed"] <= row["found"] for row in shares)
         assert (runs / name / "verify.png").stat().st_size > 10_000
-    assert not any("attention logits" in row["what"] for row in rows)  # no content, no such claim
 
 
 def test_a_published_checkpoint(tmp_path, runs, monkeypatch):
@@ -231,6 +237,7 @@ TAMPERED = [  # run, what was done, and a row that has to report it
     ("position", "final_scale everywhere", both("final_scale", 0.5, dict(lipschitz_log10=0.0)),
      "summary.json val_loss"),
     ("mlp", "log in the checkpoint", put("state", "log/0/val_accuracy", 0.99), "checkpoint's log val_accuracy"),
+    ("mlp", "log.jsonl", put("log", "0/val_accuracy", 0.99), "log.jsonl is the checkpoint's log"),
     ("mlp", "config.json", put("config", "steps", 1000), "config.json steps"),
 ]
 
@@ -366,6 +373,100 @@ def test_what_cannot_be_read(kind, runs, tmp_path, monkeypatch, capsys):
     assert not Path("PWNED").exists() and not (out / "verify.json").exists()
 
 
+def zipped(path):
+    """The same checkpoint, compressed."""
+    with zipfile.ZipFile(path) as old:
+        parts = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in parts.items():
+            new.writestr(name, data)
+
+
+def large(path):
+    with open(path, "wb") as file:
+        file.truncate(2**31)  # (no disk space: all zeros)
+
+
+WRONG = ([], {}, [[[1]]], "\ud800\x1b[2J\n", 10**400, -1, 1e308, math.nan, math.inf, True, None, {"a": {"b": []}})
+HOSTILE = {  # what is done to the files of a run
+    **{f"{name} {kind}": lambda out, name=name, content=content: (out / name).write_bytes(content)
+       for name in ("summary.json", "config.json", "log.jsonl")
+       for kind, content in dict(text=b"{", encoding=b"\xff\xfe{}", nested=b"[" * 100_000, nulls=b"{}\n\0\0\0\0").items()},
+    **{f"{name} of 2 GB": lambda out, name=name: large(out / name) for name in ("summary.json", "log.jsonl", "checkpoint.pt")},
+    "checkpoint.pt is a pipe": lambda out: ((out / "checkpoint.pt").unlink(), os.mkfifo(out / "checkpoint.pt")),
+    "checkpoint.pt is a folder": lambda out: ((out / "checkpoint.pt").unlink(), (out / "checkpoint.pt").mkdir()),
+    "checkpoint.pt is compressed": lambda out: zipped(out / "checkpoint.pt"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_files_are_one_line(kind, runs, tmp_path, capsys):
+    out = Files(runs / "mlp", tmp_path / "copy").write()
+    HOSTILE[kind](out)
+    assert verify_lipschitz.main([str(out)], FAST) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "could not be checked" in said and len(said) < 700
+    assert kind.split(" ")[0] in said or "checkpoint" in kind
+
+
+@pytest.mark.parametrize("name", ["mlp", "position"])
+def test_hostile_values_are_broken_or_one_line(name, runs, tmp_path, capsys, monkeypatch, no_picture):
+    """Each part of a checkpoint and each setting, in some wrong way; before the searches, which are left out."""
+    def stop(*arguments):
+        raise UserError("so far, so good")
+
+    monkeypatch.setattr(verify_lipschitz, "verify_mlp", stop)
+    monkeypatch.setattr(verify_lipschitz, "verify_transformer", stop)
+    files, values = Files(runs / name, tmp_path / "copy"), itertools.cycle([*WRONG, torch.ones(1).expand(10**5, 10**5)])
+    files.state["optimizers"] = []  # (not looked at)
+    targets = [files.state, files.settings, files.weights, files.state["log"][-1], files.settings]
+    for i, target in enumerate(targets):
+        for key in list(target):
+            before, target[key] = target[key], next(values) if i < 4 else 10**9  # (no model of that size is built)
+            torch.save(files.state, files.out / "checkpoint.pt")
+            assert verify_lipschitz.main([str(files.out)], FAST) in (1, 2), key
+            said = capsys.readouterr()
+            assert len(said.err.splitlines()) <= 1 and "\x1b" not in said.out + said.err, key
+            target[key] = before
+
+
+def test_weights_that_are_larger_than_their_file(runs, tmp_path, capsys):
+    """A view of one number as 9 million: the model that it fits is not built."""
+    files = Files(runs / "mlp", tmp_path / "copy")
+    files.settings["width"], files.weights["weights.1"] = 3000, torch.ones(1).expand(3000, 3000)
+    torch.save(files.state, files.out / "checkpoint.pt")
+    files.config["width"] = 3000
+    (files.out / "config.json").write_text(json.dumps(files.config))
+    assert verify_lipschitz.main([str(files.out)], FAST) == 2
+    assert "settings are of a larger model than its weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["summary", "config"])
+def test_hostile_summaries_are_broken_or_not_checked(name, runs, tmp_path, capsys, no_picture):
+    """All values wrong at once, each in another way."""
+    files = Files(runs / "position", tmp_path / "copy")
+    target = getattr(files, name)
+    for i, key in enumerate(target):
+        target[key] = WRONG[i % len(WRONG)]
+    target["\x1b[2J \ud800" * 100] = WRONG
+    code, verdict, rows = status(files.write())
+    said = capsys.readouterr()
+    assert (code, verdict) == (1, "BROKEN") and not said.err and "\x1b" not in said.out
+    said.out.encode()  # (no half characters)
+
+
+@pytest.mark.parametrize("kinds", [(), ("bound",), ("share",), ("bound", "share")])
+def test_the_picture_has_what_there_is(kinds, monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+    drawn, table = [], Table(FAST)
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.extend(self.axes))
+    table.claim("summary.json", "steps", 3, 3)
+    for kind in kinds:
+        table.add(kind, "network", kind, 0.5, -math.inf, "held")
+    verify_lipschitz.draw(tmp_path / "a $b^", table)
+    assert len(drawn) == len(kinds) and all(axes.lines for axes in drawn)
+
+
 def test_no_code_that_a_checkpoint_names_is_run(runs, tmp_path, monkeypatch, no_picture):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("open('PWNED', 'w')\ndef f(W, w_max, step_norm=0.0):\n    return W\n")
@@ -374,20 +475,32 @@ def test_no_code_that_a_checkpoint_names_is_run(runs, tmp_path, monkeypatch, no_
     assert status(files.write())[0] == 0 and not Path("PWNED").exists()
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, capsys):
     def command(*arguments):
         return subprocess.run([sys.executable, str(ROOT / "verify_lipschitz.py"), *map(str, arguments)],
                               capture_output=True, text=True, timeout=200, cwd=tmp_path)
 
     nothing = command()
     assert nothing.returncode == 2 and "Traceback" not in nothing.stderr and "runs/checkpoint.pt" in nothing.stderr
-    for arguments, text in ((["--help"], "--budget"), (["--budget", "0"], "--budget 0.0: must be from"),
+    for arguments, text in ((["--help"], "exit status:\n    0  held"), (["--budget", "0"], "--budget 0.0: must be from"),
                             (["--budget", "nan"], "--budget nan: must be from")):
         with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch().context() as patch:
             patch.setattr(sys, "stderr", sys.stdout)
             verify_lipschitz.parse_arguments(arguments)
-        assert stop.value.code == (0 if text == "--budget" else 2)
+        assert stop.value.code == (0 if arguments == ["--help"] else 2) and text in capsys.readouterr().out
     assert verify_lipschitz.parse_arguments(["a", "--budget", "20"]) == (["a"], Config(budget=20.0))
+
+
+def test_own_shares_of_nanogpt_are_given():
+    """Its attention by position, as computed: no token gives itself less, in windows shorter than a sequence."""
+    config = nanogpt_lipschitz.Config.of("tiny", width=16, blocks=1, heads=2, hidden=32, seq_len=64, window=32, vocab=256,
+                                         logit_scale=0.0, attention_scale=1.0)
+    block = nanogpt_lipschitz.Transformer(config).double().blocks[0]
+    block.v.data = block.o.data = torch.eye(16).double()  # so a token's output is the average of tokens, head by head
+    x_TTD = torch.eye(64).double()[:, :, None].expand(64, 64, 16)  # in row t only token t is not 0
+    own_TH = block.attention(x_TTD)[torch.arange(64), torch.arange(64)][:, ::8]
+    share_H = block.own_share_H()
+    assert (share_H <= own_TH * (1 + 1e-9)).all() and torch.allclose(share_H, own_TH[-1])
 
 
 # ---- the search --------------------------------------------------------------------------------------
@@ -402,6 +515,29 @@ def attention_layer(kind, heads, positions="rope", seed=0, **changes):
         W.data = with_spectrum(*W.shape, sigma_limit(W, 1.0) * s.double(), seed=100 * seed + i)
     model.embedding_VD.data = verify_lipschitz.unit(model.embedding_VD.data)
     return model.double()
+
+
+@pytest.mark.parametrize("rho", [0.1, 3.0])
+def test_a_certificate_at_a_radius_is_of_the_larger_ball(rho):
+    """Embeddings of RMS 1 that may move by rho: the product starts at 1 + rho, and attacks in that ball do not exceed it."""
+    model = attention_layer("orthogonal", 2)
+    bound = shakespeare.certificate(model, rho)
+    row, block = bound["rows"][0], model.blocks[0]
+    assert row["radius_log10"] >= math.log10(1 + rho)
+    starts = verify_lipschitz.split_tokens(block, 2, 12, 1 + rho)
+    found = climb(lambda x: torch.lerp(x, block.attention(x), model.mix), starts, 1 + rho, steps=60).max().item()
+    assert found <= 10 ** row["attention_log10"]
+
+
+def test_a_factor_on_the_logits_is_in_all_bounds_and_certifies_nothing():
+    found = []
+    for scale in (1.0, 8.0):
+        model = attention_layer("orthogonal", 2, "bias", logit_scale=0.0, final_scale=scale)
+        bound = shakespeare.certificate(model)
+        tokens_N = torch.randint(8, (400,), generator=torch.Generator().manual_seed(0))
+        shares = [kept_N.sum().item() for kept_N in shakespeare.certified_tokens(model, tokens_N).values()]
+        found.append((bound["product_log10"] - math.log10(scale), bound["ellipsoid_log10"] - math.log10(scale), shares))
+    assert found[0][:2] == pytest.approx(found[1][:2], abs=1e-8) and found[0][2] == found[1][2] and found[0][2][0] > 0
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -450,6 +586,14 @@ def test_attack_on_predictions_of_a_linear_map():
         kept_N = verify_lipschitz.withstands(lambda x: x @ W_KD.T, x_ND, torch.zeros(3, dtype=torch.int64),
                                              radius / 2, steps=20)  # (RMS of 4 coordinates)
         assert kept_N.tolist() == stands
+
+
+def test_a_prediction_that_falls_is_not_made_up_for_by_another():
+    """Of two predictions the wrong one was certified: as many are certified as stand."""
+    table, W_KD = Table(FAST), torch.tensor([[1.0, 0], [0, 0]]).double()
+    table.attack_predictions("images", "", {1.0: torch.tensor([True, False])}, lambda x: x @ W_KD.T,
+                             torch.tensor([[0.1, 0], [5, 0]]).double(), torch.zeros(2, dtype=torch.int64), 1, 2000)
+    assert (table.rows[0]["claimed"], table.rows[0]["found"], table.verdict()) == (0.5, 0.5, "BROKEN")
 
 
 def test_ranges_of_an_evaluation():
