@@ -176,11 +176,12 @@ def parse_arguments(argv=None):
     presets = "".join(f"\n  {name:12} " + " ".join(f"{k}={v}" for k, v in settings.items())
                       for name, settings in PRESETS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="presets:" + presets, allow_abbrev=False,
+        description=__doc__.split("RESULT")[0], epilog="presets:" + presets, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
+        text = f"{f.metadata['help']} [{getattr(Config.of(), f.name)}]"
+        parser.add_argument(f"--{f.name}", help=text, **kind)
     return Config.of(**vars(parser.parse_args(argv)))
 
 
@@ -486,7 +487,11 @@ def load_text(data):
     if data != "auto" or local.is_file():
         path = data if data != "auto" else str(local)
         with reading(f"--data {path}", "text in UTF-8; to convert one: iconv -f ENCODING -t UTF-8"):
-            return read_text(path), path
+            with open(path, encoding="utf-8-sig") as file:  # (which drops a byte-order mark)
+                text = file.read(LONGEST + 1)  # (a file may have no end)
+            if len(text) > LONGEST or "\0" in text:
+                raise ValueError(f"it has more than {LONGEST} characters, or NUL, as UTF-16 has")
+            return text, path
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache = Path(home, "tinyshakespeare/input.txt")
@@ -503,15 +508,6 @@ def load_text(data):
         print(f"!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source code of "
               "Python's library. Its loss compares with nothing.", flush=True)
         return stand_in(), "stand-in"
-
-
-def read_text(path):
-    """A file in UTF-8, with or without a byte-order mark; lines end in a newline alone."""
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(LONGEST + 1)
-    if len(text) > LONGEST or "\0" in text:  # (files may have no end)
-        raise ValueError(f"it has more than {LONGEST} characters, or NUL, as UTF-16 has")
-    return text
 
 
 def stand_in(characters=1_115_394):
