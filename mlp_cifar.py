@@ -112,7 +112,7 @@ class Config:
         except ValueError as problem:
             raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {problem}") from problem
         if len(limits) != self.depth or not all(0 < w < math.inf for w in limits):
-            raise UserError(f"--w_max {self.w_max}: must be above 0, or {self.depth} with commas")
+            raise UserError(f"--w_max {self.w_max}: must be a number above 0, or {self.depth} with commas")
         return limits
 
 
@@ -259,7 +259,7 @@ def load_data(config):
     except UserError as problem:
         if config.data != "auto":
             raise
-        print(f"{'!' * 98}\n!!  CIFAR-10 is not here: {problem}\n!!  TRAINING ON A STAND-IN: "
+        print(f"{'!' * 98}\n!!  CIFAR-10 is not here (see DATA_DIR): {problem}\n!!  TRAINING ON A STAND-IN: "
               f"drawings made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
         sets, name = stand_in(), "stand-in"
     h, N = config.holdout, len(sets[0][1])
@@ -596,5 +596,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; what it saved goes on with --out RUN_FOLDER", file=sys.stderr)
         sys.exit(130)

@@ -796,7 +796,7 @@ def main(config):
             print(f"The run in {config.out} is finished; start another with another --out.")
         return summary
     if config.batch % (world_size * config.micro_batch):
-        raise UserError(f"--batch {config.batch}: must be a multiple of processes x --micro_batch")
+        raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} x --micro_batch")
     dtype = getattr(torch, config.dtype, None) or fast_dtype(device)
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if not flex and config.seq_len > 8192:
@@ -988,7 +988,7 @@ if __name__ == "__main__":
             dist.destroy_process_group()
     except KeyboardInterrupt:
         status = 130
-        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; what it saved goes on with --out RUN_FOLDER", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):

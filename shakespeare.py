@@ -148,7 +148,7 @@ class Config:
         try:
             find_constraint(self.constraint)
         except ValueError as problem:
-            need("constraint", False, str(problem).removeprefix("must be "))
+            raise UserError(f"--constraint {self.constraint}: {problem}") from problem
         try:
             numbers = [float(w) for w in self.w_max.split(",")]
         except ValueError:  # (a word)
@@ -505,8 +505,8 @@ def load_text(data):
                 write(cache, text)
         return text.decode(), "tinyshakespeare"
     except Exception as problem:  # (a network fails in dozens of ways)
-        print(f"!!  Shakespeare is not here: {problem}\n!!  TRAINING ON A STAND-IN: source code of "
-              "Python's library. Its loss compares with nothing.", flush=True)
+        print(f"!!  Shakespeare is not here (see DATA_DIR): {problem}\n!!  TRAINING ON A STAND-IN: source "
+              "code of Python's library. Its loss compares with nothing.", flush=True)
         return stand_in(), "stand-in"
 
 
@@ -814,7 +814,7 @@ def progress(record, steps):
 
 def report(config, model, out, log, data_name, validation_N, dtype):
     """summary.json, tables, picture and a sample of a finished run. Returns the summary."""
-    print("Now the tuned certificate and the tokens it certifies: up to a minute ...", flush=True)
+    print("Now the tuned certificate and the tokens it certifies: a minute or more ...", flush=True)
     free, last = tuned(model), log[-1]
     bound, stands = certificate(model, free=free), certified_tokens(model, validation_N, free)
     certified = {f"{rho:g}": right_N.double().mean().item() for rho, right_N in stands.items()}
@@ -899,5 +899,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; with --out RUN_FOLDER it goes on", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; what it saved goes on with --out RUN_FOLDER", file=sys.stderr)
         sys.exit(130)

@@ -1261,7 +1261,7 @@ def test_by_command_control_c_says_how_to_go_on(tmp_path, monkeypatch, small_sta
     (tmp_path / "text").write_text(small_stand_in)
     monkeypatch.chdir(tmp_path)
     status, _, err = command("--preset", "paper", "--data", "text", *SHORT, "--blocks", 1, "--constraint", "mine.py:mine")
-    assert status == 130 and "--out RUN_FOLDER" in err and err.count("\n") == 2
+    assert status == 130 and "goes on with --out RUN_FOLDER" in err and err.count("\n") == 2
     assert [p.name for p in Path("runs").iterdir()] == ["shakespeare_paper_seed0"]
 
 
