@@ -6,8 +6,7 @@ RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in / fan_out), 
 
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
-has size lr. If W was below its limit before, it is below limit + lr after, and constraints.py knows how much
-there is to take back. Used as Muon(matrices, lr=0.1, constraint=soft_cap, w_max=6.0).
+has size lr. From within its limit W gets at most lr beyond it, and constraints.py takes that back.
 
 Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon), its reading as steepest descent in
 a norm Bernstein and Newhouse (2024), minimax polynomials for msign Amsel et al. (2025, "Polar Express").
@@ -17,6 +16,7 @@ import contextlib
 import math
 
 import torch
+
 # ==== msign: the orthogonal factor of a matrix, by matrix products alone ===========================
 # For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. An odd polynomial
 # a x + b x^3 + c x^5 acts on singular values as (a I + b A + c A^2) G with A = G G^T, so a few of them,
