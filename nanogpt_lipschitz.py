@@ -111,7 +111,7 @@ class Config:
     momentum_warmup: int = flag(300, "steps of that rise", 0)
     # run
     seed: int = flag(0, "of initialisation, order of the data, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of forward and backward; float64: weights too; auto: what is fast",
+    dtype: str = flag("auto", "float32, bfloat16, float64 (weights too); auto: what is fast",
                       choices=("auto", "float32", "bfloat16", "float64"))
     device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
     evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)

@@ -83,14 +83,14 @@ class Config:
     hidden: int = flag(1024, "neurons of an MLP", 1, 2**16)
     seq_len: int = flag(256, "characters in a window", 1, 2**14)
     activation: str = flag("gelu", "gelu / 1.1289, or maxmin on pairs", choices=("gelu", "maxmin"))
-    positions: str = flag("rope", "rope, or a learned bias by distance", choices=("rope", "bias"))
+    positions: str = flag("rope", "rope, or bias: learned, by distance", choices=("rope", "bias"))
     logit_scale: float = flag(1.0, "on the attention logits q.k / (D / H); 0: no content", 0)
     attention_scale: float = flag(1 / 3, "factor on the output of attention; 0: 1 / sqrt(H)", 0)
     residual_scale: float = flag(1.0, "2 * blocks * a in x <- (1 - a) x + a block(x)", 0)
     final_scale: float = flag(1.0, "fixed factor on the logits, counted in bounds", 0)
     w_max: str = flag("6", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
     # training
-    optimizer: str = flag("muon", "of the weight matrices", choices=("muon", "adamw"))
+    optimizer: str = flag("muon", "muon or adamw, of the matrices", choices=("muon", "adamw"))
     constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
                            "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
@@ -102,7 +102,8 @@ class Config:
     momentum: float = flag(0.95, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "of activations", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "float32 or bfloat16, of activations; auto: what is fast",
+                      choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
     evals: int = flag(4, "evaluations on all validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
