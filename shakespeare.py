@@ -129,7 +129,7 @@ class Config:
         return config
 
     def limits(self):
-        """{role of a matrix: its w_max}. UserError if a setting is of no use."""
+        """{role of a matrix: its w_max}. UserError if a setting is out of its range."""
         def need(name, right, requirement):
             if not right:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
@@ -350,7 +350,8 @@ class Transformer(torch.nn.Module):
 #      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
 #  11. The weights of parts and neurons are free: `tuned` descends from zeros, the untuned start.
 #  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when all embeddings move by RMS
-#      <= rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D) product.
+#      <= rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D)
+#      times the product.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
