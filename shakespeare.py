@@ -1,10 +1,9 @@
 """Tutorial 2: a transformer on Shakespeare without norm layers, and a Lipschitz bound that is true.
 
-WHAT IT SHOWS. With every weight matrix held within a limit, a transformer needs no layer norm, QK
-norm or softcapping, and has a Lipschitz constant: how much its logits can move, at most, when the
-embeddings of its tokens move. (The Shakespeare experiments of arXiv 2507.13338.) The bound on
-attention in the paper's code misses that each head may look at a different token. The bounds
-derived here count heads and follow directions, and the tests attack them.
+With every weight matrix held within a limit, a transformer needs no layer norm, QK norm or
+softcapping, and has a Lipschitz constant: how much its logits can move, at most, when the
+embeddings of its tokens move. The bound on attention in the paper's code misses that each head may
+look at a different token. The bounds derived here count heads, and the tests attack them.
 
 COMMANDS
     python shakespeare.py                          # minutes on a laptop; ends with a sample
@@ -13,24 +12,18 @@ COMMANDS
     python shakespeare.py --load FILE.npz          # one of the authors' published models
     python shakespeare.py --data FILE              # any text in UTF-8
     python shakespeare.py --out DIR                # DIR holds a stopped run: it goes on
-
-RESULT (tinyshakespeare, whole validation text; two cores of an AMD EPYC with bfloat16; torch 2.13)
-    laptop, the default: 55.8 % of the characters right, loss 1.475, at a true bound of 438 (one
-    seed, 4 minutes). plain100: 53.5 %, 1.552, at 27.1, with 49.5, 42.6 and 22.7 % certified at rho
-    0.001, 0.003 and 0.01 (seed 1). lipschitz2: 56.3 % at a loss temperature of 800.
-
-ANCESTRY. The experiment is the authors' (github Arongil/lipschitz-transformers, in JAX), the text
-that of karpathy/char-rnn; none of their code is used. MaxMin is GroupSort (Anil et al. 2019).
+RESULT (tinyshakespeare, whole validation text; seed 0; 4 minutes on two cores with bfloat16)
+    55.8 % of the characters right, loss 1.475, at a bound of 438. More presets: results/README.md.
+ANCESTRY. Experiments of arXiv 2507.13338 (github Arongil/lipschitz-transformers, in JAX; its code
+is not used), text of karpathy/char-rnn. MaxMin is GroupSort (Anil et al. 2019).
 """
 
 import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -47,9 +40,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from constraints import (after_unknown_step, cap_rows, ellipsoid_blocks, ellipsoid_norm,
-                         ellipsoid_pairs, exact_norm, find_constraint, log10, mlp_slopes, power,
-                         sigma, sigma_per_norm, tune)
+from constraints import (CONSTRAINTS, after_unknown_step, cap_rows, ellipsoid_blocks,
+                         ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10,
+                         mlp_slopes, power, sigma, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
@@ -91,8 +84,7 @@ class Config:
     w_max: str = flag("6", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
     # training
     optimizer: str = flag("muon", "muon or adamw, of the matrices", choices=("muon", "adamw"))
-    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
-                           "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
+    constraint: str = flag("soft_cap", f"{', '.join(CONSTRAINTS)}, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(600, "training steps", 0, 10**9)
     batch: int = flag(32, "windows a step", 1, 2**20)
@@ -102,8 +94,7 @@ class Config:
     momentum: float = flag(0.95, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "float32 or bfloat16, of activations; auto: what is fast",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "or float32, bfloat16", choices=("auto", "float32", "bfloat16"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
     evals: int = flag(4, "evaluations on all validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
@@ -136,24 +127,22 @@ class Config:
 
         for f in dataclasses.fields(self):
             value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
-            right = isinstance(value, (int, float) if f.type is float else f.type)
-            need(f.name, right and (value is not True or f.type is bool), f"of type {f.type.__name__}")
+            kind = (int, float) if f.type is float else f.type
+            right = isinstance(value, kind) and isinstance(value, bool) == (f.type is bool)
+            need(f.name, right, f"of type {f.type.__name__}")
             need(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
             need(f.name, low is None or low <= value <= high, f"a number from {low} to {high}")
-        rope, E = self.positions == "rope", self.width / self.heads
-        need("heads", E % 1 == 0, f"a divisor of the width, {self.width}")
-        need("heads", not rope or E % 2 == 0, "such that width / heads is even, for rope")
-        need("logit_scale", not rope or self.logit_scale > 0, "above 0 for rope, which turns q and k")
+        rope = self.positions == "rope"
+        fit = self.width % (2 * self.heads if rope else self.heads) == 0
+        need("heads", fit, f"a divisor of the width, {self.width}; for rope width / heads even")
+        need("logit_scale", not rope or self.logit_scale > 0, "above 0 for rope: it turns q and k")
         need("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks")
         need("hidden", self.activation == "gelu" or self.hidden % 2 == 0, "even for maxmin")
         try:
             find_constraint(self.constraint)
-        except ValueError as problem:
-            raise UserError(f"--constraint {self.constraint}: {problem}") from problem
-        try:
             numbers = [float(w) for w in self.w_max.split(",")]
-        except ValueError:  # (a word)
-            numbers = []
+        except ValueError as wrong:
+            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {wrong}") from wrong
         right = len(numbers) in (1, 7) and all(1e-30 <= w <= 1e30 for w in numbers)
         need("w_max", right, "a finite number above 0, or 7 of them, with commas")
         return dict(zip(ROLES, numbers * 7))
@@ -174,11 +163,10 @@ PRESETS = {
 
 def parse_arguments(argv=None):
     """The command line as a Config: defaults, then the preset, then the flags given."""
-    presets = "".join(f"\n  {name:12} " + " ".join(f"{k}={v}" for k, v in settings.items())
-                      for name, settings in PRESETS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="presets:" + presets, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        description=__doc__.split("RESULT")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"preset {name}: {settings}" for name, settings in PRESETS.items()),
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         text = f"{f.metadata['help']} [{getattr(Config.of(), f.name)}]"
@@ -199,9 +187,8 @@ def maxmin(z):
 
 
 def rotate(x_BHTE):
-    """The paper's RoPE: a pair (i, i + E/2) is reflected at an angle of position / 10000^(2i / E), which
-    of q and k together leaves a turn by the difference of positions.
-    """
+    """The paper's RoPE: reflects a pair (i, i + E/2) at an angle of position / 10000^(2i / E)."""
+    # (Of q and k together that leaves a turn by the difference of positions.)
     T, E = x_BHTE.shape[-2:]
     rate_E = 10000 ** (torch.arange(E // 2, dtype=torch.float64) / (E // 2))
     angle_TE = torch.arange(T, dtype=torch.float64)[:, None] / rate_E
@@ -285,12 +272,12 @@ class Transformer(torch.nn.Module):
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
         self.mix = config.residual_scale / (2 * config.blocks)
+        limits, stiefel = config.limits(), config.constraint == "stiefel"
         generator = torch.Generator().manual_seed(config.seed)
         embedding_VD = torch.randn(len(vocabulary), config.width, generator=generator)
         self.embedding_VD = torch.nn.Parameter(cap_rows(embedding_VD))
         self.blocks = torch.nn.Sequential(*(Block(config, i) for i in range(config.blocks)))
         self.head_VD = torch.nn.Parameter(torch.zeros(len(vocabulary), config.width))
-        limits, stiefel = config.limits(), config.constraint == "stiefel"
         for role, W in self.matrices():
             # All singular values equal: norm 1 if that is within the limit; on it for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
@@ -313,18 +300,18 @@ class Transformer(torch.nn.Module):
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
 # A sequence is measured by its largest token, max_t rms(x_t): bounds do not depend on its length.
-# Attention has no bound on all of space, as larger tokens move its pattern more. So the embeddings
-# are in the ball rms(x_t) <= R, which is convex: a bound on derivatives is one on differences.
-# sigma(.) is the largest singular value and C_h = o_h v_h. Attention is
-# out_t = beta sum_h C_h sum_j P^h_tj x_j, P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
+# Attention has no bound on all of space, as larger tokens move its pattern more. So embeddings are
+# in the ball rms(x_t) <= R, which is convex: a bound on derivatives is one on differences. sigma(.)
+# is the largest singular value, C_h = o_h v_h. Attention is out_t = beta sum_h C_h sum_j P^h_tj x_j,
+# P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
 #
 # THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
 #      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
 #      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
 #   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
-#   3. sum_h o_h (v_h a_h) is o applied to the heads side by side: at most value long, with
-#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
+#   3. o is applied to the v_h a_h of the heads side by side: beta sum_h C_h a_h is at most value
+#      long, with value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
 #      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <=
 #      sigma(Q) and |Q x_t| <= sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with
@@ -334,9 +321,8 @@ class Transformer(torch.nn.Module):
 #   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
 #   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes
 #      are in [1 - g, g] and |gelu(z)| <= |z|: derivative n g / 1.1289, output n R / 1.1289.
-#   7. Residual: the constant is multiplied by (1 - a) + a derivative, R by (1 - a) + a gain, gain
-#      the bound on output / R of step 5 or 6. R starts as the largest RMS of an embedding + rho;
-#      the head's norm comes last.
+#   7. Residual: R starts as the largest RMS of an embedding + rho, and is multiplied by (1 - a) +
+#      a output / R of step 5 or 6; the constant by (1 - a) + a derivative, last by the head's norm.
 #
 # THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
 # token moves in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), at first S = D I: RMS at most 1.
@@ -347,11 +333,10 @@ class Transformer(torch.nn.Module):
 #   9. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (mlp_slopes, ellipsoid_layer). GeLU has
 #      slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2.
 #  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
-#      f_y - f_j by at most sqrt((u_y - u_j) S (u_y - u_j)^T).
+#      f_y - f_j by at most L_yj = sqrt((u_y - u_j) S (u_y - u_j)^T).
 #  11. The weights of parts and neurons are free: `tuned` descends from zeros, the untuned start.
 #  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when all embeddings move by RMS
-#      <= rho: both ends are in the ball. L_yj is that of 10, or |u_y - u_j| sqrt(D)
-#      times the product.
+#      <= rho: both ends are in the ball. Or L_yj is |u_y - u_j| sqrt(D) times the product.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
@@ -439,11 +424,8 @@ def copied(model):
 
 @torch.no_grad()
 def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
-    """{rho: bool of each position}: right, however far up to rho (RMS) each embedding is moved.
-
-    Step 12, with the smaller one of product and ellipsoid, tuned for pairs from `free` on.
-    """
-    model, reach, stands = copied(model), {}, {rho: [] for rho in rhos}
+    """{rho: bool of each position}: right however far, up to rho (RMS), each embedding moves."""
+    model, reach, stands = copied(model), {}, {rho: [] for rho in rhos}  # (step 12)
     U, D = model.config.final_scale * model.head_VD, model.config.width
     free = tuned(model, 20 if len(U) <= 1024 else 0, free, pairs=True)  # (minutes for 4096)
     apart_VV = ellipsoid_pairs(torch.eye(D).double(), math.log(D), U) / LN10  # |u_y - u_j| sqrt(D)
@@ -472,9 +454,8 @@ def load_data(config):
     text, name = load_text(config.data)
     vocabulary, needed = "".join(sorted(set(text))), 20 * (config.seq_len + 1)
     if len(text) < needed or not 2 <= len(vocabulary) <= VARIED:
-        raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; needed "
-                        f"are {needed} for windows of {config.seq_len} (--seq_len), and 2 to {VARIED} "
-                        "different; give another text")
+        raise UserError(f"--data {name}: has {len(text)} characters, {len(vocabulary)} different; give "
+                        f"{needed} or more (or a smaller --seq_len), 2 to {VARIED} different")
     tokens_N, n = encode(text, vocabulary), int(0.9 * len(text))
     if config.holdout:
         tokens_N, n, name = tokens_N[:n], int(0.9 * n), name + ", evaluated on training text held out"
@@ -486,14 +467,15 @@ def load_text(data):
     local = Path(os.environ.get("DATA_DIR", "nowhere"), "tinyshakespeare/input.txt")
     if data == "stand-in":
         return stand_in(), data
-    if data != "auto" or local.is_file():
-        path = data if data != "auto" else str(local)
-        with reading(f"--data {path}", "text in UTF-8; to convert one: iconv -f ENCODING -t UTF-8"):
-            with open(path, encoding="utf-8-sig") as file:  # (which drops a byte-order mark)
+    if data == "auto" and local.is_file():
+        data = str(local)
+    if data != "auto":
+        with reading(f"--data {data}", "text in UTF-8; to convert one: iconv -f ENCODING -t UTF-8"):
+            with open(data, encoding="utf-8-sig") as file:  # (which drops a byte-order mark)
                 text = file.read(LONGEST + 1)  # (a file may have no end)
             if len(text) > LONGEST or "\0" in text:
                 raise ValueError(f"it has more than {LONGEST} characters, or NUL, as UTF-16 has")
-            return text, path
+            return text, data
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         cache = Path(home, "tinyshakespeare/input.txt")
@@ -522,11 +504,9 @@ def stand_in(characters=1_115_394):
 def encode(text, vocabulary):
     """The characters' numbers, int64 (N,)."""
     number = {character: i for i, character in enumerate(vocabulary)}
-    try:
-        return torch.tensor([number[character] for character in text], dtype=torch.int64)
-    except KeyError as strange:
-        raise UserError(f"--prompt: the model does not know {strange}, only "
-                        f"{vocabulary[:100]!r}") from strange
+    if strange := set(text) - number.keys():
+        raise UserError(f"--prompt: the model does not know {strange}, only {vocabulary[:100]!r}")
+    return torch.tensor([number[character] for character in text], dtype=torch.int64)
 
 
 def batch_of(tokens_N, step, config):
@@ -551,24 +531,23 @@ def windows(tokens_N, T, batch=None):
 def go_on(config):
     """(config, model, checkpoint) of what is stored, if anything. Other settings are an error."""
     source, given = config.load or config.sample, getattr(config, "given", dataclasses.asdict(config))
-    free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
     if not source and not (config.out and Path(config.out, "checkpoint.pt").exists()):
         return config, None, None
-    published = config.load or source.endswith(".npz")
-    own, model, *rest = load_published(source) if published else load_checkpoint(source or config.out)
-    state = None if source else rest[0]
+    load = load_published if config.load or source.endswith(".npz") else load_checkpoint
+    own, model, *rest = load(source or config.out)
+    free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
     if source:
-        own.steps, free = 0, free | {"load", "sample", "holdout", "seed", "dtype"}
+        rest, free = [None], free | {"load", "sample", "holdout", "seed", "dtype"}
     for name, value in given.items():
         if name not in free and value != getattr(own, name):
             raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave "
                             "the flag out, or start a new run with another --out")
         setattr(own, name, value)
-    if not source and ":" in own.constraint and "constraint" not in given:  # (no code runs unasked)
+    if not source and ":" in str(own.constraint) and "constraint" not in given:  # (no code runs unasked)
         raise UserError(f"--out {config.out}: was trained with code of yours; say that you trust it: "
                         f"--constraint {own.constraint}")
     own.out, own.device = config.out, config.device
-    return own, model, state
+    return own, model, rest[0]
 
 
 def new_folder(config):
@@ -576,7 +555,7 @@ def new_folder(config):
     if config.out:
         Path(config.out).mkdir(parents=True, exist_ok=True)
         return Path(config.out)
-    for number in itertools.count(1):
+    for number in range(1, 10**9):
         name = f"{SCRIPT}_{config.preset}_seed{config.seed}" + (f"_{number}" if number > 1 else "")
         with contextlib.suppress(FileExistsError):  # (so two runs never share one)
             Path("runs", name).mkdir(parents=True)
@@ -597,46 +576,31 @@ def load_checkpoint(folder):
     """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
     path = Path(folder, "checkpoint.pt") if Path(folder).is_dir() else Path(folder)
     with reading(path, f"checkpoint of {SCRIPT}.py, nothing in it was run"):
-        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()) > size:
+            if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed, as no checkpoint is")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
-        kinds = dict(vocabulary=str, data=str, tokens=int, step=int, seconds=float, log=list, optimizers=list)
-        wrong = [name for name, kind in kinds.items() if not isinstance(state[name], kind)]
         config = Config(**state["config"])
-        model = built(config, state["vocabulary"], state["model"], size)
-        if wrong or not 0 <= state["step"] <= config.steps:
-            raise ValueError(f"its {', '.join(wrong) or 'step'} cannot be that of a run")
+        model = built(config, "".join(state["vocabulary"]), state["model"])
+        state["tokens"] = int(state["tokens"])
         for record in state["log"]:
             json.dumps(record), progress(record, config.steps)  # (raise, if it is no line of a log)
             record["norms"] = {role: float(norm) for role, norm in record["norms"].items()}
         return config, model, state
 
 
-def built(config, vocabulary, weights, size):
-    """The model of settings and weights of a file of `size` bytes. ValueError if they do not fit."""
-    if ":" in config.constraint:  # (code of the user's, which is not run)
-        config = dataclasses.replace(config, constraint="none")
-    config.limits()
-    numbers = 2 * config.width * (len(vocabulary) + config.blocks * (config.width + config.hidden))
-    numbers += config.blocks * config.heads * config.seq_len if config.positions == "bias" else 0
-    if 4 * numbers > size:  # (settings may say anything: no memory before they agree with the file)
-        raise ValueError("it holds fewer numbers than its settings say")
+def built(config, vocabulary, weights):
+    """The model of the settings and weights of a file. ValueError if they do not fit."""
+    config = dataclasses.replace(config, constraint="none")  # (its own may be code: it is not run)
+    with torch.device("meta"):  # (takes no memory: settings may say anything)
+        shapes = {name: W.shape for name, W in Transformer(config, vocabulary).state_dict().items()}
+    if shapes != {name: W.shape for name, W in weights.items() if W.is_contiguous()}:
+        raise ValueError("it holds fewer numbers, or others, than its settings say")
     model = Transformer(config, vocabulary)
     model.load_state_dict(weights)
     return model
-
-
-def restore(optimizer, states, step):
-    """Momenta of a checkpoint, {number of the weight: {name: tensor}}, after `step` steps."""
-    names = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
-    for i, W in enumerate(W for group in optimizer.param_groups for W in group["params"]):
-        optimizer.state[W] = {name: torch.zeros_like(W).copy_(states[i][name]) for name in names}
-        if "exp_avg" in names:
-            optimizer.state[W]["step"] = torch.tensor(float(step))
 
 
 class NumpyOnly(pickle._Unpickler):  # (that in C takes gigabytes if a few bytes ask for them)
@@ -658,14 +622,13 @@ def load_published(path):
             if info.file_size > 2**26 or info.compress_type not in (0, zipfile.ZIP_DEFLATED):
                 raise ValueError("more than 64 MB when unpacked, or packed in an unusual way")
             with archive.open(info) as array:
-                np.lib.format.read_magic(array)
-                np.lib.format.read_array_header_1_0(array)
+                array.readline()  # (the header, which the pickle follows)
                 stored.append(NumpyOnly(array).load().item())
         args, weights = stored
         weights = [weights[i] for i in range(len(weights))]
         weights = [torch.from_numpy(W[0] if isinstance(W, list) else W) for W in weights]
         config = Config(
-            preset="published", width=int(args["d_embed"]), blocks=int(args["num_blocks"]),
+            preset="published", steps=0, width=int(args["d_embed"]), blocks=int(args["num_blocks"]),
             heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
             logit_scale=float(args["softmax_scale"]), final_scale=float(args.get("final_scale", 1)),
             residual_scale=float(args["residual_scale"]))
@@ -673,7 +636,7 @@ def load_published(path):
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
         weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
         weights["embedding_VD"] = weights["embedding_VD"].T
-        return config, built(config, VOCABULARY, weights, 2**26)
+        return config, built(config, VOCABULARY, {name: W.contiguous() for name, W in weights.items()})
 
 
 def write(path, data):
@@ -705,8 +668,8 @@ def main(config):
         return sample(model.to(device), config, dtype)
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if (model and model.vocabulary != vocabulary) or (state and state["tokens"] != len(train_N)):
-        raise UserError(f"--data {data_name}: has {len(train_N)} characters to train, {len(vocabulary)} "
-                        f"different; {config.load or config.out} was trained on others; give that text")
+        raise UserError(f"--data {data_name}: {config.load or config.out} was trained on another text; "
+                        "give that one")
     encode(config.prompt, vocabulary)  # (a wrong prompt is reported before training)
 
     # ---- build
@@ -722,22 +685,27 @@ def main(config):
         optimizer = torch.optim.AdamW([W for _, W in model.matrices()], betas=(config.momentum, 0.95),
                                       weight_decay=0.0)
     lr = config.lr or (0.1 if config.optimizer == "muon" else 0.003)
-    adam = functools.partial(torch.optim.Adam, betas=(0.9, 0.95))
-    optimizers = [(optimizer, lr), (adam([model.embedding_VD]), config.embed_lr)]
+    adam = torch.optim.Adam([model.embedding_VD], betas=(0.9, 0.95))
+    optimizers = [(optimizer, lr), (adam, config.embed_lr)]
     if config.positions == "bias":
-        optimizers.append((adam([block.bias_HT for block in model.blocks]), config.bias_lr))
+        adam = torch.optim.Adam([block.bias_HT for block in model.blocks], betas=(0.9, 0.95))
+        optimizers.append((adam, config.bias_lr))
     start, seconds, log = 0, 0.0, []
     if state:
-        start, seconds, log = state["step"], state["seconds"], state["log"]
-        with reading(config.out, "run whose optimizers can go on"):
+        with reading(config.out, "run that can go on"):
+            start, seconds, log = int(state["step"]), float(state["seconds"]), list(state["log"])
             for (optimizer, _), saved in zip(optimizers, state["optimizers"], strict=True):
-                restore(optimizer, saved["state"], start)
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict(dict(saved, param_groups=groups))
+                for W, values in optimizer.state.items():
+                    fit = dict(momentum=W.shape), dict(step=(), exp_avg=W.shape, exp_avg_sq=W.shape)
+                    if {name: value.shape for name, value in values.items()} not in fit:
+                        raise ValueError("its momenta are of other weights")
     with reading(config.out or "runs", "folder that can be made or written in; see --out"):
         out = new_folder(config)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
-          f"({len(train_N):,} characters to train, {len(validation_N):,} to validate, "
-          f"{len(vocabulary)} different), run folder {out}, from step {start}", flush=True)
+          f"({len(train_N):,} characters to train), run folder {out}, from step {start}", flush=True)
 
     # ---- train
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
@@ -775,8 +743,7 @@ def main(config):
                 optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
             write(out / "checkpoint.pt", buffer.getvalue())
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            tqdm.write(progress(log[-1], config.steps), file=sys.stdout)
-            sys.stdout.flush()
+            tqdm.write(progress(log[-1], config.steps))
             losses, began = [], time.perf_counter()
     log = log or [measure(model, validation_N, 0, None, 0.0)]  # (of --load)
     return report(config, model, out, log, data_name, validation_N, dtype)
@@ -838,15 +805,12 @@ def report(config, model, out, log, data_name, validation_N, dtype):
           "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print("  certificate (max-token RMS)\n"
-          "    block   radius R      value  pattern R^2        MLP  |  stream, by the ellipsoid")
-    for i, row in enumerate(bound["rows"]):
-        R, pattern = row["radius_log10"], log10(row["pattern"]) + 2 * row["radius_log10"]
-        cells = R, log10(row["value"]), pattern, log10(row["mlp"]), row["stream_log10"]
-        print("    {:5} {:>10} {:>10} {:>12} {:>10}  | {:>10}".format(i + 1, *map(power, cells)))
+    print("  block: radius R, constant of attention, norms of the MLP, stream by the ellipsoid")
+    for i, row in enumerate(bound["rows"], 1):
+        cells = row["radius_log10"], row["attention_log10"], log10(row["mlp"]), row["stream_log10"]
+        print(f"    {i:5}", *(f"{power(cell):>12}" for cell in cells))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
-          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n\n"
-          f"A sample at temperature {config.temperature:g}:\n{'-' * 80}")
+          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n{'-' * 80}")
     sample(model, config, dtype)
     print(f"{'-' * 80}\nPicture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample "
           f"{config.load or out}\nAttack its claims: python verify_lipschitz.py {out}")
@@ -883,23 +847,22 @@ def sample(model, config, dtype):
         logits_V = model(window_BT, dtype)[0, -1].cpu().double() * model.config.loss_temperature
         if not logits_V.isfinite().all():
             raise UserError("the logits of this model are not finite: it cannot be sampled")
-        if config.top_k:
-            least = logits_V.topk(min(config.top_k, len(logits_V))).values[-1]
-            logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
-        below_V = logits_V - logits_V.max()
-        p_V = (below_V / config.temperature).softmax(0) if config.temperature else (below_V == 0).double()
+        k = 1 if config.temperature == 0 else config.top_k or len(logits_V)
+        best = logits_V.topk(min(k, len(logits_V))).values
+        below_V = (logits_V - best[0]).masked_fill(logits_V < best[-1], -math.inf)
+        p_V = (below_V / (config.temperature or 1)).softmax(0)
         tokens.append(torch.multinomial(p_V, 1, generator=generator).item())
         print(vocabulary[tokens[-1]], end="", flush=True)
     print()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # (a terminal may lack characters of the text)
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # (a terminal may lack characters)
     try:
         main(parse_arguments())
     except (UserError, OSError) as problem:
         print(f"{SCRIPT}.py: {problem}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; what it saved goes on with --out RUN_FOLDER", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; it goes on with --out and the run folder above", file=sys.stderr)
         sys.exit(130)

@@ -1260,8 +1260,9 @@ def test_by_command_control_c_says_how_to_go_on(tmp_path, monkeypatch, small_sta
     (tmp_path / "mine.py").write_text("def mine(W, w_max, step_norm=0.0):\n    if len(W) == 4:\n        return W\n    raise KeyboardInterrupt\n")
     (tmp_path / "text").write_text(small_stand_in)
     monkeypatch.chdir(tmp_path)
-    status, _, err = command("--preset", "paper", "--data", "text", *SHORT, "--blocks", 1, "--constraint", "mine.py:mine")
-    assert status == 130 and "goes on with --out RUN_FOLDER" in err and err.count("\n") == 2
+    status, out, err = command("--preset", "paper", "--data", "text", *SHORT, "--blocks", 1, "--constraint", "mine.py:mine")
+    assert status == 130 and "goes on with --out and the run folder above" in err and err.count("\n") == 2
+    assert "run folder runs/shakespeare_paper_seed0" in out
     assert [p.name for p in Path("runs").iterdir()] == ["shakespeare_paper_seed0"]
 
 
