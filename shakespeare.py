@@ -6,14 +6,14 @@ embeddings of its tokens move. The bound on attention in the paper's code misses
 look at a different token. The bounds derived here count heads, and the tests attack them.
 
 COMMANDS
-    python shakespeare.py                          # minutes on a laptop; ends with a sample
-    python shakespeare.py --preset lipschitz2      # a constant below 2, embeddings to logits
-    python shakespeare.py --sample runs/NAME --prompt "ROMEO:" --temperature 0.8
-    python shakespeare.py --load FILE.npz          # one of the authors' published models
-    python shakespeare.py --data FILE              # any text in UTF-8
-    python shakespeare.py --out DIR                # DIR holds a stopped run: it goes on
+    python shakespeare.py                      # minutes on a laptop; ends with a sample
+    python shakespeare.py --preset lipschitz2  # a constant below 2, embeddings to logits
+    python shakespeare.py --sample runs/NAME --prompt "ROMEO:"
+    python shakespeare.py --load FILE.npz      # one of the authors' published models
+    python shakespeare.py --data FILE          # any text in UTF-8
+    python shakespeare.py --out DIR            # DIR holds a stopped run: it goes on
 RESULT (tinyshakespeare, whole validation text; seed 0; 4 minutes on two cores with bfloat16)
-    55.8 % of the characters right, loss 1.475, at a bound of 438. More presets: results/README.md.
+    55.8 % of the characters right, loss 1.475, at a bound of 438. Presets: results/README.md.
 ANCESTRY. Experiments of arXiv 2507.13338 (github Arongil/lipschitz-transformers, in JAX; its code
 is not used), text of karpathy/char-rnn. MaxMin is GroupSort (Anil et al. 2019).
 """
@@ -134,15 +134,15 @@ class Config:
             need(f.name, low is None or low <= value <= high, f"a number from {low} to {high}")
         rope = self.positions == "rope"
         fit = self.width % (2 * self.heads if rope else self.heads) == 0
-        need("heads", fit, f"a divisor of the width, {self.width}; for rope width / heads even")
+        need("heads", fit, f"a divisor of the width, {self.width}; width / heads even for rope")
         need("logit_scale", not rope or self.logit_scale > 0, "above 0 for rope: it turns q and k")
         need("residual_scale", self.residual_scale <= 2 * self.blocks, "at most 2 * blocks")
         need("hidden", self.activation == "gelu" or self.hidden % 2 == 0, "even for maxmin")
         try:
             find_constraint(self.constraint)
             numbers = [float(w) for w in self.w_max.split(",")]
-        except ValueError as wrong:
-            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {wrong}") from wrong
+        except ValueError as bad:
+            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max} (1 or 7): {bad}") from bad
         right = len(numbers) in (1, 7) and all(1e-30 <= w <= 1e30 for w in numbers)
         need("w_max", right, "a finite number above 0, or 7 of them, with commas")
         return dict(zip(ROLES, numbers * 7))
@@ -463,7 +463,7 @@ def load_data(config):
 
 
 def load_text(data):
-    """(text, name) of a file, of tinyshakespeare (DATA_DIR, a cache, the network), or the stand-in."""
+    """(text, name): a file, tinyshakespeare (DATA_DIR, a cache, the network), or the stand-in."""
     local = Path(os.environ.get("DATA_DIR", "nowhere"), "tinyshakespeare/input.txt")
     if data == "stand-in":
         return stand_in(), data
@@ -540,11 +540,11 @@ def go_on(config):
         rest, free = [None], free | {"load", "sample", "holdout", "seed", "dtype"}
     for name, value in given.items():
         if name not in free and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; leave "
-                            "the flag out, or start a new run with another --out")
+            raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; "
+                            "leave the flag out, or start a run with another --out")
         setattr(own, name, value)
-    if not source and ":" in str(own.constraint) and "constraint" not in given:  # (no code runs unasked)
-        raise UserError(f"--out {config.out}: was trained with code of yours; say that you trust it: "
+    if ":" in str(own.constraint) and not (source or "constraint" in given):  # (no code unasked)
+        raise UserError(f"--out {config.out}: was trained with code; say that you trust it: "
                         f"--constraint {own.constraint}")
     own.out, own.device = config.out, config.device
     return own, model, rest[0]
@@ -625,8 +625,8 @@ def load_published(path):
                 array.readline()  # (the header, which the pickle follows)
                 stored.append(NumpyOnly(array).load().item())
         args, weights = stored
-        weights = [weights[i] for i in range(len(weights))]
-        weights = [torch.from_numpy(W[0] if isinstance(W, list) else W) for W in weights]
+        weights = [weights[i] for i in range(len(weights))]  # (each a matrix, or a list of one)
+        weights = [W[0] if isinstance(W, list) else W for W in weights]
         config = Config(
             preset="published", steps=0, width=int(args["d_embed"]), blocks=int(args["num_blocks"]),
             heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
@@ -636,7 +636,8 @@ def load_published(path):
         names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
         weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
         weights["embedding_VD"] = weights["embedding_VD"].T
-        return config, built(config, VOCABULARY, {name: W.contiguous() for name, W in weights.items()})
+        weights = {name: torch.from_numpy(W).contiguous() for name, W in weights.items()}
+        return config, built(config, VOCABULARY, weights)
 
 
 def write(path, data):
@@ -668,8 +669,8 @@ def main(config):
         return sample(model.to(device), config, dtype)
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if (model and model.vocabulary != vocabulary) or (state and state["tokens"] != len(train_N)):
-        raise UserError(f"--data {data_name}: {config.load or config.out} was trained on another text; "
-                        "give that one")
+        raise UserError(f"--data {data_name}: {config.load or config.out} was trained on another; "
+                        "give that text")
     encode(config.prompt, vocabulary)  # (a wrong prompt is reported before training)
 
     # ---- build
@@ -699,7 +700,7 @@ def main(config):
                 optimizer.load_state_dict(dict(saved, param_groups=groups))
                 for W, values in optimizer.state.items():
                     fit = dict(momentum=W.shape), dict(step=(), exp_avg=W.shape, exp_avg_sq=W.shape)
-                    if {name: value.shape for name, value in values.items()} not in fit:
+                    if {name: M.shape for name, M in values.items()} not in fit:
                         raise ValueError("its momenta are of other weights")
     with reading(config.out or "runs", "folder that can be made or written in; see --out"):
         out = new_folder(config)
@@ -731,8 +732,8 @@ def main(config):
         if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would wait for it)
             numbers = torch.stack(losses[-10:]), *model.parameters()
             if not all(t.isfinite().all() for t in numbers):
-                raise UserError(f"step {done}: training has diverged: loss or weights are not "
-                                f"finite; {out} may have a good checkpoint; try a smaller --lr")
+                raise UserError(f"step {done}: training has diverged: loss or weights not finite; "
+                                f"{out} may have a good checkpoint; try a smaller --lr")
         if done in eval_steps:
             seconds += time.perf_counter() - began
             log.append(measure(model, validation_N, done, torch.stack(losses).mean().item(), seconds))
@@ -805,7 +806,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
           "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print("  block: radius R, constant of attention, norms of the MLP, stream by the ellipsoid")
+    print("  block, radius R, constants (max-token RMS) of attention, MLP, stream by the ellipsoid")
     for i, row in enumerate(bound["rows"], 1):
         cells = row["radius_log10"], row["attention_log10"], log10(row["mlp"]), row["stream_log10"]
         print(f"    {i:5}", *(f"{power(cell):>12}" for cell in cells))
