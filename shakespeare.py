@@ -57,11 +57,11 @@ LN10 = math.log(10)
 # ==== Config: every field is a flag ===============================================================
 def flag(default, help, low=None, high=1e15, choices=()):
     """A field: its default, its help, and the range or the choices that it is checked against."""
-    return dataclasses.field(default=default, metadata=dict(help=help, range=(low, high), choices=choices))
+    return dataclasses.field(default=default, metadata=dict(help=help, limits=(low, high, choices)))
 
 
 class UserError(Exception):
-    """A user's error in one line: what was given, what is needed, how to mend it; exit status 2."""
+    """In one line what was given, what is needed, how to mend it. Exit status 2."""
 
 
 @dataclasses.dataclass
@@ -126,12 +126,12 @@ class Config:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
 
         for f in dataclasses.fields(self):
-            value, (low, high), choices = getattr(self, f.name), f.metadata["range"], f.metadata["choices"]
+            value, (low, high, choices) = getattr(self, f.name), f.metadata["limits"]
             kind = (int, float) if f.type is float else f.type
             right = isinstance(value, kind) and isinstance(value, bool) == (f.type is bool)
             need(f.name, right, f"of type {f.type.__name__}")
             need(f.name, not choices or value in choices, f"one of {', '.join(choices)}")
-            need(f.name, low is None or low <= value <= high, f"a number from {low} to {high}")
+            need(f.name, low is None or low <= value <= high, f"from {low} to {high}")
         rope = self.positions == "rope"
         fit = self.width % (2 * self.heads if rope else self.heads) == 0
         need("heads", fit, f"a divisor of the width, {self.width}; width / heads even for rope")
@@ -400,7 +400,7 @@ def follow(model, rho=0.0, free=None):
 
 @torch.enable_grad()
 def tuned(model, steps=30, free=None, pairs=False):
-    """Step 11, from `free` on: for the least norm, or the least mean logarithm of pairs of logits."""
+    """Step 11 from `free` on: for the least norm, or the least mean logarithm of pairs."""
     model, free = copied(model), copy.deepcopy(free or {})
     U = model.config.final_scale * model.head_VD
 
@@ -463,7 +463,7 @@ def load_data(config):
 
 
 def load_text(data):
-    """(text, name): a file, tinyshakespeare (DATA_DIR, a cache, the network), or the stand-in."""
+    """(text, name): of a file, DATA_DIR, a cache, the network, or the stand-in."""
     local = Path(os.environ.get("DATA_DIR", "nowhere"), "tinyshakespeare/input.txt")
     if data == "stand-in":
         return stand_in(), data
@@ -620,7 +620,7 @@ def load_published(path):
         for name in ("args.npy", "weights_checkpoint_0.npy"):
             info = archive.getinfo(name)  # (no more than the size it claims is unpacked)
             if info.file_size > 2**26 or info.compress_type not in (0, zipfile.ZIP_DEFLATED):
-                raise ValueError("more than 64 MB when unpacked, or packed in an unusual way")
+                raise ValueError("more than 64 MB, or packed in an unusual way")
             with archive.open(info) as array:
                 array.readline()  # (the header, which the pickle follows)
                 stored.append(NumpyOnly(array).load().item())
@@ -641,7 +641,7 @@ def load_published(path):
 
 
 def write(path, data):
-    """Text or bytes, all of it or none: what is written beside takes the place of the old file."""
+    """Text or bytes, all or nothing: written beside, then put in the old file's place."""
     if isinstance(data, str):  # (JSON has no infinity: the logarithm of 0 is a word)
         data = data.replace(": -Infinity", ': "-inf"').replace(": Infinity", ': "inf"').encode()
     beside = path.with_name(path.name + ".part")
@@ -841,7 +841,7 @@ def draw(config, out, log, norms):
 def sample(model, config, dtype):
     """Print the prompt and `length` characters; each sees the seq_len characters before it."""
     generator, vocabulary = torch.Generator().manual_seed(config.seed), model.vocabulary
-    tokens = encode(config.prompt or vocabulary[0], vocabulary).tolist()  # (usually the newline is first)
+    tokens = encode(config.prompt or vocabulary[0], vocabulary).tolist()  # (mostly a newline)
     print(config.prompt, end="")
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
