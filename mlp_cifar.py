@@ -66,6 +66,7 @@ class Config:
     bias: bool = flag(True, "biases in all layers; they do not enter the Lipschitz constant")
     center: bool = flag(True, "subtract the mean training image; nor does that")
     lowpass: int = flag(12, "use only the K x K lowest frequencies of an image; 32: all", 1, 32)
+    mirror: bool = flag(False, "average the logits of each image and its mirror image")
     w_max: str = flag("3.4", "limit on each layer's RMS->RMS norm: one for all, or 3,4,5")
     optimizer: str = flag("muon", "muon or adamw, of the matrices", choices=("muon", "adamw"))
     constraint: str = flag("soft_cap", f"{', '.join(CONSTRAINTS)}, or yours as FILE.py:NAME")
@@ -152,6 +153,7 @@ class MLP(torch.nn.Module):
 
     The mean and the biases cancel in differences: neither enters a Lipschitz constant. T keeps the
     lowest frequencies of each colour by an orthonormal cosine transform: a projection, constant 1.
+    With `mirror` the logits are the average of those of x and of its mirror image.
     """
 
     def __init__(self, config, mean_P=None, classes=10):
@@ -161,27 +163,31 @@ class MLP(torch.nn.Module):
         self.weights = torch.nn.ParameterList(torch.zeros(m, n) for n, m in zip(sizes, sizes[1:]))
         self.biases = torch.nn.ParameterList(torch.zeros(m) for m in sizes[1:] if config.bias)
         self.register_buffer("mean_P", torch.zeros(3072) if mean_P is None or not config.center else mean_P)
-        self.activation = F.relu if config.activation == "relu" else maxmin
+        self.mirror, self.activation = config.mirror, F.relu if config.activation == "relu" else maxmin
         x, f = torch.arange(32).double(), torch.arange(config.lowpass).double()[:, None]
         self.cosines_FX = torch.cos(math.pi * f * (2 * x + 1) / 64) / (16 + 16 * (f == 0).double()).sqrt()
         generator = torch.Generator().manual_seed(config.seed)
         for W, w_max in zip(self.weights, config.limits()):
             # All singular values equal: norm 1 if that is within the limit; the limit for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
+            if config.activation == "maxmin" and W.shape[0] == W.shape[1]:
+                torch.nn.init.eye_(W)  # (trains better, as Prach and Lampert (2022) found)
             norm = w_max if config.constraint == "stiefel" else min(1.0, w_max)
             W.data.mul_(sigma_per_norm(W) * norm)
 
     def forward(self, x_BP):
         """Logits (B, K) of pixels in [0, 1], in the precision of x_BP (certificates: float64)."""
         h = x_BP - self.mean_P.to(x_BP.dtype)
+        if self.mirror:
+            h = torch.cat([h, h.view(-1, 32, 32, 3).flip(2).reshape(h.shape)])
         if len(self.cosines_FX) < 32:
             cosines_XF = self.cosines_FX.to(h).T
             h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
-            h = (h.reshape(len(x_BP), 32, -1).mT @ cosines_XF).flatten(1)  # and columns
+            h = (h.reshape(len(h), 32, -1).mT @ cosines_XF).flatten(1)  # and columns
         for i, W in enumerate(self.weights):
             bias = self.biases[i].to(h.dtype) if self.biases else None
             h = F.linear(h if i == 0 else self.activation(h), W.to(h.dtype), bias)
-        return h
+        return (h[:len(x_BP)] + h[len(x_BP):]) / 2 if self.mirror else h
 
 
 # ==== Certificate: numbers that no pair of images can exceed, from the weights alone ==============
@@ -199,7 +205,9 @@ class MLP(torch.nn.Module):
 #   5. f_y - f_j, two logits, moves by at most L_yj, the largest |(e_y - e_j) z| in E(S_d), and by
 #      the product, |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}) with rows of W_d.
 #   6. If f_y(x) - f_j(x) > eps L_yj for all j != y, all images within eps (l2) of x have class y.
-#   7. Neurons have free multipliers in 3: equal at first, then `tune` goes on by descent.
+#   7. A mirror image is a permutation of pixels, and the average of two functions has at most the larger
+#      of their constants: 4 to 6 stand with `mirror`.
+#   8. Neurons have free multipliers in 3: equal at first, then `tune` goes on by descent.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
 def follow(model, free):
     """(S, log): dz_d lies in E(exp(log) S), steps 1 to 3. `free` is filled with zeros."""
@@ -221,7 +229,7 @@ def certificate(model, steps=0):
     norms             RMS->RMS norm of each layer
     product_log10     prod_i sigma(W_i), l2->l2. Times model.rms_per_l2: RMS->RMS, of all pixels
     tight_log10       the certificate used, l2->l2; pairs_log10_KK: L_yj of step 5
-    Argument steps: of the descent of step 7, for the bound and again for the pairs; 0: untuned.
+    Argument steps: of the descent of step 8, for the bound and again for the pairs; 0: untuned.
     """
     if not all(p.isfinite().all() for p in model.state_dict().values()):
         raise UserError("the model has weights that are not finite: there is nothing to certify")

@@ -59,8 +59,8 @@ def command(*arguments, **kwargs):
                           timeout=120, **kwargs)
 
 
-def random_model(width=24, depth=3, lowpass=6, norm=2.0, seed=0, kind="random", activation="relu"):
-    config = Config(width=width, depth=depth, lowpass=lowpass, seed=seed, activation=activation)
+def random_model(width=24, depth=3, lowpass=6, norm=2.0, seed=0, kind="random", activation="relu", mirror=False):
+    config = Config(width=width, depth=depth, lowpass=lowpass, seed=seed, activation=activation, mirror=mirror)
     model = MLP(config, torch.full((3072,), 0.4))
     generator = torch.Generator().manual_seed(seed)
     for W, b in zip(model.weights, model.biases):
@@ -78,7 +78,7 @@ def features(model, x):
     seen = torch.nn.Module.__new__(MLP)
     torch.nn.Module.__init__(seen)
     seen.mean_P, seen.cosines_FX = model.mean_P, model.cosines_FX
-    seen.weights, seen.biases = [torch.eye(3 * len(model.cosines_FX) ** 2)], []
+    seen.mirror, seen.weights, seen.biases = False, [torch.eye(3 * len(model.cosines_FX) ** 2)], []
     return seen(x)
 
 
@@ -91,6 +91,7 @@ def largest_jacobian_norm(model, images):
 # ---- certificate -----------------------------------------------------------------------------------------------------
 MODELS = [dict(seed=s, kind=k, depth=d) for s in (0, 1) for k in ("random", "orthogonal") for d in (1, 2, 3, 5)]
 MODELS += [dict(seed=s, kind=k, depth=d, activation="maxmin") for s in (0, 1) for k in ("random", "orthogonal") for d in (2, 4)]
+MODELS += [dict(kind="random", depth=d, activation=a, mirror=True) for a in ("relu", "maxmin") for d in (1, 3)]
 
 
 def steepest_pair(model, seed=0, steps=60):
@@ -123,7 +124,7 @@ def test_certificates_hold_and_are_ordered(case):
     images = torch.randint(0, 256, (64, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
     found = max(largest_jacobian_norm(model, images), steepest_pair(model))
     assert 0.05 * tight < found <= tight
-    if case["depth"] == 1:
+    if case["depth"] == 1 and not case.get("mirror"):
         assert found >= 0.999 * tight
 
 
@@ -252,6 +253,29 @@ def test_exact_ties_are_not_certified():
     tied = logits.argmax(1) <= 1  # (some images, not all)
     radius = certified_radii(model, certificate(model)["pairs_log10_KK"], images, logits.argmax(1))
     assert tied.any() and not tied.all() and (radius[tied] <= 0).all() and (radius[~tied] > 0).all()
+
+
+@pytest.mark.parametrize("lowpass", [6, 32])
+def test_mirror_averages_an_image_and_its_mirror_image(lowpass):
+    model, plain = (random_model(lowpass=lowpass, mirror=mirror).double() for mirror in (True, False))
+    x = torch.rand(5, 32, 32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model.mean_P = plain.mean_P = x.flipud().flatten(1).mean(0)
+    right, left = x.flatten(1), x.flip(2).flatten(1)
+    mean = model.mean_P.view(32, 32, 3)
+    of_mirror = plain((x - mean).flip(2).flatten(1) + plain.mean_P)
+    torch.testing.assert_close(model(right), (plain(right) + of_mirror) / 2)
+    model.mean_P = (mean + mean.flip(1)).flatten() / 2
+    torch.testing.assert_close(model(right), model(left))
+    assert certificate(model)["tight_log10"] == certificate(plain)["tight_log10"]
+
+
+def test_square_layers_start_as_the_identity_with_maxmin():
+    for activation in ("relu", "maxmin"):
+        weights = MLP(Config(depth=4, width=16, lowpass=2, w_max="0.5", activation=activation)).weights
+        for W in weights:
+            limit = torch.full((min(W.shape),), sigma_limit(W, 0.5)).double()
+            torch.testing.assert_close(singular_values(W.detach()), limit, rtol=1e-5, atol=0)
+        assert torch.equal(weights[1], torch.eye(16) / 2) == (activation == "maxmin")
 
 
 def test_lowpass_is_an_orthogonal_projection():
