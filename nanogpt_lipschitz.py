@@ -147,7 +147,6 @@ class Config:
                 ("heads", self.width % (4 * self.heads), f"a divisor of width / 4 = {self.width / 4}"),
                 ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
                 ("hidden", self.hidden % 2 and self.activation == "maxmin", "even for maxmin"),
-                ("micro_batch", self.batch % self.micro_batch, f"a divisor of the batch, {self.batch}"),
                 ("constraint", self.baseline and self.constraint != "none", "none for the baseline"),
                 ("data", self.prepare and self.data in ("fineweb", "stand-in"), "a new folder (--data DIR)")):
             if wrong:
@@ -397,50 +396,46 @@ def certificate(model, rho=0.0, free=None):
         keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
         return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=rows)
     R, body = log10((norms["embedding"] + rho) * up), 0.0
-    g, scale = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else (1.0, 1.0)
-    for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
-        W = {role: wide(matrix) for role, matrix in block.matrices()}
-        H, beta_o = config.heads, block.attention_scale * sigma(W["o"]).item() * up
-        v_H = sigma(W["v"].view(H, -1, config.width))
-        value, pattern, D = beta_o * v_H.norm().item(), 0.0, config.width
-        if config.logit_scale > 0:
-            vk_H = v_H * sigma(W["k"].view(H, -1, D))
-            Q_HED = vk_H[:, None, None] * W["q"].view(H, -1, D)
-            pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
-        gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
+    constants, blocks = layers(model)
+    for value, pattern, gain, mlp in constants:
         still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
         attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
-        stream = ellipsoid_norm(S, log, torch.eye(D).to(S)).item() - math.log(D) / 2
-        rows.append(dict(  # terms, R before each sublayer, the factor of attention, E(S) behind
-            value=value, pattern=pattern, mlp=gain * g, mlp_gain=gain, radius_log10=R,
-            radius_mlp_log10=R + still, attention_log10=attention, stream_log10=stream / LN10))
+        rows.append(dict(  # terms, R before each sublayer, the factor of attention
+            value=value, pattern=pattern, mlp=mlp, radius_log10=R, radius_mlp_log10=R + still,
+            attention_log10=attention))
         R += still + log10((1 - a) + a * gain)
-        body += attention + log10((1 - a) + a * gain * g) + 1e-9
+        body += attention + log10((1 - a) + a * mlp) + 1e-9
     product, U = body + log10(norms["head"] * config.final_scale), config.final_scale * wide(model.head_VD)
+    S, log = ellipsoid_blocks(blocks, norms["embedding"] + rho, {} if free is None else free)[-1]
     end = (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
     return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end,
                 body_log10=body, radius_log10=R, norms=norms, rows=rows)
 
 
-def follow(model, rho=0.0, free=None):
-    """[(S, log)] after each block: the stream moves in E(exp(log) S)."""
-    config, blocks = model.config, []
+def layers(model):
+    """Of all blocks [(value, pattern, gain and slope of the MLP)], and what ellipsoid_blocks takes."""
+    config, a, up, constants, blocks = model.config, model.mix, 1 + 1e-9, [], []
+    H, D, slope, scale, spreads = config.heads, config.width, 1.0, 1.0, (None, None)
+    if config.activation == "gelu":
+        slope, scale, spreads = GELU_SLOPE, GELU_SCALE, (GELU_SLOPE - 0.5, 0.5)
     for block in model.blocks:
-        a, W = block.mix, {role: wide(matrix) for role, matrix in block.matrices()}
-        v_HED, o_DHE = W["v"].view(config.heads, -1, config.width), W["o"].unflatten(1, (config.heads, -1))
-        layer = dict(stream=1 - a, C_HDD=a * block.attention_scale * o_DHE.transpose(0, 1) @ v_HED, p_H=None)
+        W = {role: wide(matrix) for role, matrix in block.matrices()}
+        v_HED, o_HDE = W["v"].view(H, -1, D), W["o"].unflatten(1, (H, -1)).transpose(0, 1)
+        beta_o, v_H = block.attention_scale * sigma(W["o"]).item() * up, sigma(v_HED)
+        value, pattern = beta_o * v_H.norm().item(), 0.0
+        layer = dict(stream=1 - a, C_HDD=a * block.attention_scale * o_HDE @ v_HED, p_H=None)
         if config.logit_scale > 0:
-            q_HED = config.logit_scale * config.heads / config.width * W["q"].view_as(v_HED)
-            layer.update(q_HED=q_HED, k_HED=W["k"].view_as(v_HED), rotates=True)
+            q_HED, k_HED = W["q"].view(H, -1, D), W["k"].view(H, -1, D)
+            Q_HED = (v_H * sigma(k_HED))[:, None, None] * q_HED
+            pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
+            layer.update(q_HED=config.logit_scale * H / D * q_HED, k_HED=k_HED, rotates=True)
         else:
             layer.update(p_H=block.own_share_H())
-        w_out, spreads = a * W["out"], (None, None)
-        if config.activation == "gelu":
-            w_out, spreads = w_out / GELU_SCALE, (GELU_SLOPE - 0.5, 0.5)
+        gain, w_out = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale, a * W["out"] / scale
         moves, values = (mlp_slopes(1 - a, W["in"], w_out, spread) for spread in spreads)
+        constants.append((value, pattern, gain, gain * slope))
         blocks.append(dict(layer, moves=moves, values=values))
-    R = wide(model.embedding_VD).square().mean(1).max().sqrt().item() + rho
-    return ellipsoid_blocks(blocks, R, {} if free is None else free)
+    return constants, blocks
 
 
 @torch.enable_grad()
@@ -448,8 +443,9 @@ def tuned(model, steps=30):
     """What is free, for the least bound; None, untuned, at widths for which that takes minutes."""
     if model.config.baseline or model.config.width > 256:
         return None
+    R, (_, blocks) = wide(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
     U = model.config.final_scale * wide(model.head_VD)
-    return tune(lambda free: ellipsoid_norm(*follow(model, 0.0, free)[-1], U), {}, steps)
+    return tune(lambda free: ellipsoid_norm(*ellipsoid_blocks(blocks, R, free)[-1], U), {}, steps)
 
 
 def wide(W):
@@ -514,14 +510,12 @@ def load_data(config):
         words = {path: path.stem.replace("-", "_").split("_") for path in files}
         train, validation = ([read_shard(path) for path in files if kind in words[path]]
                              for kind in ("train", "val"))
-        if not train or not validation:
-            raise UserError(f"--data {name}: has {len(train)} files *.bin with the word train in their "
-                            f"names and {len(validation)} with val; give a folder with both")
     train, validation = Tokens(train, config.vocab), Tokens(validation, config.vocab)
-    for what, tokens, needed, first in (("train on", train, config.seq_len + 1, config.seq_len + 1),
-                                        ("validate on", validation, 2, config.val_tokens + 1)):
+    for kind, tokens, needed, first in (("train", train, config.seq_len + 1, config.seq_len + 1),
+                                        ("val", validation, 2, config.val_tokens + 1)):
         if len(tokens) < needed:
-            raise UserError(f"--data {name}: has {len(tokens)} tokens to {what}; give at least {needed}")
+            raise UserError(f"--data {name}: has {len(tokens)} tokens in {len(tokens.shards)} files *.bin "
+                            f"with the word {kind} in their names; give at least {needed} tokens")
         tokens.read(0, first)  # (those beyond the vocabulary are found now, not after an hour)
     return train, validation, name
 
@@ -677,20 +671,18 @@ def go_on(config):
     if ":" in own.constraint and config.constraint != own.constraint:  # (no code runs unasked)
         raise UserError(f"--out {folder}: has code; say that you trust it: --constraint {own.constraint}")
     with told(f"{folder}: cannot be used as a checkpoint", "give another run folder"):
-        own.limits()
-        right = 0 < state["step"] == state["log"][-1]["step"] <= own.steps
-        if not right or [type(state[key]) for key in ("step", "tokens", "data")] != [int, int, str]:
-            raise ValueError("its step, tokens or data are not those of such a run")
+        fits = [[type(state[key]) for key in ("step", "tokens", "data")] == [int, int, str]]
+        fits.append(0 < state["step"] == state["log"][-1]["step"] <= own.steps)
         for name, p in model.named_parameters():
             kept = {key: x.shape for key, x in state["optimizers"][name].items()}
-            if kept not in (dict(momentum=p.shape), dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)):
-                raise ValueError(f"the optimizer kept {kept} of {name}")
-        roles = {"embedding", *dict(model.matrices())}
+            fits.append(kept in (dict(momentum=p.shape), dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)))
         for record in state["log"]:
             numbers = [record[key] for key in ("train_loss", "val_loss", "val_accuracy", "ms_per_step")]
             numbers += [*record["losses"], *record["activations"], *record["norms"].values()]
-            if {type(x) for x in numbers} != {float} or record["norms"].keys() != roles:
-                raise ValueError("its log is not that of such a run")
+            fits.append({type(x) for x in numbers} == {float})
+            fits.append(record["norms"].keys() == {"embedding", *dict(model.matrices())})
+        if not all(fits):
+            raise ValueError("its step, data, optimizers or log are not those of such a run")
         summary = folder / "summary.json"
         return own, state, json.loads(summary.read_text()) if summary.exists() else None
 
@@ -705,11 +697,12 @@ def load_checkpoint(folder):
         if state["script"] != SCRIPT:
             raise ValueError(f"it is of {state['script']}.py")
         config = Config(**state["config"])
-        plain = dataclasses.replace(config, constraint="none")  # (a name runs no code)
+        named = ":" not in config.constraint  # (a name runs no code)
+        plain = config if named else dataclasses.replace(config, constraint="none")
         plain.limits()
         least = 8 * config.width * (config.vocab + config.blocks * (config.width + config.hidden))
-        if type(config.constraint) is not str or path.stat().st_size < least:
-            raise ValueError("its settings are those of another model")
+        if path.stat().st_size < least:
+            raise ValueError("its settings are those of a larger model")
         model = Transformer(plain)
         model.load_state_dict(state["model"])
         return config, model, state
@@ -796,7 +789,8 @@ def main(config):
             print(f"The run in {config.out} is finished; start another with another --out.")
         return summary
     if config.batch % (world_size * config.micro_batch):
-        raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} x --micro_batch")
+        raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} process(es) x "
+                        f"--micro_batch {config.micro_batch}; change one of them")
     dtype = getattr(torch, config.dtype, None) or fast_dtype(device)
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if not flex and config.seq_len > 8192:
@@ -837,16 +831,11 @@ def main(config):
             saved = {i: state["optimizers"][name] for i, name in enumerate(names)}
             optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved))
     if rank == 0:
-        stem, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
-        while True:
-            out = Path(config.out or (stem if number == 1 else f"{stem}_{number}"))
-            try:
-                out.mkdir(parents=True, exist_ok=bool(config.out))
-                break
-            except FileExistsError:  # (so two runs never share a folder)
-                if config.out:
-                    raise
-                number += 1
+        stem, numbers = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", itertools.count(2)
+        out = Path(config.out or stem)
+        while out.exists() and not config.out:
+            out = Path(f"{stem}_{next(numbers)}")
+        out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
         print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} ({len(train):,} to "
               f"train on, {len(validation):,} to validate), run folder {out}, from step {start}", flush=True)
 
