@@ -672,7 +672,6 @@ def go_on(config):
             numbers = [record[key] for key in ("train_loss", "val_loss", "val_accuracy", "ms_per_step")]
             numbers += [*record["losses"], *record["activations"], *record["norms"].values()]
             fits.append({type(x) for x in numbers} == {float})
-            fits.append(record["norms"].keys() == {"embedding", *dict(model.matrices())})
         if not all(fits):
             raise ValueError("its step, data, optimizers or log are not those of such a run")
         summary = folder / "summary.json"
@@ -810,8 +809,7 @@ def main(config):
     if groups:
         optimizers.append(Muon(
             [dict(params=params, peak_lr=lr, w_max=w) for (lr, w), params in groups.items()],
-            constraint=constraint, every=config.constrain_every,
-            dtype=None if dtype == torch.float64 else dtype))
+            constraint=constraint, every=config.constrain_every, dtype=dtype))
     adam += [(block.query_HE, config.bias_lr) for block in model.blocks if config.logit_scale == 0]
     if adam := [dict(params=[p], peak_lr=lr) for p, lr in adam if exchange.owner[p] == rank]:
         optimizers.append(torch.optim.Adam(adam, betas=(0.8, 0.95), eps=EPS, fused=cuda))
@@ -969,7 +967,7 @@ if __name__ == "__main__":
             dist.destroy_process_group()
     except KeyboardInterrupt:
         status = 130
-        print(f"\n{SCRIPT}.py: interrupted; what it saved goes on with --out and its run folder", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; --out and its run folder go on with it", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):
