@@ -377,7 +377,7 @@ class Transformer(torch.nn.Module):
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
 # As in shakespeare.py, where each inequality is proved and attacked, for up to seq_len tokens. Documents
-# and windows only take tokens out of an average. Norm layers have no bound here.
+# and windows only take tokens out of an average. Logits by position do not move. Norm layers: no bound.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned."""
@@ -393,9 +393,8 @@ def certificate(model, rho=0.0, free=None):
     for value, pattern, gain, mlp in constants:
         still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
         attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
-        rows.append(dict(  # terms, R before each sublayer, the factor of attention
-            value=value, pattern=pattern, mlp=mlp, radius_log10=R, radius_mlp_log10=R + still,
-            attention_log10=attention))
+        rows.append(dict(value=value, pattern=pattern, mlp=mlp, attention_log10=attention,
+                         radius_log10=R, radius_mlp_log10=R + still))  # (R before each sublayer)
         R += still + log10((1 - a) + a * gain)
         body += attention + log10((1 - a) + a * mlp) + 1e-9
     product, U = body + log10(norms["head"] * config.final_scale), config.final_scale * wide(model.head_VD)
@@ -406,7 +405,7 @@ def certificate(model, rho=0.0, free=None):
 
 
 def layers(model):
-    """Of all blocks [(value, pattern, gain and slope of the MLP)], and what ellipsoid_blocks takes."""
+    """Of each block (value, pattern, gain and slope of the MLP), and of each what ellipsoid_blocks takes."""
     config, a, up, constants, blocks = model.config, model.mix, 1 + 1e-9, [], []
     H, D, slope, scale, spreads = config.heads, config.width, 1.0, 1.0, (None, None)
     if config.activation == "gelu":
@@ -483,7 +482,7 @@ class Tokens:
 
 def read_shard(path):
     """(name, uint16 tokens) of a shard, memory-mapped."""
-    with told(f"{path}: is no whole shard", f"it begins with int32 {MAGIC}, {VERSION}, count; see --prepare"):
+    with told(f"{path}: is no whole shard", f"one begins with int32 {MAGIC}, {VERSION}, count (--prepare)"):
         header, size = np.fromfile(path, dtype=np.int32, count=HEADER).tolist(), path.stat().st_size
         if header[:2] != [MAGIC, VERSION] or not size == 4 * HEADER + 2 * header[2] > 4 * HEADER:
             raise ValueError(f"it begins with {header[:3]} and has {size} bytes")
@@ -539,7 +538,7 @@ def gpt2():
 
 def documents(source):
     """The texts of a source, one after the other; of a row without text, None or an empty one."""
-    path, kinds = Path(source), (".txt", ".jsonl", ".json", ".parquet")
+    path, kinds, mark = Path(source), (".txt", ".jsonl", ".json", ".parquet"), "<|endoftext|>"
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
     for file in files if path.is_dir() else [path]:
         with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
@@ -557,19 +556,16 @@ def documents(source):
             if rows is not None:
                 yield from (row["text"] and row["text"] + "" for row in rows)  # (else no text)
                 continue
-            held, marked = "", False
+            held, end = "", "\n\n"  # (in a text without marks, blank lines end documents)
             with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
                 while piece := f.read(2**14):
                     if "\0" in piece:
                         raise UnicodeError("it holds NUL characters")
-                    *whole, held = (held + piece).split("<|endoftext|>")
-                    marked = marked or bool(whole)
-                    if not marked:  # the last blank line ends a document
-                        text, blank, held = held.rpartition("\n\n")
-                        whole = [text + blank]
-                    if len(held) > 2**18:  # (and so does this length: memory is finite)
-                        whole, held = [*whole, held], ""
-                    yield from filter(None, whole)
+                    end = mark if mark in held + piece else end
+                    text, found, held = (held + piece).rpartition(end)
+                    if len(held) > 2**18:  # (so does this length: memory is finite)
+                        text, held = held, ""
+                    yield from filter(None, (text + found).split(mark))
             yield from filter(None, [held])
 
 
@@ -907,13 +903,11 @@ def report(config, model, out, log, data_name, dtype, world_size):
         params=sum(p.numel() for p in model.parameters()), device=str(model.head_XD.device),
         lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball",
         w_max=config.limits() if config.constraint != "none" else None, torch=torch.__version__,
-        largest_activation=max(last["activations"]), dtype=str(dtype).removeprefix("torch."),
-        lipschitz_log10=bound["log10"], lipschitz_product_log10=bound["product_log10"],
+        lipschitz_log10=bound["log10"], dtype=str(dtype).removeprefix("torch."),
         train_seconds=sum(record["ms_per_step"] * len(record["losses"]) for record in log) / 1000)
     write(out / "summary.json", json.dumps(summary, indent=1))
-    print(f"\n{config.preset}: Muon + {config.constraint}, w_max {config.w_max}, {config.steps} steps, "
-          f"seed {config.seed}, {world_size} process(es), data: {data_name}\n  accuracy "
-          f"{100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}\n"
+    print(f"\n{config.preset}: Muon + {config.constraint}, w_max {config.w_max}, seed {config.seed}\n"
+          f"  accuracy {100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}\n"
           "  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS; product "
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
@@ -967,7 +961,7 @@ if __name__ == "__main__":
             dist.destroy_process_group()
     except KeyboardInterrupt:
         status = 130
-        print(f"\n{SCRIPT}.py: interrupted; --out and its run folder go on with it", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; to go on, give --out and the run folder", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):
