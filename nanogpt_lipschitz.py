@@ -39,8 +39,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from constraints import (cap_rows, ellipsoid_blocks, ellipsoid_norm, find_constraint, log10,
-                         mlp_slopes, power, sigma, sigma_per_norm, tune)
+from constraints import (CONSTRAINTS, cap_rows, ellipsoid_blocks, ellipsoid_norm, find_constraint,
+                         log10, mlp_slopes, power, sigma, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
@@ -94,8 +94,7 @@ class Config:
     w_max: str = flag("1", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
     baseline: bool = flag(False, "unconstrained, with RMSNorm, QK norm, softcap, whole residuals")
     # training
-    constraint: str = flag("soft_cap", "none, weight_decay, spectral_weight_decay, specnorm, "
-                           "stiefel, hammer, soft_cap, hard_cap, or yours as FILE.py:NAME")
+    constraint: str = flag("soft_cap", ", ".join(CONSTRAINTS) + ", or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(6200, "training steps", 1)
     batch: int = flag(8, "sequences a step, over all processes", 1, 2**20)
