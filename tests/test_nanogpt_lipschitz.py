@@ -888,7 +888,7 @@ def test_help_is_complete(capsys):
 
 @pytest.mark.parametrize("wrong, says", [
     (["--preset", "huge"], "must be one of"), (["--heads", "3"], "divisor"), (["--width", "20", "--heads", "2"], "divisor of width / 4"),
-    (["--steps", "0"], "from 1"), (["--micro_batch", "3"], "multiple of 1 process(es) x --micro_batch 3"), (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "a number above 0"),
+    (["--steps", "0"], "from 1"), (["--micro_batch", "3"], "x --micro_batch 3;"), (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "a number above 0"),
     (["--lr", "nan"], "finite"), (["--prepare", "x"], "--data stand-in: must be a new folder"), (["--activation", "relu"], "must be one of"),
     (["--baseline"], "none for the baseline"), (["--residual_scale", "99"], "at most 2 * blocks"),
     (["--vocab", "70000"], "65536"), (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "0 files"), (["--seed", "-1"], "from 0"),
