@@ -122,10 +122,11 @@ PRESETS = {
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", adamw_wd=0.08,
                         constraint="none"),
-    "accurate": dict(width=512, lowpass=9, w_max="3.15"),
-    "tight": dict(activation="maxmin", augment=True, width=512, w_max="1.825", steps=4000),
-    "certified": dict(activation="maxmin", augment=True, depth=4, width=512, w_max="1",
-                      loss_temperature=15.0, margin=2.0, steps=5000),
+    "accurate": dict(mirror=True, width=512, lowpass=9, w_max="3.4"),
+    "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512, w_max="1.44",
+                  batch=1024, steps=1500),
+    "certified": dict(activation="maxmin", augment=True, depth=7, width=512, w_max="1", batch=2048,
+                      steps=4000, loss_temperature=30.0, margin=5.66),
 }
 
 
@@ -604,5 +605,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; what it saved goes on with --out RUN_FOLDER", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; it goes on with --out and the run folder above", file=sys.stderr)
         sys.exit(130)

@@ -700,7 +700,7 @@ def main(config):
                 optimizer.load_state_dict(dict(saved, param_groups=groups))
                 for W, values in optimizer.state.items():
                     fit = dict(momentum=W.shape), dict(step=(), exp_avg=W.shape, exp_avg_sq=W.shape)
-                    if {name: M.shape for name, M in values.items()} not in fit:
+                    if {name: M.cpu().numpy().shape for name, M in values.items()} not in fit:
                         raise ValueError("its momenta are of other weights")
     with reading(config.out or "runs", "folder that can be made or written in; see --out"):
         out = new_folder(config)
