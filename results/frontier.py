@@ -1,49 +1,120 @@
-"""The frontier on Shakespeare: accuracy and loss against the true Lipschitz bound, for two architectures.
+"""The frontier on Shakespeare: accuracy against four bounds of the same weights.
 
-    python results/frontier.py                       # draws results/frontier.png from results/frontier.csv
-    python results/frontier.py --out FILE.png
+    python results/frontier.py runs/NAME ...         # finished runs of shakespeare.py, added to frontier.csv
+    python results/frontier.py                       # draws frontier.png from frontier.csv
+    python results/frontier.py runs/NAME --csv FILE.csv --out FILE.png
 
-Each line of frontier.csv is a run of shakespeare.py, by the flags in its column flags, at seed 0.
+For each run: what the formula of the paper's code claims (protocol.py: too small for several heads), the
+product of norms, the tuned certificate, and what an attack finds, in this order from a claim to a fact.
 """
 
 import argparse
 import csv
+import json
+import math
+import sys
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
-KINDS = {("muon", "soft_cap"): ("Muon + soft cap", "o-"), ("muon", "none"): ("Muon, no cap", "^"),
-         ("adamw", "none"): ("AdamW, no cap", "x")}
-ARCHITECTURES = {"ours": "this project's architecture", "paper": "the paper's architecture"}
+sys.path.insert(0, str(HERE.parent))
+
+import shakespeare  # noqa: E402
+import verify_lipschitz  # noqa: E402
+from protocol import paper_formula  # noqa: E402
+
+BOUNDS = {"formula": "formula of the paper's code", "product": "product of norms",
+          "certified": "certificate", "found": "found by attack"}
+
+
+def architecture(config):
+    if config.logit_scale == 0:
+        return "attention by position"
+    if config.positions == "bias":
+        return "by position and content"
+    return "the paper's" if config.activation == "gelu" else "attention by content"
+
+
+def found(model, tokens_N, steps=120):
+    """log10 of the largest quotient that verify_lipschitz.py's search finds, embeddings to logits."""
+    config, D = model.config, model.config.width
+    model, T = model.double().requires_grad_(False), min(32, model.config.seq_len)
+    R = model.embedding_VD.square().mean(1).max().sqrt().item()
+    real_STD = F.embedding(tokens_N[:8 * T].view(8, T), model.embedding_VD)
+    starts_STD = torch.cat([real_STD, R * verify_lipschitz.directions(8, T, D, seed=0)])
+    head_VD = config.final_scale * model.head_VD
+    found_S = verify_lipschitz.climb(lambda x: F.linear(model.blocks(x), head_VD), starts_STD, R, steps)
+    return math.log10(found_S.max().item())
+
+
+def row_of(folder, steps=120):
+    """A line of frontier.csv from the folder of a finished run."""
+    config, model, _ = shakespeare.load_checkpoint(folder)
+    summary = json.loads(Path(folder, "summary.json").read_text())
+    preset, free = shakespeare.Config.of(config.preset), {"preset", "out", "data", "evals", "seed", "device"}
+    flags = [f"--{name} {value}" for name, value in vars(config).items()
+             if name not in free and value != getattr(preset, name)]
+    share = summary["certified_token_accuracy"]
+    return dict(
+        architecture=architecture(config), flags=" ".join([f"--preset {config.preset}", *flags]),
+        seed=config.seed, accuracy=summary["val_accuracy"], loss=summary["val_loss"],
+        formula=paper_formula(model), product=summary["lipschitz_product_log10"],
+        certified=summary["lipschitz_log10"], found=found(model, shakespeare.load_data(config)[1], steps),
+        **{f"certified_{rho}": share[rho] for rho in ("0.001", "0.01", "0.03")})
+
+
+def draw(rows, out):
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kinds = list(dict.fromkeys(row["architecture"] for row in rows))
+    for kind in kinds:
+        mine = [row for row in rows if row["architecture"] == kind]
+        left.plot([float(row["certified"]) for row in mine],
+                  [100 * float(row["accuracy"]) for row in mine], "o", label=kind)
+    mine = sorted((row for row in rows if row["architecture"] == "the paper's"),
+                  key=lambda row: float(row["certified"]))
+    for name, label in BOUNDS.items():
+        right.plot([float(row[name]) for row in mine], [100 * float(row["accuracy"]) for row in mine],
+                   "o-", label=label)
+    left.set(title="certified bound, by architecture")
+    right.set(title="the paper's architecture: four bounds of the same weights")
+    for panel in (left, right):
+        panel.set(xlabel="log10 of the bound, embeddings to logits", ylabel="accuracy, %")
+        panel.legend(fontsize=8)
+    figure.savefig(out, dpi=110)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run of shakespeare.py")
+    parser.add_argument("--csv", default=HERE / "frontier.csv", help="table [results/frontier.csv]")
     parser.add_argument("--out", default=HERE / "frontier.png", help="picture [results/frontier.png]")
-    out = parser.parse_args(argv).out
-    with open(HERE / "frontier.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for color, (architecture, name) in enumerate(ARCHITECTURES.items()):
-        for (optimizer, constraint), (kind, style) in KINDS.items():
-            mine = [row for row in rows if (row["architecture"], row["optimizer"], row["constraint"])
-                    == (architecture, optimizer, constraint)]
-            bound = [float(row["bound_log10"]) for row in mine]
-            for panel, column in zip(panels, ("accuracy_percent", "loss")):
-                values = [float(row[column]) for row in mine]
-                panel.plot(bound, values, style, color=f"C{color}", label=f"{name}, {kind}")
-    panels[0].set(title="accuracy (%), whole validation text")
-    panels[1].set(title="cross-entropy of the certified logits (nats)")
-    for panel in panels:
-        panel.set_xlabel("log10 of the true Lipschitz bound (max-token RMS)")
-    panels[0].legend(fontsize=7)
-    figure.suptitle("tinyshakespeare, 200 steps of 32 x 256 characters, no loss temperature, one seed")
-    figure.savefig(out, dpi=110)
-    print(f"{len(rows)} runs of {HERE / 'frontier.csv'} drawn to {out}")
+    options = parser.parse_args(argv)
+    rows = []
+    if Path(options.csv).exists():
+        with open(options.csv, newline="") as file:
+            rows = list(csv.DictReader(file))
+    for folder in options.runs:
+        row = row_of(folder)
+        print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
+        rows = [old for old in rows if (old["flags"], str(old["seed"])) != (row["flags"], str(row["seed"]))]
+        rows.append(row)
+    if options.runs:
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    draw(rows, options.out)
+    print(f"{len(rows)} runs drawn to {options.out}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (shakespeare.UserError, OSError) as problem:
+        print(f"frontier.py: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,6 +1,7 @@
 """results/: each script in shortened form, the commands of its README, and its tables."""
 
 import csv
+import functools
 import importlib
 import json
 import re
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import attention  # noqa: E402
 import benchmark  # noqa: E402
 import compare  # noqa: E402
+import depth  # noqa: E402
 import enforcement  # noqa: E402
 import frontier  # noqa: E402
 import method  # noqa: E402
@@ -25,6 +27,7 @@ import precision  # noqa: E402
 import protocol  # noqa: E402
 import shakespeare  # noqa: E402
 
+CLIMB = frontier.verify_lipschitz.climb
 README = (ROOT / "results" / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README.replace("\\\n", ""), re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()
@@ -137,9 +140,47 @@ def test_attention(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "attention.png").stat().st_size > 5000
 
 
-def test_frontier(tmp_path, capsys):
-    frontier.main(["--out", str(tmp_path / "frontier.png")])
-    assert "15 runs" in capsys.readouterr().out and (tmp_path / "frontier.png").stat().st_size > 5000
+def test_frontier(tmp_path, capsys, monkeypatch):
+    runs, table = [tmp_path / "position", tmp_path / "paper"], str(tmp_path / "frontier.csv")
+    for run, preset in zip(runs, ("plain100", "paper")):
+        shakespeare.main(shakespeare.parse_arguments([*TEXT, "--preset", preset, "--out", str(run)]))
+    monkeypatch.setattr(frontier.verify_lipschitz, "climb", functools.partial(few_steps, steps=6))
+    options = ["--csv", table, "--out", str(tmp_path / "frontier.png")]
+    frontier.main([*map(str, runs), *options])
+    frontier.main([str(runs[0]), *options])  # (takes the place of its first row)
+    with open(table, newline="") as file:
+        rows = {row["architecture"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {"attention by position", "the paper's"}
+    for run, row in zip(runs, [rows["attention by position"], rows["the paper's"]]):
+        summary = json.loads((run / "summary.json").read_text())
+        assert float(row["found"]) <= float(row["certified"]) == summary["lipschitz_log10"] <= float(row["product"])
+        assert float(row["accuracy"]) == summary["val_accuracy"]
+        again = shakespeare.parse_arguments([*shlex.split(row["flags"])])
+        stored = json.loads((run / "config.json").read_text())
+        assert all(getattr(again, key) == stored[key] for key in stored if key not in ("data", "out"))
+    assert "2 runs drawn" in capsys.readouterr().out and (tmp_path / "frontier.png").stat().st_size > 5000
+
+
+def few_steps(f, x_STD, radius, asked, steps):
+    return CLIMB(f, x_STD, radius, steps)
+
+
+def test_depth(tmp_path, monkeypatch):
+    monkeypatch.setattr(depth, "VAL_TOKENS", 1000)
+    table = str(tmp_path / "depth.csv")
+    options = ["--blocks", "2", "--steps", "2", "--seeds", "1", "--csv", table, "--runs", str(tmp_path)]
+    depth.main([*options, "--lrs", "0.1,1e30"])
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], float(row["lr"])) for row in rows] == [(m, lr) for lr in (0.1, 1e30) for m in depth.METHODS]
+    for row in rows[:3]:
+        summary = json.loads((tmp_path / f"{row['method']}_2_0.1_0".replace(" ", "_").replace(",", "") / "summary.json").read_text())
+        assert float(row["val_loss"]) == summary["val_loss"] and float(row["spike"]) >= 0
+        assert float(row["lipschitz_log10"]) == float(summary["lipschitz_log10"])
+    assert rows[3]["val_loss"] == "diverged"
+    before = Path(table).stat().st_mtime_ns
+    depth.main([*options, "--lrs", "0.1"])  # nothing is done twice
+    assert Path(table).stat().st_mtime_ns == before
 
 
 def test_precision_and_protocol(tmp_path, capsys):

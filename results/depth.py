@@ -1,0 +1,89 @@
+"""Does a deep transformer without norm layers fail, and does a constraint mend it?
+
+    python results/depth.py --minutes 60             # the grid below; stopped, it goes on where it was
+    python results/depth.py --blocks 48 --lrs 0.1
+
+The same network three times, on bytes of Python's library: without norm layers and without a constraint, the
+same with a constraint, and the baseline with RMSNorm, QK norm and softcap. For each learning rate and seed:
+loss and accuracy at the end, the highest that the training loss rose above its lowest value so far (a spike),
+the largest entry of the stream, the bound. `diverged` if a loss or a weight was not finite.
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import nanogpt_lipschitz  # noqa: E402
+from nanogpt_lipschitz import Config, UserError  # noqa: E402
+
+METHODS = {"no norms": dict(constraint="none"), "no norms, soft cap": dict(constraint="soft_cap", w_max="3"),
+           "norms": dict(constraint="none", baseline=True)}
+VAL_TOKENS = 50_000
+FIELDS = ("method", "blocks", "lr", "seed", "val_loss", "val_accuracy", "spike", "largest_entry",
+          "lipschitz_log10")
+
+
+def measured(method, blocks, lr, seed, steps, out):
+    """A row: one training run, in the folder `out`, where it goes on if it was stopped."""
+    row = dict(method=method, blocks=blocks, lr=lr, seed=seed)
+    config = Config.of("tiny", **METHODS[method], blocks=blocks, width=64, hidden=256, heads=2, batch=8,
+                       micro_batch=8, steps=steps, evals=2, lr=lr, head_lr=min(lr, 0.1), seed=seed,
+                       val_tokens=VAL_TOKENS, out=str(out))
+    try:
+        summary = nanogpt_lipschitz.main(config)
+    except UserError as problem:
+        if "diverged" not in str(problem):
+            raise
+        return dict(row, val_loss="diverged")
+    if not math.isfinite(summary["val_loss"]):
+        return dict(row, val_loss="diverged")
+    losses = [loss for line in open(out / "log.jsonl") for loss in json.loads(line)["losses"]]
+    lowest = itertools.accumulate(losses, min)
+    spike = max(loss - least for loss, least in zip(losses, lowest))
+    return dict(row, val_loss=summary["val_loss"], val_accuracy=summary["val_accuracy"], spike=spike,
+                largest_entry=max(summary["activations"]), lipschitz_log10=summary["lipschitz_log10"])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lrs", default="0.05,0.2,0.8")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=60, help="begin no run after so long")
+    parser.add_argument("--csv", default="results/depth.csv", help="rows that it has are not run again")
+    parser.add_argument("--runs", default="runs/depth", help="folder of the runs")
+    options = parser.parse_args(argv)
+    rows, began = [], time.monotonic()
+    if Path(options.csv).exists():
+        with open(options.csv, newline="") as file:
+            rows = list(csv.DictReader(file))
+    done = {tuple(str(row[key]) for key in FIELDS[:4]) for row in rows}
+    grid = itertools.product(range(options.seeds), options.lrs.split(","), METHODS)
+    for seed, lr, method in grid:
+        key = method, str(options.blocks), str(float(lr)), str(seed)
+        if key in done or time.monotonic() - began > 60 * options.minutes:
+            continue
+        out = Path(options.runs, "_".join(key).replace(" ", "_").replace(",", ""))
+        rows.append(measured(method, options.blocks, float(lr), seed, options.steps, out))
+        print(rows[-1], flush=True)
+        with open(options.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, OSError) as problem:
+        print(f"depth.py: {problem}", file=sys.stderr)
+        sys.exit(2)
