@@ -266,9 +266,8 @@ def test_the_papers_formula_is_broken_and_ours_is_held(heads):
     model = attention_layer("orthogonal", heads)
     block, table = model.blocks[0], Table(Config())
     starts, row = verify_lipschitz.split_tokens(block, heads, 12, 1.0), shakespeare.certificate(model)["rows"][0]
-    found = table.climb(block.attention, starts, 1.0)
-    table.bound("attention", "ours", row["value"] + row["pattern"], found, "")
-    table.bound("attention", "the paper's", block.attention_scale * 3, found, "")
+    table.attack("attention", "ours", math.log10(row["value"] + row["pattern"]), block.attention, starts, 1.0)
+    table.attack("attention", "the paper's", math.log10(block.attention_scale * 3), block.attention, starts, 1.0)
     assert [row["verdict"] for row in table.rows] == ["held", "BROKEN"]
 
 
@@ -326,7 +325,8 @@ def test_data_that_are_not_here(name, runs, tmp_path, no_picture):
     files.state["data"] = files.summary["data"] = files.settings["data"] = str(tmp_path / "nowhere")
     files.summary["val_accuracy"] = 0.9
     code, verdict, rows = status(files.write())
-    assert code == 2 and rows["summary.json val_accuracy"] == "not checked: its data are not here"
+    assert code == 2 and rows["checkpoint data of the run"] == "not checked: its data are not here"
+    assert rows["summary.json val_accuracy"] == "not checked: nothing recomputes it"
     assert rows["summary.json lipschitz_log10"] == "agrees"
     files.summary["lipschitz_log10"] -= 1
     assert status(files.write())[0] == 1
@@ -438,7 +438,7 @@ def test_weights_that_are_larger_than_their_file(runs, tmp_path, capsys):
     files.config["width"] = 3000
     (files.out / "config.json").write_text(json.dumps(files.config))
     assert verify_lipschitz.main([str(files.out)], FAST) == 2
-    assert "settings are of a larger model than its weights" in capsys.readouterr().err
+    assert "its weights are more than the file holds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["summary", "config"])
