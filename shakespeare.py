@@ -157,7 +157,8 @@ PRESETS = {
     "paper_adamw": dict(batch=512, steps=2000, evals=10, optimizer="adamw", constraint="none"),
     "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0,
                        steps=1400, lr=0.1, embed_lr=0.02, momentum=0.95),
-    "plain100": dict(SMALL, final_scale=120.0),
+    "plain100": dict(SMALL, heads=4, w_max="1.3", final_scale=55.0, steps=1200, lr=0.08),
+    "certified": dict(SMALL, final_scale=12.0),
 }
 
 

@@ -1269,4 +1269,4 @@ def test_by_command_control_c_says_how_to_go_on(tmp_path, monkeypatch, small_sta
 def test_flags_come_before_presets_and_a_presets_rate_is_for_its_own_optimizer():
     assert parse_arguments([]).lr == 0.08 and parse_arguments(["--lr", "0.5"]).lr == 0.5
     assert parse_arguments(["--optimizer", "adamw"]).lr == 0.0 and parse_arguments(["--optimizer", "muon"]).lr == 0.08
-    assert Config.of("plain100", steps=3).steps == 3 and Config.of("plain100").final_scale == 120
+    assert Config.of("plain100", steps=3).steps == 3 and Config.of("plain100").final_scale == 55
