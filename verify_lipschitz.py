@@ -107,10 +107,7 @@ def directions(*shape, seed):
 
 
 def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
-    """(S,) largest quotients found, max_t rms(f(x + d) - f(x - d))_t / (2 max_t rms(d_t)).
-
-    f maps (S, T, D) to (S, T, O), each of S by itself. x_STD is where to start.
-    """
+    """(S,) largest quotients found, from x_STD on. f maps (S, T, D) to (S, T, O), each of S by itself."""
     (S, T, _), moving, scale = x_STD.shape, steps * 2 // 3, radius if radius < math.inf else 1.0
     order_S = torch.randperm(S, generator=torch.Generator().manual_seed(seed))
     h_S = scale * torch.logspace(-6, math.log10(0.5), S, dtype=torch.float64)[order_S]
@@ -151,9 +148,8 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
             d.requires_grad_()
             margin_N = margins(logits(x + d), y_N)
             stands_N &= (margin_N > 0).detach()
-            size_N = margin_N.detach().abs()
-            weight_N = stands_N / (size_N + 1e-3 * size_N.mean() + 1e-300)  # (those near the edge)
-            gradient, = torch.autograd.grad((weight_N * margin_N).sum(), d)
+            goal = margin_N[stands_N].clamp(min=1e-300).log().sum()  # (those near the edge count most)
+            gradient, = torch.autograd.grad(goal, d)
             d = into_ball(d.detach() - 2.5 * radius / steps**0.5 * unit(gradient), radius)
     return stands_N
 
@@ -240,10 +236,9 @@ class Table:
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE):
         """Compare the log10 of a bound with what was found against it, a number."""
-        verdict = "held" if log10(found) <= certified + math.log10(1 + slack) else "BROKEN"
-        if math.isnan(found):
-            verdict = "not checked: overflow"
-        found = log10(found)
+        overflow, found = math.isnan(found), log10(found)
+        verdict = "held" if found <= certified + math.log10(1 + slack) else "BROKEN"
+        verdict = "not checked: overflow" if overflow else verdict
         tightness = 10 ** min(9.0, found - certified) if math.isfinite(found) else 0.0
         self.add("bound", where, what, certified, found, verdict, norm=norm, tightness=tightness)
 
@@ -314,8 +309,8 @@ def verify_mlp(table, script, run, model, trained_on):
     certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
     table.attack_predictions("test images", "l2 radius, pixels in [0, 1]", certified, model, x_NP,
                              labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
-    few_NP = (images_NP[:5000 // K].double() / 255).requires_grad_()  # (as in the script's report)
-    rows = [torch.autograd.grad(f_N.sum(), few_NP, retain_graph=True)[0] for f_N in model(few_NP).T]
+    few_NP = images_NP[:5000 // K].double() / 255  # (as in the script's report)
+    jacobians_NKP = torch.func.vmap(torch.func.jacrev(lambda x_P: model(x_P[None])[0]))(few_NP)
     table.of_weights = dict(
         norms=dict(enumerate(bound["norms"])), lipschitz_log10=(tight, tight, math.inf),
         lipschitz_product_log10=bound["product_log10"] + to_rms,
@@ -323,7 +318,7 @@ def verify_mlp(table, script, run, model, trained_on):
     batches = zip(images_NP.split(2000), labels_N.split(2000))
     table.of_data = dict(
         evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches),
-        largest_jacobian_l2=torch.linalg.matrix_norm(torch.stack(rows, 1), ord=2).max().item(),
+        largest_jacobian_l2=torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item(),
         certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
 
 
@@ -348,9 +343,7 @@ def verify_transformer(table, script, run, model, trained_on):
     if getattr(run, "baseline", False):  # (norm layers: no promise that an attack could reach)
         return
     body, U = model.blocks if script is shakespeare else model.body, run.final_scale * model.head_VD
-    length, generator = min(32, T), torch.Generator().manual_seed(table.seed)
-    start_81 = torch.randint(len(tokens_N) - length, (8, 1), generator=generator)
-    real_STD = F.embedding(tokens_N[start_81 + torch.arange(length)], embedding_VD)
+    real_STD = F.embedding(tokens_N.unfold(0, min(32, T), T)[:8], embedding_VD)
     attack_layers(table, model, bound, real_STD)
     print("  searching the network ...", flush=True)
     R = bound["norms"]["embedding"] * (1 + 1e-9)
@@ -395,15 +388,14 @@ def attack_layers(table, model, bound, real_STD):
     print("  searching the way out of the ball ...", flush=True)
     radii = [row[key] for row in bound["rows"] for key in ("radius_log10", "radius_mlp_log10")]
     radii, R = [*radii, bound["radius_log10"]], 10.0 ** radii[0]
-    x_STD, seen = torch.cat([real_STD, directions(8, T, D, seed=seed)]), [0.0] * len(radii)
+    x_STD = torch.cat([real_STD, directions(8, T, D, seed=seed)])
     for _ in range(table.steps):
         x_STD = into_ball(x_STD, R).detach().requires_grad_()
-        rms_ST = [rms(x) for x in streams(x_STD)]
-        seen = [max(largest, r_ST.max().item()) for largest, r_ST in zip(seen, rms_ST)]
-        gradient, = torch.autograd.grad(rms_ST[-1].amax(-1).sum(), x_STD)
+        largest_S = rms(streams(x_STD)[-1]).amax(-1)
+        gradient, = torch.autograd.grad(largest_S.sum(), x_STD)
         x_STD = x_STD.detach() + 0.3 * R * unit(gradient)
-    for i, (radius, largest) in enumerate(zip(radii, seen)):
-        table.bound("stream", f"radius after {i} sublayers", radius, largest, "max-token RMS")
+    for i, (radius, x_STD) in enumerate(zip(radii, streams(into_ball(x_STD, R)))):
+        table.bound("stream", f"radius after {i} sublayers", radius, rms(x_STD).max().item(), "max-token RMS")
 
 
 def split_tokens(block, heads, T, R):
