@@ -235,10 +235,9 @@ class Table:
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE):
         """Compare the log10 of a bound with what was found against it, a number."""
-        verdict = "held" if log10(found) <= certified + math.log10(1 + slack) else "BROKEN"
-        if math.isnan(found):
-            verdict = "not checked: overflow"
-        found = log10(found)
+        overflow, found = math.isnan(found), log10(found)
+        verdict = "held" if found <= certified + math.log10(1 + slack) else "BROKEN"
+        verdict = "not checked: overflow" if overflow else verdict
         tightness = 10 ** min(9.0, found - certified) if math.isfinite(found) else 0.0
         self.add("bound", where, what, certified, found, verdict, norm=norm, tightness=tightness)
 
