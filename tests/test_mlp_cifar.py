@@ -128,6 +128,15 @@ def test_certificates_hold_and_are_ordered(case):
         assert found >= 0.999 * tight
 
 
+def test_wide_networks_are_certified_untuned():
+    wide, narrow = (MLP(Config(width=width, depth=2, lowpass=2)) for width in (1026, 64))
+    for model in (wide, narrow):
+        model.weights[1].data *= torch.linspace(0.1, 1, model.weights[1].shape[1])
+    for model, tunes in ((wide, False), (narrow, True)):
+        untuned, tuned = (certificate(model, steps)["tight_log10"] for steps in (0, 3))
+        assert (tuned < untuned) == tunes
+
+
 @pytest.mark.parametrize("activation", ["relu", "maxmin"])
 def test_any_free_weights_give_a_true_certificate(activation):
     model = random_model(width=24, depth=4, lowpass=3, activation=activation)
