@@ -9,7 +9,6 @@ COMMANDS
     python shakespeare.py                      # minutes on a laptop; ends with a sample
     python shakespeare.py --preset lipschitz2  # a constant below 2, embeddings to logits
     python shakespeare.py --sample runs/NAME --prompt "ROMEO:"
-    python shakespeare.py --load FILE.npz      # one of the authors' published models
     python shakespeare.py --data FILE          # any text in UTF-8
     python shakespeare.py --out DIR            # DIR holds a stopped run: it goes on
 RESULT (tinyshakespeare, whole validation text; seed 0; 4 minutes on two cores with bfloat16)
@@ -27,7 +26,6 @@ import io
 import json
 import math
 import os
-import pickle
 import sys
 import sysconfig
 import time
@@ -86,7 +84,7 @@ class Config:
     optimizer: str = flag("muon", "muon or adamw, of the matrices", choices=("muon", "adamw"))
     constraint: str = flag("soft_cap", f"{', '.join(CONSTRAINTS)}, or yours as FILE.py:NAME")
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
-    steps: int = flag(600, "training steps", 0, 10**9)
+    steps: int = flag(600, "training steps", 1, 10**9)
     batch: int = flag(32, "windows a step", 1, 2**20)
     lr: float = flag(0.0, "learning rate, falling to 0; 0: 0.1 for Muon, 0.003 for AdamW", 0, 1e30)
     embed_lr: float = flag(0.02, "learning rate of the embedding (Adam), falling likewise", 0)
@@ -98,9 +96,8 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
     evals: int = flag(4, "evaluations on all validation text, each with a checkpoint", 1, 10**6)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
-    # instead of training; the sample
-    load: str = flag("", "a published checkpoint (.npz): evaluate, certify and sample it")
-    sample: str = flag("", "a run folder or a published checkpoint: only sample from it")
+    # the sample
+    sample: str = flag("", "a run folder: do not train, only sample from it")
     prompt: str = flag("", "text that the sample continues; default: the start of a line")
     length: int = flag(500, "characters to sample", 1, 10**9)
     temperature: float = flag(0.8, "of the sample; 0: always the most probable character", 0)
@@ -446,7 +443,6 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
 # ==== Data: a text, as numbers ====================================================================
 TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-VOCABULARY = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"  # its characters
 LONGEST, VARIED = 10**8, 4096  # most characters of a text, and most different ones: 4 GB of memory
 
 
@@ -531,24 +527,22 @@ def windows(tokens_N, T, batch=None):
 # ==== Run folders: one rule for starting and going on =============================================
 def go_on(config):
     """(config, model, checkpoint) of what is stored, if anything. Other settings are an error."""
-    source, given = config.load or config.sample, getattr(config, "given", dataclasses.asdict(config))
-    if not source and not (config.out and Path(config.out, "checkpoint.pt").exists()):
+    sample, given = config.sample, getattr(config, "given", dataclasses.asdict(config))
+    if not sample and not (config.out and Path(config.out, "checkpoint.pt").exists()):
         return config, None, None
-    load = load_published if config.load or source.endswith(".npz") else load_checkpoint
-    own, model, *rest = load(source or config.out)
+    own, model, state = load_checkpoint(sample or config.out)
     free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
-    if source:
-        rest, free = [None], free | {"load", "sample", "holdout", "seed", "dtype"}
+    free |= {"sample", "holdout", "seed", "dtype"} if sample else set()
     for name, value in given.items():
         if name not in free and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: {source or config.out} has {getattr(own, name)}; "
+            raise UserError(f"--{name} {value}: {sample or config.out} has {getattr(own, name)}; "
                             "leave the flag out, or start a run with another --out")
         setattr(own, name, value)
-    if ":" in str(own.constraint) and not (source or "constraint" in given):  # (no code unasked)
+    if ":" in str(own.constraint) and not (sample or "constraint" in given):  # (no code unasked)
         raise UserError(f"--out {config.out}: was trained with code; say that you trust it: "
                         f"--constraint {own.constraint}")
     own.out, own.device = config.out, config.device
-    return own, model, rest[0]
+    return own, model, state
 
 
 def new_folder(config):
@@ -604,43 +598,6 @@ def built(config, vocabulary, weights):
     return model
 
 
-class NumpyOnly(pickle._Unpickler):  # (that in C takes gigabytes if a few bytes ask for them)
-    """Builds arrays and plain Python values. Other names become text, and text cannot be called."""
-
-    def find_class(self, module, name):
-        if module.startswith("numpy.") and name == "_reconstruct":
-            return lambda *kind_and_shape: np.empty(0, np.int8)  # (filled later, which sets both)
-        return np.dtype if (module, name) == ("numpy", "dtype") else f"{module}.{name}"
-
-
-def load_published(path):
-    """(config, model) of the authors' .npz: pickled dictionaries of settings and of matrices."""
-    stored, order = [], ("v", "q", "k", "o", "w_in", "w_out")
-    with (reading(f"--load {path}", "checkpoint in the published form, nothing in it was run"),
-          open(path, "rb") as file, zipfile.ZipFile(io.BytesIO(file.read(2**27))) as archive):
-        for name in ("args.npy", "weights_checkpoint_0.npy"):
-            info = archive.getinfo(name)  # (no more than the size it claims is unpacked)
-            if info.file_size > 2**26 or info.compress_type not in (0, zipfile.ZIP_DEFLATED):
-                raise ValueError("more than 64 MB, or packed in an unusual way")
-            with archive.open(info) as array:
-                array.readline()  # (the header, which the pickle follows)
-                stored.append(NumpyOnly(array).load().item())
-        args, weights = stored
-        weights = [weights[i] for i in range(len(weights))]  # (each a matrix, or a list of one)
-        weights = [W[0] if isinstance(W, list) else W for W in weights]
-        config = Config(
-            preset="published", steps=0, width=int(args["d_embed"]), blocks=int(args["num_blocks"]),
-            heads=int(args["num_heads"]), hidden=len(weights[5]), constraint="none",
-            logit_scale=float(args["softmax_scale"]), final_scale=float(args.get("final_scale", 1)),
-            residual_scale=float(args["residual_scale"]))
-        config.limits()
-        names = [f"blocks.{i}.{name}" for i in range(config.blocks) for name in order]
-        weights = dict(zip(["embedding_VD", *names, "head_VD"], weights, strict=True))
-        weights["embedding_VD"] = weights["embedding_VD"].T
-        weights = {name: torch.from_numpy(W).contiguous() for name, W in weights.items()}
-        return config, built(config, VOCABULARY, weights)
-
-
 def write(path, data):
     """Text or bytes, all or nothing: written beside, then put in the old file's place."""
     if isinstance(data, str):  # (JSON has no infinity: the logarithm of 0 is a word)
@@ -655,10 +612,10 @@ def write(path, data):
 
 # ==== Main ========================================================================================
 def main(config):
-    """Train, go on, load or sample; certify; report. Returns the summary, None of --sample."""
+    """Train, go on or sample; certify; report. Returns the summary, None of --sample."""
     config.limits()  # (complains before anything is loaded)
     config, model, state = go_on(config)
-    if state and Path(config.out, "summary.json").exists():
+    if state and not config.sample and Path(config.out, "summary.json").exists():
         print(f"The run in {config.out} is finished; start another with another --out.")
         with reading(config.out, "run with a whole summary.json"):
             return json.loads(Path(config.out, "summary.json").read_text())
@@ -670,8 +627,7 @@ def main(config):
         return sample(model.to(device), config, dtype)
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if (model and model.vocabulary != vocabulary) or (state and state["tokens"] != len(train_N)):
-        raise UserError(f"--data {data_name}: {config.load or config.out} was trained on another; "
-                        "give that text")
+        raise UserError(f"--data {data_name}: {config.out} was trained on another; give that text")
     encode(config.prompt, vocabulary)  # (a wrong prompt is reported before training)
 
     # ---- build
@@ -747,7 +703,6 @@ def main(config):
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             tqdm.write(progress(log[-1], config.steps))
             losses, began = [], time.perf_counter()
-    log = log or [measure(model, validation_N, 0, None, 0.0)]  # (of --load)
     return report(config, model, out, log, data_name, validation_N, dtype)
 
 
@@ -801,7 +756,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     write(out / "summary.json", json.dumps(summary, indent=1))  # (now it is finished)
     draw(config, out, log, bound["norms"])
 
-    print(f"\n{config.load or config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
+    print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} "
           f"steps, seed {config.seed}, data: {data_name}\n  accuracy {100 * last['val_accuracy']:.2f} %, "
           f"loss {last['val_loss_at_temperature']:.3f} (loss temperature {config.loss_temperature:g})\n"
           "  certified token accuracy at rho (RMS, every embedding)",
@@ -815,7 +770,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n{'-' * 80}")
     sample(model, config, dtype)
     print(f"{'-' * 80}\nPicture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample "
-          f"{config.load or out}\nAttack its claims: python verify_lipschitz.py {out}")
+          f"{out}\nAttack its claims: python verify_lipschitz.py {out}")
     return summary
 
 

@@ -6,7 +6,7 @@ them against what the files of a run say. Then it looks for the pair, in the nor
 which a bound is claimed: found / certified above 1 is a bug, below 1 the tightness.
 
 COMMANDS
-    python verify_lipschitz.py runs/NAME [...]        # run folders, folders of them, published .npz
+    python verify_lipschitz.py runs/NAME [...]        # run folders, or folders of them
     python verify_lipschitz.py                        # all of runs/
     python verify_lipschitz.py runs/NAME --budget 20  # search twenty times as long
 
@@ -14,7 +14,7 @@ RESULT: a table, verify.json and verify.png in the run's folder, and an exit sta
     0  held: every claim was recomputed and agrees, and no attack succeeded
     1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
     2  could not be checked in full: a file, a value or the data are missing (without summary.json:
-       nothing claimed). A published .npz claims nothing itself: attacks alone decide.
+       nothing claimed)
 
 ANCESTRY. Attacks by projected gradients: Madry et al. (2018), Carlini and Wagner (2017).
 """
@@ -59,7 +59,7 @@ def parse_arguments(argv=None):
     """(run folders and files, Config) of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders, folders of those, .npz files [runs]")
+    parser.add_argument("runs", nargs="*", help="run folders, or folders of those [runs]")
     for f in dataclasses.fields(Config):
         text = f"{f.metadata['help']} [{f.default}]"
         parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=text)
@@ -431,10 +431,6 @@ def read_checkpoint(path):
 
 def verify(table, path):
     """Fill the table of a run folder or file."""
-    if path.suffix == ".npz":
-        run, model = shakespeare.load_published(path)  # (says not what its weights were held to)
-        verify_transformer(table, shakespeare, run, model.double().requires_grad_(False), "")
-        return
     summary, written, lines = [read_json(path / f) for f in ("summary.json", "config.json", "log.jsonl")]
     saved = read_checkpoint(path / "checkpoint.pt")
     script, trained_on = SCRIPTS[saved["script"]], str(saved["data"])
@@ -524,17 +520,15 @@ def main(names, config):
             if table.verdict() != "BROKEN":  # (else a setting was changed, and fits no weights)
                 reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
                 print(f"verify_lipschitz.py: {path}: could not be checked ({reason}); needed is the "
-                      f"folder of a run of {', '.join(SCRIPTS)}, or an .npz file", file=sys.stderr)
+                      f"folder of a run of {', '.join(SCRIPTS)}", file=sys.stderr)
                 verdicts.append("could not be checked")
                 continue
         print_report(table, time.perf_counter() - began)
         verdicts.append(table.verdict())
-        folder = path if path.is_dir() else Path("runs") / f"verify_{path.stem}"
-        folder.mkdir(parents=True, exist_ok=True)
         result = dict(verdict=table.verdict(), data=table.data_name, rows=table.rows)
-        mlp_cifar.write(folder / "verify.json", json.dumps(result, indent=1))
-        mlp_cifar.write(folder / "verify.png", draw(path, table))
-        print(f"Table and picture: {folder}/verify.json and verify.png", flush=True)
+        mlp_cifar.write(path / "verify.json", json.dumps(result, indent=1))
+        mlp_cifar.write(path / "verify.png", draw(path, table))
+        print(f"Table and picture: {path}/verify.json and verify.png", flush=True)
     print("; ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
     return 1 if "BROKEN" in verdicts else 0 if set(verdicts) == {"held"} else 2
 

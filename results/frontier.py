@@ -60,10 +60,11 @@ def row_of(folder, steps=120):
     share = summary["certified_token_accuracy"]
     return dict(
         architecture=architecture(config), flags=" ".join([f"--preset {config.preset}", *flags]),
-        seed=config.seed, accuracy=summary["val_accuracy"], loss=summary["val_loss"],
-        formula=paper_formula(model), product=summary["lipschitz_product_log10"],
-        certified=summary["lipschitz_log10"], found=found(model, shakespeare.load_data(config)[1], steps),
-        **{f"certified_{rho}": share[rho] for rho in ("0.001", "0.01", "0.03")})
+        seed=config.seed, accuracy_percent=round(100 * summary["val_accuracy"], 1),
+        loss=round(summary["val_loss"], 3), formula_log10=paper_formula(model),
+        product_log10=summary["lipschitz_product_log10"], certified_log10=summary["lipschitz_log10"],
+        found_log10=found(model, shakespeare.load_data(config)[1], steps),
+        **{f"certified_{rho}_percent": round(100 * share[rho], 1) for rho in ("0.001", "0.01", "0.03")})
 
 
 def draw(rows, out):
@@ -72,13 +73,13 @@ def draw(rows, out):
     kinds = list(dict.fromkeys(row["architecture"] for row in rows))
     for kind in kinds:
         mine = [row for row in rows if row["architecture"] == kind]
-        left.plot([float(row["certified"]) for row in mine],
-                  [100 * float(row["accuracy"]) for row in mine], "o", label=kind)
+        left.plot([float(row["certified_log10"]) for row in mine],
+                  [float(row["accuracy_percent"]) for row in mine], "o", label=kind)
     mine = sorted((row for row in rows if row["architecture"] == "the paper's"),
-                  key=lambda row: float(row["certified"]))
+                  key=lambda row: float(row["certified_log10"]))
     for name, label in BOUNDS.items():
-        right.plot([float(row[name]) for row in mine], [100 * float(row["accuracy"]) for row in mine],
-                   "o-", label=label)
+        right.plot([float(row[f"{name}_log10"]) for row in mine],
+                   [float(row["accuracy_percent"]) for row in mine], "o-", label=label)
     left.set(title="certified bound, by architecture")
     right.set(title="the paper's architecture: four bounds of the same weights")
     for panel in (left, right):

@@ -23,7 +23,7 @@ SHORT = dict(
     nanogpt_lipschitz="--data stand-in --vocab 256 --width 16 --blocks 2 --heads 2 --hidden 32 --seq_len 32 --window 32 --batch 2 "
                       "--micro_batch 2 --val_tokens 2000 --steps 4 --evals 1 --residual_scale 1")
 ELSEWHERE = {  # what a shortened run here would not be: run as it is by another test
-    "--help": ("test_verify_lipschitz", "--help"), "--load": ("test_shakespeare", "load"),
+    "--help": ("test_verify_lipschitz", "--help"),
     "--prepare": ("test_nanogpt_lipschitz", "--prepare"), "--sample": ("test_shakespeare", "--sample"), "mine.py": ("test_mlp_cifar", "half_cap")}
 
 

@@ -31,7 +31,12 @@ from matrices import sigma_limit, with_spectrum
 
 import constraints
 import shakespeare
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+
+import published as results_published
 from constraints import CONSTRAINTS, ellipsoid, ellipsoid_layer, ellipsoid_norm, ellipsoid_pairs, lifted, tune
+from published import load_published
 from shakespeare import Config, Transformer, UserError, certificate, follow, parse_arguments, sigma, tuned
 
 ROOT = Path(__file__).parent.parent
@@ -730,7 +735,7 @@ def published(path, **replaced):
 def test_parity_with_the_reference_through_its_own_format(tmp_path):
     """Logits recorded from the authors' GPT, from a file in their form, with or without references to absent code."""
     tokens, logits = torch.from_numpy(REFERENCE["gpt_tokens"]), torch.from_numpy(REFERENCE["gpt_logits"])
-    _, model = shakespeare.load_published(published(tmp_path / "plain.npz"))
+    _, model = load_published(published(tmp_path / "plain.npz"))
     torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
     module = types.ModuleType("modula_that_is_not_there")
     exec("def soft_cap(): pass", module.__dict__)
@@ -741,7 +746,7 @@ def test_parity_with_the_reference_through_its_own_format(tmp_path):
                          final_scale=1, residual_scale=1, project=dict(default=module.soft_cap)))
     finally:
         del sys.modules[module.__name__]
-    _, model = shakespeare.load_published(path)
+    _, model = load_published(path)
     torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
 
 
@@ -775,7 +780,7 @@ def test_a_malicious_file_is_refused_and_runs_nothing(call, tmp_path):
         witness.unlink()
     path = published(tmp_path / "bad.npz", args=dict(num_heads=payload))
     with pytest.raises(UserError, match="nothing in it was run"):
-        shakespeare.load_published(path)
+        load_published(path)
     assert not witness.exists()
 
 
@@ -799,23 +804,27 @@ def test_wrong_published_files(kind, tmp_path):
             archive.filelist[0].file_size -= 2**25 if kind == "lying_bomb" else 0
     elif kind == "endless":
         path = Path("/dev/zero")
-    with pytest.raises(UserError, match=dict(endless="/dev/zero").get(kind, "x.npz")):
-        shakespeare.main(Config.of(data="stand-in", load=str(path), out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()  # (vocabulary: the stand-in has another than the play)
+    with pytest.raises(UserError, match=dict(endless="/dev/zero", vocabulary="other characters").get(kind, "x.npz")):
+        results_published.main([str(path), "--data", "stand-in", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
-def test_load_evaluates_certifies_and_samples(tmp_path, capsys, monkeypatch):
+def test_a_published_file_becomes_a_run_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shakespeare, "draw", DRAW)
-    (tmp_path / "play.txt").write_text((shakespeare.VOCABULARY * 200)[:12_000])
+    (tmp_path / "play.txt").write_text((results_published.VOCABULARY * 200)[:12_000])
     path, out = published(tmp_path / "x.npz"), tmp_path / "run"
-    summary = shakespeare.main(Config.of(data=str(tmp_path / "play.txt"), load=str(path), out=str(out), length=10))
-    assert summary["steps"] == 0 and math.isfinite(summary["lipschitz_log10"]) and summary["w_max"] is None
+    command = [str(path), "--data", str(tmp_path / "play.txt"), "--out", str(out)]
+    summary = results_published.main(command)
+    assert summary["preset"] == "published" and math.isfinite(summary["lipschitz_log10"]) and summary["w_max"] is None
     assert "LIPSCHITZ" in capsys.readouterr().out and (out / "curves.png").exists()
-    shakespeare.main(Config.of(sample=str(path), prompt="ROMEO:", length=30))
+    with pytest.raises(OSError):  # (an old run is not overwritten)
+        results_published.main(command)
+    shakespeare.main(Config.of(sample=str(out), prompt="ROMEO:", length=30))
     text = capsys.readouterr().out
     assert text.startswith("ROMEO:") and len(text) == 6 + 30 + 1
     with pytest.raises(UserError, match="--width 7: .* has 32"):  # what is loaded keeps its settings
-        shakespeare.main(Config.of(sample=str(path), width=7, heads=1))
+        shakespeare.main(Config.of(sample=str(out), width=7, heads=1))
+    assert shakespeare.main(Config.of(out=str(out))) == json.loads((out / "summary.json").read_text())
 
 
 @torch.no_grad()
@@ -1035,7 +1044,7 @@ def test_stopped_and_gone_on_with_adamw_is_bit_identical(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("flags, says", [
     (["--steps", "7"], "--steps 7: .* has 6"), (["--preset", "laptop"], "--preset laptop: .* has paper"),
-    (["--lr", "0.3"], "--lr 0.3: .* has 0.0"), (["--load", "x.npz"], "--load x.npz")])
+    (["--lr", "0.3"], "--lr 0.3: .* has 0.0")])
 def test_a_flag_that_differs_from_the_run_names_both_values(flags, says, tmp_path):
     out, _ = run(tmp_path)
     before = (out / "checkpoint.pt").read_bytes()
@@ -1114,6 +1123,7 @@ def test_wrong_types_in_a_checkpoint_are_one_line(tmp_path, monkeypatch):
 
 
 def test_wrong_types_in_a_published_file_are_one_line(tmp_path):
+    (tmp_path / "play.txt").write_text((results_published.VOCABULARY * 200)[:12_000])
     args = dict(vocab_size=65, num_heads=4, d_embed=32, num_blocks=2, softmax_scale=1, final_scale=1, residual_scale=1)
     weights = {i: [REFERENCE[f"gpt_weight_{i}"]] for i in range(14)}
     wrong = [dict(args={**args, name: value}) for name in args if name != "vocab_size" for value in (None, "x", -1, 1e300, math.nan, np.zeros(3))]
@@ -1124,8 +1134,8 @@ def test_wrong_types_in_a_published_file_are_one_line(tmp_path):
     for content in wrong:
         with pytest.raises(UserError) as error:
             path = published(tmp_path / "x.npz", **content)
-            shakespeare.main(Config.of(sample=str(path), length=1))
-        assert "\n" not in str(error.value)
+            results_published.main([str(path), "--data", str(tmp_path / "play.txt"), "--out", str(tmp_path / "run")])
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["settings", "compressed"])
@@ -1217,7 +1227,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
     (["--hidden", "7"], "even"), (["--residual_scale", "9"], "at most"), (["--width", "1000000000"], "16384"),
     (["--loss_temperature", "0"], "--loss_temperature"), (["--temperature", "-1"], "--temperature"),
     (["--seed", "-1"], "--seed"), (["--data", "/no/such/file"], "/no/such/file"), (["--top_k", "-1"], "--top_k"),
-    (["--sample", "/no/such/run"], "/no/such/run"), (["--load", "/no/such.npz"], "no checkpoint in the published form"),
+    (["--sample", "/no/such/run"], "/no/such/run"),
     (["--preset", "best"], "lipschitz2"), (["--device", "tpu"], "--device"), (["--prompt", "\u2603"], "does not know"),
     (["--constraint", "clip"], "soft_cap"), (["--depth", "2"], "--depth"), (["--activation", "relu"], "maxmin")])
 def test_wrong_flags(flags, says, tmp_path, capsys):

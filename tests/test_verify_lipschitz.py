@@ -105,14 +105,12 @@ def test_true_runs_are_held(runs, capsys):
         assert (runs / name / "verify.png").stat().st_size > 10_000
 
 
-def test_a_published_checkpoint(tmp_path, runs, monkeypatch):
-    from test_shakespeare import published
-    published(tmp_path / "small.npz")
-    (tmp_path / "text").write_text(shakespeare.VOCABULARY * 200)
-    monkeypatch.chdir(tmp_path)
-    config = dataclasses.replace(FAST, data=str(tmp_path / "text"))
-    assert verify_lipschitz.main([str(tmp_path / "small.npz")], config) == 0
-    assert json.loads((tmp_path / "runs/verify_small/verify.json").read_text())["verdict"] == "held"
+def test_a_published_checkpoint(tmp_path):
+    from test_shakespeare import published, results_published
+    (tmp_path / "text").write_text(results_published.VOCABULARY * 200)
+    results_published.main([str(published(tmp_path / "small.npz")), "--data", str(tmp_path / "text"), "--out", str(tmp_path / "run")])
+    assert verify_lipschitz.main([str(tmp_path / "run")], dataclasses.replace(FAST, data=str(tmp_path / "text"))) == 0
+    assert json.loads((tmp_path / "run" / "verify.json").read_text())["verdict"] == "held"
 
 
 @pytest.mark.parametrize("change", ["weaker bound", "weaker share", "places"])
