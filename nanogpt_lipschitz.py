@@ -7,7 +7,7 @@ COMMANDS
     python nanogpt_lipschitz.py                                    # minutes on a laptop, no network
     torchrun --standalone --nproc_per_node 8 nanogpt_lipschitz.py --preset cap1   # the paper's run
     python nanogpt_lipschitz.py --sample runs/NAME --prompt "def " --temperature 0.8
-    python nanogpt_lipschitz.py --prepare SOURCE --data DIR        # token shards of a text of yours
+    python results/prepare.py SOURCE --data DIR                    # token shards of a text of yours
     With --out DIR a stopped run goes on, on any number of processes, and torchrun's --max-restarts
     revives what was killed (on several nodes with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
 
@@ -112,8 +112,6 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
     evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)
     out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
-    prepare: str = flag("", "make shards in --data DIR of a text, .jsonl, .json, .parquet (column text), "
-                        "a folder of them (.txt), or a data set on the Hub, NAME or NAME:CONFIG")
     sample: str = flag("", "a run folder: only sample from it")
     prompt: str = flag("", "text that the sample continues; default: the start of a document")
     length: int = flag(300, "tokens to sample", 1)
@@ -144,8 +142,7 @@ class Config:
                 ("heads", self.width % (4 * self.heads), f"a divisor of width / 4 = {self.width / 4}"),
                 ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
                 ("hidden", self.hidden % 2 and self.activation == "maxmin", "even for maxmin"),
-                ("constraint", self.baseline and self.constraint != "none", "none for the baseline"),
-                ("data", self.prepare and self.data in ("fineweb", "stand-in"), "a new folder (--data DIR)")):
+                ("constraint", self.baseline and self.constraint != "none", "none for the baseline")):
             if wrong:
                 raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
         with told(f"--w_max {self.w_max}: must be a number above 0, or 7", "give, say, 1,1,1,1,1,1,2"):
@@ -444,7 +441,7 @@ def wide(W):
 
 
 # ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==
-MAGIC, VERSION, HEADER, SHARD = 20240520, 1, 256, 10**8  # SHARD: tokens that --prepare puts in one
+MAGIC, VERSION, HEADER = 20240520, 1, 256
 
 
 @dataclasses.dataclass
@@ -481,7 +478,7 @@ class Tokens:
 
 def read_shard(path):
     """(name, uint16 tokens) of a shard, memory-mapped."""
-    with told(f"{path}: is no whole shard", f"one begins with int32 {MAGIC}, {VERSION}, count (--prepare)"):
+    with told(f"{path}: is no whole shard", f"one begins with int32 {MAGIC}, {VERSION}, count (results/prepare.py)"):
         header, size = np.fromfile(path, dtype=np.int32, count=HEADER).tolist(), path.stat().st_size
         if header[:2] != [MAGIC, VERSION] or not size == 4 * HEADER + 2 * header[2] > 4 * HEADER:
             raise ValueError(f"it begins with {header[:3]} and has {size} bytes")
@@ -533,68 +530,6 @@ def gpt2():
     with told("GPT-2's tokens cannot be had", "they need tiktoken, and once the network"):
         import tiktoken
         return tiktoken.get_encoding("gpt2")
-
-
-def documents(source):
-    """The texts of a source, one after the other; of a row without text, None or an empty one."""
-    path, kinds, mark = Path(source), (".txt", ".jsonl", ".json", ".parquet"), "<|endoftext|>"
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
-    for file in files if path.is_dir() else [path]:
-        with told(f"--prepare {file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
-                  "CP1252 -t UTF-8), JSON lines or parquet with texts in a column text, or a folder"):
-            rows = None
-            if not path.exists():
-                import datasets  # takes a second, so only where it is needed
-                rows = datasets.load_dataset(*source.split(":"), split="train", streaming=True)
-            elif file.suffix.lower() == ".parquet":
-                from pyarrow import parquet
-                batches = parquet.ParquetFile(file).iter_batches(1024, columns=["text"])
-                rows = (row for batch in batches for row in batch.to_pylist())
-            elif file.suffix.lower() in (".jsonl", ".json"):  # (with an object a line)
-                rows = (json.loads(line) for line in open(file, encoding="utf-8-sig") if line.strip())
-            if rows is not None:
-                yield from (row["text"] and row["text"] + "" for row in rows)  # (else no text)
-                continue
-            held, end = "", "\n\n"  # (in a text without marks, blank lines end documents)
-            with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
-                while piece := f.read(2**14):
-                    if "\0" in piece:
-                        raise UnicodeError("it holds NUL characters")
-                    end = mark if mark in held + piece else end
-                    text, found, held = (held + piece).rpartition(end)
-                    if len(held) > 2**18:  # (so does this length: memory is finite)
-                        text, held = held, ""
-                    yield from filter(None, (text + found).split(mark))
-            yield from filter(None, [held])
-
-
-def prepare(config):
-    """Shards of a text in --data: val_tokens of it, at most a tenth, to validate, then the rest."""
-    folder, encoding, source = Path(config.data), gpt2(), documents(config.prepare)
-    if list(folder.glob("*.bin")):
-        raise UserError(f"--data {folder}: has shards already; give another folder, or remove them")
-    held, shards, empty, texts = bytearray(), 0, 0, True  # (2 bytes a token)
-    with contextlib.ExitStack() as if_it_fails:  # (all shards or none)
-        while texts:
-            texts = list(itertools.islice(source, 256))
-            known = [text for text in texts if text]
-            empty += len(texts) - len(known)
-            for ids in encoding.encode_ordinary_batch(known, num_threads=os.cpu_count()):
-                held += np.array([encoding.eot_token, *ids], np.uint16).tobytes()
-            if not texts and not shards and len(held) < 40:
-                raise UserError(f"--prepare {config.prepare}: has {len(held) // 2} tokens; give more text")
-            while len(held) >= 2 * (config.val_tokens + SHARD) or not texts and held:
-                first = config.val_tokens if texts else min(config.val_tokens, len(held) // 20)
-                data = held[:2 * (SHARD if shards else first)]
-                header = np.array([MAGIC, VERSION, len(data) // 2] + [0] * (HEADER - 3), np.int32)
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / (f"train_{shards:06d}.bin" if shards else "val_000000.bin")
-                if_it_fails.callback(path.unlink, missing_ok=True)
-                write(path, header.tobytes() + data)
-                print(f"{path}: {len(data) // 2:,} tokens", flush=True)
-                held, shards = held[len(data):], shards + 1
-        if_it_fails.pop_all()
-    print(f"{folder}: {shards} shards; {empty} rows without text were skipped")
 
 
 # ==== Distribution: who owns what, and how gradients and weights travel ===========================
@@ -735,10 +670,8 @@ def evaluate(model, validation, window, dtype, exchange):
 
 
 def main(config):
-    """Train, go on, sample or prepare; certify; report. Returns the summary (on rank 0)."""
+    """Train, go on or sample; certify; report. Returns the summary (on rank 0)."""
     config.limits()  # (complains before anything is loaded)
-    if config.prepare:
-        return prepare(config)
     with told("RANK, WORLD_SIZE, MASTER_ADDR: cannot be used", "unset them, or leave them to torchrun"):
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if not 0 <= rank < world_size:

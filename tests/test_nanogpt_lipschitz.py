@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "results"))
 
 import memory  # noqa: E402
+import prepare  # noqa: E402
 
 SCRIPT = ROOT / "nanogpt_lipschitz.py"
 TINY = dict(width=16, blocks=2, heads=2, hidden=32, seq_len=24, window=24, batch=4, micro_batch=2, steps=6, evals=2,
@@ -472,19 +473,19 @@ def test_prepare_parquet_and_json(tmp_path, monkeypatch, capsys):
     import pandas
 
     monkeypatch.setattr(nano, "gpt2", Bytes)
-    monkeypatch.setattr(nano, "SHARD", 9000)
+    monkeypatch.setattr(prepare, "SHARD", 9000)
     texts = [f"document {i} " + "x" * (i * 37 % 200) for i in range(700)]
     (tmp_path / "source").mkdir()
     pandas.DataFrame(dict(text=[*texts[:300], None, None], other=0)).to_parquet(tmp_path / "source" / "a.parquet")
     (tmp_path / "source" / "b.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in [*texts[300:], None, ""]))
     (tmp_path / "source" / "other.csv").write_text("text\nnot this\n")
-    settings = dict(prepare=str(tmp_path / "source"), data=str(tmp_path / "shards"), val_tokens=1000)
-    nano.main(tiny(**settings))
+    settings = str(tmp_path / "source"), str(tmp_path / "shards"), 1000
+    prepare.prepare(*settings)
     assert all_tokens(tmp_path / "shards") == [t for text in texts for t in [256, *text.encode()]]
     sizes = [len(nano.read_shard(p)[1]) for p in sorted((tmp_path / "shards").glob("*.bin"))]
     assert sizes[-1] == 1000 and set(sizes[:-2]) == {9000} and sizes[-2] < 10_000 and "4 rows without text" in capsys.readouterr().out
     with pytest.raises(UserError, match="has shards already"):
-        nano.main(tiny(**settings))
+        prepare.prepare(*settings)
 
 
 def test_prepare_text_files(tmp_path, monkeypatch, small_stand_in, capsys):
@@ -492,7 +493,7 @@ def test_prepare_text_files(tmp_path, monkeypatch, small_stand_in, capsys):
     monkeypatch.setattr(nano, "gpt2", Bytes)
     text = small_stand_in[:300_000]
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    nano.main(tiny(data=str(tmp_path / "shards"), prepare=str(tmp_path / "text.txt")))
+    prepare.prepare(str(tmp_path / "text.txt"), str(tmp_path / "shards"), 500)
     tokens = all_tokens(tmp_path / "shards")
     assert bytes(t for t in tokens if t < 256).decode() == text and 5 < tokens.count(256) < 30
     ends = [i for i, t in enumerate(tokens) if t == 256][1:]
@@ -505,7 +506,7 @@ def test_prepare_text_files(tmp_path, monkeypatch, small_stand_in, capsys):
     (tmp_path / "folder" / "a.txt").write_text("one<|endoftext|>two\n\n" + "2" * 20_000 + "\n\nthree")
     (tmp_path / "folder" / "deep" / "b.txt").write_text("four")
     (tmp_path / "folder" / "a_folder.txt").mkdir()
-    nano.main(tiny(data=str(tmp_path / "more"), prepare=str(tmp_path / "folder"), val_tokens=10**7))
+    prepare.prepare(str(tmp_path / "folder"), str(tmp_path / "more"), 10**7)
     assert len(nano.read_shard(tmp_path / "more" / "val_000000.bin")[1]) == len(all_tokens(tmp_path / "more")) // 10
     texts = bytes(0 if t == 256 else t for t in all_tokens(tmp_path / "more")).decode().split("\0")
     assert texts == ["", "one", "two\n\n" + "2" * 20_000 + "\n\nthree", "four"]
@@ -526,7 +527,7 @@ UTF16 = "hello world, é\n" * 50
 def test_prepare_refuses(tmp_path, name, content, says, monkeypatch):
     """In one line that names the file, alone and in a folder of good ones; nothing is left."""
     monkeypatch.setattr(nano, "gpt2", Bytes)
-    monkeypatch.setattr(nano, "SHARD", 9000)
+    monkeypatch.setattr(prepare, "SHARD", 9000)
     (tmp_path / "folder").mkdir()
     path = tmp_path / "folder" / name
     sources = [path] if content is None or "tokens" in says else [path, path.parent]
@@ -536,7 +537,7 @@ def test_prepare_refuses(tmp_path, name, content, says, monkeypatch):
         (tmp_path / "folder" / "a_good_one.txt").write_text("good\n\n" * 9000)
     for source in sources:
         with pytest.raises(UserError, match=says) as error:
-            nano.main(tiny(data=str(tmp_path / "out"), prepare=str(source), val_tokens=1000))
+            prepare.prepare(str(source), str(tmp_path / "out"), 1000)
         one_clear_line(error)
         assert name in str(error.value) and not list(tmp_path.rglob("*.bin"))
 
@@ -548,7 +549,7 @@ def test_prepare_refuses_columns(tmp_path, column, monkeypatch):
     monkeypatch.setattr(nano, "gpt2", Bytes)
     pandas.DataFrame(column).to_parquet(tmp_path / "x.parquet")
     with pytest.raises(UserError, match="cannot be read|has 0 tokens") as error:
-        nano.main(tiny(data=str(tmp_path / "out"), prepare=str(tmp_path / "x.parquet")))
+        prepare.prepare(str(tmp_path / "x.parquet"), str(tmp_path / "out"), 500)
     one_clear_line(error)
     assert not (tmp_path / "out").exists()
 
@@ -559,7 +560,7 @@ def test_any_text_of_20_kb_trains(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nano, "gpt2", Bytes)
     (tmp_path / "br[a]cket").mkdir()
     (tmp_path / "br[a]cket" / "a b.txt").write_bytes(text.encode())
-    nano.main(tiny(data=str(tmp_path / "shards"), prepare=str(tmp_path / "br[a]cket")))
+    prepare.prepare(str(tmp_path / "br[a]cket"), str(tmp_path / "shards"), 500)
     assert "2 shards; 0 rows" in capsys.readouterr().out
     kept = bytes(t for t in all_tokens(tmp_path / "shards") if t < 256).decode()
     assert kept == text.replace("\r\n", "\n").replace("<|endoftext|>", "")
@@ -569,10 +570,10 @@ def test_any_text_of_20_kb_trains(text, tmp_path, monkeypatch, capsys):
 def test_long_texts_without_blank_lines_are_cut(tmp_path):
     """Else one line of gigabytes would have to fit into memory, many times over."""
     (tmp_path / "x.txt").write_text("0123456789" * 100_000)
-    texts = list(nano.documents(str(tmp_path / "x.txt")))
+    texts = list(prepare.documents(str(tmp_path / "x.txt")))
     assert "".join(texts) == "0123456789" * 100_000 and max(map(len, texts)) < 300_000
     (tmp_path / "x.txt").write_text("first<|endoftext|>" + "\n\n".join(["0123456789" * 10_000] * 2) + "<|endoftext|>last")
-    assert [len(text) for text in nano.documents(str(tmp_path / "x.txt"))] == [5, 200_002, 4]
+    assert [len(text) for text in prepare.documents(str(tmp_path / "x.txt"))] == [5, 200_002, 4]
 
 
 @pytest.mark.skipif(not (Path(os.environ.get("DATA_DIR", "/nowhere")) / "tiktoken-cache").is_dir(), reason="needs GPT-2's table of tokens")
@@ -580,7 +581,7 @@ def test_gpt2_tokens(tmp_path, monkeypatch, capsys):
     import tiktoken
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(os.environ["DATA_DIR"]) / "tiktoken-cache"))
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times.\n" * 50)
-    nano.main(nano.parse_arguments(["--prepare", str(tmp_path / "text.txt"), "--data", str(tmp_path / "shards")]))
+    prepare.main([str(tmp_path / "text.txt"), "--data", str(tmp_path / "shards")])
     tokens = all_tokens(tmp_path / "shards")
     assert tokens[0] == 50256 and tiktoken.get_encoding("gpt2").decode(tokens[1:]) == (tmp_path / "text.txt").read_text()
     out, _ = run(tmp_path, data=str(tmp_path / "shards"), vocab=50257, steps=2)
@@ -889,7 +890,7 @@ def test_help_is_complete(capsys):
 @pytest.mark.parametrize("wrong, says", [
     (["--preset", "huge"], "must be one of"), (["--heads", "3"], "divisor"), (["--width", "20", "--heads", "2"], "divisor of width / 4"),
     (["--steps", "0"], "from 1"), (["--micro_batch", "3"], "x --micro_batch 3;"), (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "a number above 0"),
-    (["--lr", "nan"], "finite"), (["--prepare", "x"], "--data stand-in: must be a new folder"), (["--activation", "relu"], "must be one of"),
+    (["--lr", "nan"], "finite"), (["--activation", "relu"], "must be one of"),
     (["--baseline"], "none for the baseline"), (["--residual_scale", "99"], "at most 2 * blocks"),
     (["--vocab", "70000"], "65536"), (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "0 files"), (["--seed", "-1"], "from 0"),
     (["--constraint", "huge"], "must be one of"), (["--sample", "nowhere"], "cannot be used as a checkpoint"),

@@ -24,7 +24,7 @@ SHORT = dict(
                       "--micro_batch 2 --val_tokens 2000 --steps 4 --evals 1 --residual_scale 1")
 ELSEWHERE = {  # what a shortened run here would not be: run as it is by another test
     "--help": ("test_verify_lipschitz", "--help"),
-    "--prepare": ("test_nanogpt_lipschitz", "--prepare"), "--sample": ("test_shakespeare", "--sample"), "mine.py": ("test_mlp_cifar", "half_cap")}
+    "--sample": ("test_shakespeare", "--sample"), "mine.py": ("test_mlp_cifar", "half_cap")}
 
 
 @pytest.fixture(scope="module", autouse=True)
