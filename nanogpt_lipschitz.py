@@ -478,7 +478,7 @@ class Tokens:
 
 def read_shard(path):
     """(name, uint16 tokens) of a shard, memory-mapped."""
-    with told(f"{path}: is no whole shard", f"one begins with int32 {MAGIC}, {VERSION}, count (results/prepare.py)"):
+    with told(f"{path}: is no whole shard", f"one begins {MAGIC}, {VERSION}, count; see results/prepare.py"):
         header, size = np.fromfile(path, dtype=np.int32, count=HEADER).tolist(), path.stat().st_size
         if header[:2] != [MAGIC, VERSION] or not size == 4 * HEADER + 2 * header[2] > 4 * HEADER:
             raise ValueError(f"it begins with {header[:3]} and has {size} bytes")

@@ -5,8 +5,8 @@
 
 The same network three times, on bytes of Python's library: without norm layers and without a constraint, the
 same with a constraint, and the baseline with RMSNorm, QK norm and softcap. For each learning rate and seed:
-validation loss at the end, the largest entry of the stream, and the bound, both as log10. `diverged` if a loss
-or a weight was not finite.
+validation loss at the end, the largest entry of the stream, and the bound, both as log10. `diverged` if a
+loss or a weight was not finite.
 """
 
 import argparse

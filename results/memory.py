@@ -245,7 +245,8 @@ def rows(found):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
     table = rows(on_fake_cuda(CASES))
     with open(TABLE, "w", newline="") as f:

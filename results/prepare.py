@@ -1,12 +1,12 @@
-"""Token shards of a text of yours, for nanogpt_lipschitz.py: GPT-2's tokens, in the form of the FineWeb shards.
+"""Token shards of a text of yours, for nanogpt_lipschitz.py: GPT-2's tokens, as the FineWeb shards have them.
 
     python results/prepare.py SOURCE --data DIR
     python nanogpt_lipschitz.py --data DIR --vocab 50257 --batch 8 --micro_batch 8
 
 SOURCE is a text in UTF-8, a file of JSON lines (.jsonl, .json) or .parquet with texts in a column text, a
-folder of these (.txt), or a data set on the Hub, NAME or NAME:CONFIG. In a text <|endoftext|> ends a document,
-or a blank line where there is no such mark. GPT-2's vocabulary comes from the network, once, or from
-TIKTOKEN_CACHE_DIR.
+folder of these (.txt), or a data set on the Hub, NAME or NAME:CONFIG. In a text <|endoftext|> ends a
+document, or a blank line where there is no such mark. GPT-2's vocabulary comes from the network, once, or
+from TIKTOKEN_CACHE_DIR.
 """
 
 import argparse
