@@ -120,7 +120,7 @@ class Config:
         """{role of a matrix: its w_max}. UserError if a setting is out of its range."""
         def need(name, right, requirement):
             if not right:
-                raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
+                raise UserError(f"--{name} {getattr(self, name)!r:.99}: must be {requirement}")
 
         for f in dataclasses.fields(self):
             value, (low, high, choices) = getattr(self, f.name), f.metadata["limits"]
@@ -139,7 +139,8 @@ class Config:
             find_constraint(self.constraint)
             numbers = [float(w) for w in self.w_max.split(",")]
         except ValueError as bad:
-            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max} (1 or 7): {bad}") from bad
+            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max!r:.99} (1 or 7): "
+                            f"{bad}") from bad
         right = len(numbers) in (1, 7) and all(1e-30 <= w <= 1e30 for w in numbers)
         need("w_max", right, "a finite number above 0, or 7 of them, with commas")
         return dict(zip(ROLES, numbers * 7))

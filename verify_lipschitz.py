@@ -517,7 +517,7 @@ def main(names, config):
             verify(table, path)
         except Exception as problem:  # a file may be wrong in hundreds of ways
             if table.verdict() != "BROKEN":  # (else a setting was changed, and fits no weights)
-                reason = f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
+                reason = ascii(f"{type(problem).__name__}: {problem}")[1:-1][:300]
                 print(f"verify_lipschitz.py: {path}: could not be checked ({reason}); needed is the "
                       f"folder of a run of {', '.join(SCRIPTS)}", file=sys.stderr)
                 verdicts.append("could not be checked")
