@@ -229,11 +229,12 @@ TAMPERED = [  # run, what was done, and a row that has to report it
     *[("position", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
         heads=4, final_scale=0.5, residual_scale=1.0, activation="gelu", constraint="none").items()],
     *[("mlp", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
-        activation="maxmin", constraint="hard_cap", lowpass=32, loss_temperature=1.0).items()],
+        activation="maxmin", constraint="hard_cap", lowpass=32, mirror=True, loss_temperature=1.0).items()],
     ("content", "constraint everywhere", both("constraint", "none"), "summary.json w_max"),
     ("content", "heads everywhere", both("heads", 4), "summary.json val_loss"),
     ("position", "final_scale everywhere", both("final_scale", 0.5, dict(lipschitz_log10=0.0)),
      "summary.json val_loss"),
+    ("mlp", "mirror everywhere", both("mirror", True), "summary.json val_loss"),
     ("mlp", "log in the checkpoint", put("state", "log/0/val_accuracy", 0.99), "checkpoint's log val_accuracy"),
     ("mlp", "log.jsonl", put("log", "0/val_accuracy", 0.99), "log.jsonl is the checkpoint's log"),
     ("mlp", "config.json", put("config", "steps", 1000), "config.json steps"),
