@@ -38,7 +38,7 @@ def architecture(config):
     return "the paper's" if config.activation == "gelu" else "attention by content"
 
 
-def found(model, tokens_N, steps=120):
+def found(model, tokens_N, steps=60):
     """log10 of the largest quotient that verify_lipschitz.py's search finds, embeddings to logits."""
     config, D = model.config, model.config.width
     model, T = model.double().requires_grad_(False), min(32, model.config.seq_len)
@@ -50,7 +50,7 @@ def found(model, tokens_N, steps=120):
     return math.log10(found_S.max().item())
 
 
-def row_of(folder, steps=120):
+def row_of(folder, steps=60):
     """A line of frontier.csv from the folder of a finished run."""
     config, model, _ = shakespeare.load_checkpoint(folder)
     summary = json.loads(Path(folder, "summary.json").read_text())
