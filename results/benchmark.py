@@ -29,6 +29,7 @@ import constraints  # noqa: E402
 import mlp_cifar  # noqa: E402
 import shakespeare  # noqa: E402
 from muon import Muon, fast_dtype, msign  # noqa: E402
+from published import VOCABULARY  # noqa: E402
 
 LOW = fast_dtype("cpu")
 
@@ -152,10 +153,10 @@ def parametrized_step(wrap, x_BP, y_B):
 
 def benchmark_shakespeare():
     config = shakespeare.Config.of("paper")
-    window_BT = torch.randint(len(shakespeare.VOCABULARY), (32, config.seq_len + 1))
+    window_BT = torch.randint(len(VOCABULARY), (32, config.seq_len + 1))
 
     def make():
-        model = shakespeare.Transformer(config, shakespeare.VOCABULARY)
+        model = shakespeare.Transformer(config, VOCABULARY)
         embedding = [p for name, p in model.named_parameters() if "embedding" in name]
         matrices = [p for name, p in model.named_parameters() if "embedding" not in name]
 

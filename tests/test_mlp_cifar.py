@@ -498,7 +498,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert exit_.value.code == 130 and "what it saved goes on with --out RUN_FOLDER" in capsys.readouterr().err
+    assert exit_.value.code == 130 and "goes on with --out and the run folder above" in capsys.readouterr().err
     assert (tmp_path / "runs/mlp_cifar_default_seed0").exists()
 
 
