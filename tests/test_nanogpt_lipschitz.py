@@ -935,10 +935,6 @@ def test_endings(tmp_path, small_stand_in):
     while "train loss" not in stopped.stdout.readline():
         pass
     stopped.send_signal(signal.SIGINT)
-    try:
-        stopped.wait(20)
-    except subprocess.TimeoutExpired:  # (Python drops an interrupt that falls into a destructor, one in 100)
-        stopped.send_signal(signal.SIGINT)
     status, _, errors = end(wrong)
     assert status == 2 and errors.count("\n") == 1 and "--heads 3: must be a divisor" in errors
     status, _, errors = end(failed)
