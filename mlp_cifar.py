@@ -175,7 +175,7 @@ class MLP(torch.nn.Module):
             # All singular values equal: norm 1 if that is within the limit; the limit for stiefel.
             torch.nn.init.orthogonal_(W, generator=generator)
             if config.activation == "maxmin" and W.shape[0] == W.shape[1]:
-                torch.nn.init.eye_(W)  # (trains better, as Prach and Lampert (2022) found)
+                torch.nn.init.eye_(W)  # (as Prach and Lampert (2022) start theirs)
             norm = w_max if config.constraint == "stiefel" else min(1.0, w_max)
             W.data.mul_(sigma_per_norm(W) * norm)
 

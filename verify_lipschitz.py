@@ -168,7 +168,7 @@ NORM = "max-token RMS->max-token RMS"
 # Settings that say where, not what, may differ. What a run did its weights do not tell.
 PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "sample"}
 HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",
-           "largest_activation", "tokens_per_second", "memory_gib", "processes"}
+           "tokens_per_second", "memory_gib", "processes"}
 
 
 def holds(claim, low, high):

@@ -1,6 +1,6 @@
 """Does a deep transformer without norm layers fail, and does a constraint mend it?
 
-    python results/depth.py --minutes 60             # the grid below; stopped, it goes on where it was
+    python results/depth.py                          # the grid below; stopped, it goes on where it was
     python results/depth.py --blocks 48 --lrs 0.1
 
 The same network three times, on bytes of Python's library: without norm layers and without a constraint, the
