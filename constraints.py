@@ -34,7 +34,7 @@ import runpy
 import torch
 import torch.nn.functional as F
 
-from muon import fast_dtype, msign
+from muon import fast_dtype, msign, square
 
 # ==== Norms =======================================================================================
 # rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The RMS->RMS norm
@@ -90,7 +90,7 @@ def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> tor
 # ==== Tools: the maps are functions of the small Gram matrix, applied to W once ===================
 def gram(W):
     """W W^T of a wide W, W^T W of a tall one: the smaller of the two, with eigenvalues s^2."""
-    return W @ W.mT if W.shape[-2] <= W.shape[-1] else W.mT @ W
+    return square(W if W.shape[-2] <= W.shape[-1] else W.mT)
 
 
 def multiply(R, W):

@@ -12,7 +12,6 @@ Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon), its r
 a norm Bernstein and Newhouse (2024), minimax polynomials for msign Amsel et al. (2025, "Polar Express").
 """
 
-import contextlib
 import math
 
 import torch
@@ -26,7 +25,7 @@ import torch
 #      [l, 1 + tau]: it is 1-e, 1+e, 1-e, 1+e in turn, at l, at two points between, at 1 + tau (Remez).
 #   2. Divide it by 1+e. It maps [l, 1] into [(1-e)/(1+e), 1], and rises from 0 on [0, l]: p <= 1.
 #   3. Repeat with (1-e)/(1+e) as the new l. From l = 0.003: 0.0125, 0.0515, 0.203, 0.638, 0.985.
-#   4. tau = 0.02: at 1 the slope is 11, and throws out what rounding takes above 1. bfloat16: below 1.01.
+#   4. tau = 0.02: at 1 the slope is 11, and throws out what rounding takes above 1.
 QUINTICS = (
     (4.162211142880929, -11.819187004684427, 8.420724651839146),
     (4.125812740391712, -11.528474162407102, 8.174927041191554),
@@ -34,22 +33,10 @@ QUINTICS = (
     (3.408762476901501, -6.733872410694601, 4.228949125133077),
     (2.3145816798573553, -2.2886541246007197, 0.9671980073466953),
 )
-MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.01}  # of any G
+# Of any G. In bfloat16 at most 1.01 was seen, where products are added up in bfloat16, too, as CUDA may.
+MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.02}
 
 
-@contextlib.contextmanager
-def full_sums():
-    """On CUDA, add bfloat16 products up in float32: partial sums in bfloat16 take msign to 1.03."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
-
-
-@full_sums()
 def msign(G: torch.Tensor) -> torch.Tensor:
     """The orthogonal factor U V^T of G = U diag(s) V^T, approximately and never too large.
 
@@ -63,43 +50,40 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     tall, (m, n) = G.shape[-2] > G.shape[-1], sorted(G.shape[-2:])
     X = (G.mT if tall else G).reshape(-1, m, n)
     # Entries into [-1, 1], so that no product over- or underflows. (Dividing: 1/1e-45 is infinite.)
-    largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+    largest = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
-    long = 1.5 if X.dtype != torch.bfloat16 else 4 if X.device.type == "cpu" else 8
-    direct = n < long * m  # (the faster form: measured on a CPU, a guess for GPUs)
-    wide = X if direct or X.dtype == torch.float64 else X.float()
-    A = X @ X.mT if direct else lifted_square(wide)
-    A2 = A @ A
-    inverse = inverse_norm(A2)
-    if direct:  # scale to at most 1, by s_1^4 <= ||A^2||_F, then the five steps
-        X = quintics(X * inverse.sqrt(), A * inverse, A2 * inverse.square())
+    direct = n < 1.5 * m or X.dtype == torch.bfloat16  # (the faster form, as measured on a CPU)
+    A = square(X) if direct else lifted_square(X)
+    inverse = inverse_norm(A)
+    if direct:  # scale to at most 1, then the five steps
+        X = quintics(X * inverse.sqrt(), A * inverse)
     else:
         # Cholesky form: A = L L^T, so L^-1 X has orthonormal rows and msign(X) = msign(L) L^-1 X. The steps
-        # are on the small square L. A and the quotient by L need many digits, the steps those of G.
+        # are on the small square L.
         A = A * inverse
         L = torch.linalg.cholesky_ex(A).L  # (does not raise: NaN stays NaN)
-        S = quintics(L.to(X.dtype), A.to(X.dtype), A2 * inverse.square()).to(L.dtype)
-        R = torch.linalg.solve_triangular(L, S, upper=False, left=False) * inverse.sqrt()
-        if X.dtype == torch.bfloat16:  # R in two parts of 8 bits each
-            R = torch.cat([R.bfloat16(), (R - R.bfloat16()).bfloat16()], -1)
-            X = torch.cat([X.mT, X.mT], -1).mT if tall else torch.cat([X, X], -2)
+        R = torch.linalg.solve_triangular(L, quintics(L, A), upper=False, left=False) * inverse.sqrt()
         X = (X.mT @ R.mT).mT if tall else R @ X  # (laid out in memory as G is)
     return (X.mT if tall else X).reshape(G.shape)
 
 
-def quintics(X, A, A2):
-    """The five steps X <- a X + (b A + c A^2) X on X (count, m, n), given the first A = X X^T and A^2."""
+def square(X):
+    """X X^T, X (..., m, n). (Of a stack of one torch would copy X^T first: three times the time.)"""
+    return (X[0] @ X[0].mT)[None] if X.ndim == 3 and len(X) == 1 else X @ X.mT
+
+
+def quintics(X, A):
+    """The five steps X <- a X + (b A + c A^2) X on X (count, m, n), given the first A = X X^T."""
     for i, (a, b, c) in enumerate(QUINTICS):
-        A = X @ X.mT if i else A
-        fused = i or X.dtype == torch.bfloat16  # (b A and c A^2 rounded apart take a 2 x 2 matrix to 10^5)
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c) if fused else torch.add(b * A, A2, alpha=c)
+        A = square(X) if i else A
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, P, X, beta=a)
     return X
 
 
-def inverse_norm(A2):
+def inverse_norm(A):
     """1 / sqrt(||A^2||_F), at most 1 / the largest eigenvalue of A: (count, 1, 1); 1 for zero."""
-    bound = torch.linalg.matrix_norm(A2, keepdim=True).sqrt()
+    bound = torch.linalg.matrix_norm(A @ A, keepdim=True).sqrt()
     return torch.where(bound == 0, torch.ones_like(bound), bound).reciprocal()
 
 
@@ -136,7 +120,7 @@ class Muon(torch.optim.Optimizer):
     momentum      M <- momentum * M + (1 - momentum) * gradient (msign does not see the scale)
     constraint    a map (W, w_max, step_norm) -> W, yours or of constraints.py (weight_decay: w_max=1/decay)
     w_max         the RMS->RMS limit it enforces, on float32 or float64 (bfloat16's rounding drifts)
-    dtype         precision of msign, None: the parameters'. A step in bfloat16 has norm up to 1.01 lr
+    dtype         precision of msign, None: the parameters'. A step in bfloat16 has norm up to 1.02 lr
     every         a constraint that can wait (see _constrain) runs about every so many steps, 1 to 64
     All can be set per group. Parameters are matrices (fan_out, fan_in) or stacks (count, fan_out, fan_in).
     With a constraint that can wait the limit holds for each weight after its every step, wherever it starts.

@@ -886,6 +886,7 @@ def sample(model, config):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # (a terminal may lack characters of the text)
+    torch.set_flush_denormal(True)  # (a softmax has many such numbers, which are slow on a CPU)
     rank, status = os.environ.get("RANK"), 0
     try:
         main(parse_arguments())

@@ -816,6 +816,7 @@ def sample(model, config, dtype):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # (a terminal may lack characters)
+    torch.set_flush_denormal(True)  # (a softmax has many such numbers, and they are slow: 10 % of a step)
     try:
         main(parse_arguments())
     except (UserError, OSError) as problem:
