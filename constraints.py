@@ -31,10 +31,13 @@ import functools
 import math
 import runpy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from muon import fast_dtype, msign, square
+
+LN10 = math.log(10)
 
 # ==== Norms =======================================================================================
 # rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The RMS->RMS norm
@@ -506,7 +509,7 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
     f is MaxMin, of neuron i of the first half and i of the second, or has slopes 1/2 +- spread (values
     f(z) = z/2 +- spread |z|).
     """
-    eye = stream * torch.eye(len(w_out)).to(w_out)
+    eye = stream * torch.eye(len(w_out), w_in.shape[1]).to(w_out)
     norms = [torch.linalg.matrix_norm(W).item() for W in (eye, w_out, w_in)]
     size = norms[0] + norms[1] * norms[2]
     if spread is not None:
@@ -515,6 +518,84 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
     (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
     A = eye + (out_1 + out_2) @ (in_1 + in_2) / 2
     return (in_1 - in_2) / 2**0.5, A, (out_1 - out_2) / 2**0.5, size
+
+
+# ==== Transformers without norm layers: how far the end moves if all embeddings move ==============
+# A block is x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x). A sequence is measured by its
+# largest token, max_t rms(x_t): bounds do not depend on its length. Attention has no bound on all of space, as
+# larger tokens move its pattern more. So embeddings are in the ball rms(x_t) <= R, which is convex: a bound on
+# derivatives is one on differences. sigma(.) is the largest singular value, C_h = o_h v_h. Attention is
+# out_t = beta sum_h C_h sum_(j <= t) P^h_tj x_j, P^h_t the softmax over j of s q_t^h . k_j^h + bias.
+#
+# THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
+#   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved pattern
+#      applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by at most e_h in l1
+#      (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
+#   3. o is applied to the v_h a_h of the heads side by side: beta sum_h C_h a_h is at most value long, with
+#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
+#   4. All queries of a token come from one vector. Let Q be q with the rows of head h times sigma(v_h)
+#      sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <= sigma(Q) and |Q x_t| <=
+#      sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with pattern = beta 2 s D sigma(o)
+#      sigma(Q), and attention's derivative is value + pattern R^2. For one head this is the paper's formula,
+#      with norms of whole matrices. For H heads that is too small by up to sqrt(H) in the value and H in the
+#      pattern: attacks exceed it.
+#   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
+#   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes are in
+#      [1 - g, g] and |gelu(z)| <= |z|: divided by a scale, derivative n g / scale, output n R / scale.
+#   7. Residual: R starts as the largest RMS of an embedding, and is multiplied by (1 - a) + a output / R of
+#      step 5 or 6; the constant by (1 - a) + a derivative, last by the head's norm.
+#
+# THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each token moves
+# in E(S), at first S = D I: RMS at most 1.
+#   8. Attention adds up independent parts (ellipsoid_blocks). If its pattern depends on positions alone: what
+#      a token keeps of itself, p_h = min_t P^h_tt from head h, and for each head an average of the rest. If it
+#      depends on content: p_h = 0, and the moved pattern.
+#   9. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (mlp_slopes, ellipsoid_layer). GeLU has slopes 1/2
+#      +- (g - 1/2) and values z/2 +- |z|/2.
+#  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS.
+def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None):
+    """What transformer_bounds takes of a block. W: {role: matrix in float64}; logits are s q . k, with
+    s = logit_scale / (D / H); p_H: step 8, None if the pattern depends on content; gelu: (g, scale) of step 6.
+    """
+    H, D, up = heads, len(W["v"]), 1 + 1e-9
+    v_HED, o_HDE = W["v"].view(H, -1, D), W["o"].unflatten(1, (H, -1)).transpose(0, 1)
+    beta_o, v_H = beta * sigma(W["o"]).item() * up, sigma(v_HED)
+    block = dict(a=a, stream=1 - a, C_HDD=a * beta * o_HDE @ v_HED, p_H=p_H, pattern=0.0,
+                 value=beta_o * v_H.norm().item())
+    if p_H is None:
+        q_HED, k_HED = W["q"].view(H, -1, D), W["k"].view(H, -1, D)
+        Q_HED = (v_H * sigma(k_HED))[:, None, None] * q_HED
+        pattern = beta_o * 2 * logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
+        block.update(pattern=pattern, q_HED=logit_scale * H / D * q_HED, k_HED=k_HED, rotates=rotates)
+    (g, scale), spreads = gelu or (1.0, 1.0), (gelu[0] - 0.5, 0.5) if gelu else (None, None)
+    gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
+    moves, values = (mlp_slopes(1 - a, W["in"], a * W["out"] / scale, spread) for spread in spreads)
+    return dict(block, mlp=gain * g, mlp_gain=gain, moves=moves, values=values)
+
+
+def transformer_bounds(blocks, R, U_VD, free=None):
+    """How far logits U x move (max-token RMS) if embeddings of RMS at most R do by RMS 1: logarithms to base
+    10, rounded up. free: what `tune` found; None: untuned.
+
+    log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10, product and R after
+    the last block; end, its (S, log); rows, one a block: constants of steps 3 to 6, R before each sublayer,
+    the factor of attention, and E(S) behind the block as a norm.
+    """
+    rows, body, radius, D = [], 0.0, log10(R * (1 + 1e-9)), U_VD.shape[1]
+    for block, (S, log) in zip(blocks, after := ellipsoid_blocks(blocks, R, {} if free is None else free)):
+        a, row = block["a"], {name: block[name] for name in ("value", "pattern", "mlp", "mlp_gain")}
+        still, moved = log10((1 - a) + a * row["value"]), log10(a * row["pattern"]) + 2 * radius
+        row.update(radius_log10=radius, radius_mlp_log10=radius + still,
+                   attention_log10=np.logaddexp(still * LN10, moved * LN10).item() / LN10,
+                   stream_log10=(ellipsoid_norm(S, log, torch.eye(D).to(S)).item() - math.log(D) / 2) / LN10)
+        radius += still + log10((1 - a) + a * row["mlp_gain"])
+        body += row["attention_log10"] + log10((1 - a) + a * row["mlp"]) + 1e-9
+        rows.append(row)
+    product = body + log10((sigma(U_VD) / sigma_per_norm(U_VD)).item() * (1 + 1e-9))
+    end = (ellipsoid_norm(*after[-1], U_VD).item() - math.log(len(U_VD)) / 2) / LN10
+    return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end, body_log10=body,
+                radius_log10=radius, end=after[-1], rows=rows)
 
 
 def log10(x: float) -> float:

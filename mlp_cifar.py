@@ -34,8 +34,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from constraints import (CONSTRAINTS, after_unknown_step, ellipsoid, ellipsoid_layer,
-                         ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10, power,
-                         sigma_per_norm, singular_values, tune)
+                         ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10,
+                         mlp_slopes, power, sigma_per_norm, singular_values, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "mlp_cifar"
@@ -202,9 +202,7 @@ class MLP(torch.nn.Module):
 #   1. dz_1 = W_1 T dx lies in E(W_1 W_1^T), as T is a projection.
 #   2. ReLU: dh = dz / 2 + v / 2 with |v_i| <= |dz_i|. MaxMin of a pair is ((a + b) +- |a - b|) / 2,
 #      and |a - b| moves by at most |d(a - b)|.
-#   3. With W' = [P Q] behind it, dz' = A dz + B v with |v_i| <= |(F dz)_i| (ellipsoid_layer):
-#      ReLU    A = B = W' / 2, F = I
-#      MaxMin  A = (P + Q) [I I] / 2, B = (P - Q) / sqrt 2, F = [I -I] / sqrt 2
+#   3. With W' behind it, dz' = A dz + B v with |v_i| <= |(F dz)_i| (mlp_slopes, ellipsoid_layer).
 #   4. In the end |dz_d| <= sqrt(sigma(S_d)).
 #   5. f_y - f_j, two logits, moves by at most L_yj, the largest |(e_y - e_j) z| in E(S_d), and by
 #      the product, |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}) with rows of W_d.
@@ -218,10 +216,8 @@ def follow(model, free):
     first, *weights = [W.detach().cpu().double() for W in model.weights]
     S, log = ellipsoid(first @ first.T)
     for i, W in enumerate(weights):
-        A, B, F_NM = W / 2, W / 2, torch.eye(W.shape[1]).double()
-        if model.activation is maxmin:
-            (P, Q), (a, b) = W.chunk(2, 1), F_NM.chunk(2)
-            A, B, F_NM = (P + Q) @ (a + b) / 2, (P - Q) / 2**0.5, (a - b) / 2**0.5
+        eye, spread = torch.eye(W.shape[1]).double(), None if model.activation is maxmin else 0.5
+        F_NM, A, B, _ = mlp_slopes(0.0, eye, W, spread)
         free_N = free.setdefault(f"neurons {i}", torch.zeros(len(F_NM)).double())
         S, log = ellipsoid_layer(S, log, F_NM, A, B, free_N, free.setdefault(f"share {i}", torch.zeros(())))
     return S, log

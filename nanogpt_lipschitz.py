@@ -39,14 +39,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from constraints import (CONSTRAINTS, cap_rows, ellipsoid_blocks, ellipsoid_norm, find_constraint,
-                         log10, mlp_slopes, power, sigma, sigma_per_norm, tune)
+from constraints import (CONSTRAINTS, block_bounds, cap_rows, ellipsoid_blocks, ellipsoid_norm,
+                         find_constraint, power, sigma, sigma_per_norm, transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 BLOCK = 128  # positions that attention takes or skips together
-LN10 = math.log(10)
 EPS = 8e-10  # Adam's, for sums over the tokens of a step; the authors': 1e-10 for an eighth of them
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
@@ -372,58 +371,34 @@ class Transformer(torch.nn.Module):
 
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
-# As in shakespeare.py, where each inequality is proved and attacked, for up to seq_len tokens. Documents
-# and windows only take tokens out of an average. Logits by position do not move. Norm layers: no bound.
+# constraints.py derives it, for up to seq_len tokens. Documents and windows only take tokens out of an
+# average. Logits by position do not move. Norm layers: no bound.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
-    """rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned."""
-    config, a, up, norms, rows = model.config, model.mix, 1 + 1e-9, {}, []
+    """transformer_bounds (constraints.py), embeddings to logits, and norms: {role: largest RMS->RMS norm}.
+
+    rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
+    """
+    norms = {}
     for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
-        norms[role] = max(norms.get(role, 0.0), (sigma(wide(W)) / sigma_per_norm(W)).item() * up)
-    norms["embedding"] = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
-    if config.baseline:
+        norm = (sigma(wide(W)) / sigma_per_norm(W)).item() * (1 + 1e-9)
+        norms[role] = max(norms.get(role, 0.0), norm)
+    norms["embedding"] = R = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
+    if model.config.baseline:
         keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
-        return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=rows)
-    R, body = log10((norms["embedding"] + rho) * up), 0.0
-    constants, blocks = layers(model)
-    for value, pattern, gain, mlp in constants:
-        still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
-        attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
-        rows.append(dict(value=value, pattern=pattern, mlp=mlp, attention_log10=attention,
-                         radius_log10=R, radius_mlp_log10=R + still))  # (R before each sublayer)
-        R += still + log10((1 - a) + a * gain)
-        body += attention + log10((1 - a) + a * mlp) + 1e-9
-    product, U = body + log10(norms["head"] * config.final_scale), config.final_scale * wide(model.head_VD)
-    S, log = ellipsoid_blocks(blocks, norms["embedding"] + rho, {} if free is None else free)[-1]
-    end = (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
-    return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end,
-                body_log10=body, radius_log10=R, norms=norms, rows=rows)
+        return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=[])
+    U = model.config.final_scale * wide(model.head_VD)
+    return dict(transformer_bounds(layers(model), R + rho, U, free), norms=norms)
 
 
 def layers(model):
-    """Of each block (value, pattern, gain and slope of the MLP), and of each what ellipsoid_blocks takes."""
-    config, a, up, constants, blocks = model.config, model.mix, 1 + 1e-9, [], []
-    H, D, slope, scale, spreads = config.heads, config.width, 1.0, 1.0, (None, None)
-    if config.activation == "gelu":
-        slope, scale, spreads = GELU_SLOPE, GELU_SCALE, (GELU_SLOPE - 0.5, 0.5)
-    for block in model.blocks:
-        W = {role: wide(matrix) for role, matrix in block.matrices()}
-        v_HED, o_HDE = W["v"].view(H, -1, D), W["o"].unflatten(1, (H, -1)).transpose(0, 1)
-        beta_o, v_H = block.attention_scale * sigma(W["o"]).item() * up, sigma(v_HED)
-        value, pattern = beta_o * v_H.norm().item(), 0.0
-        layer = dict(stream=1 - a, C_HDD=a * block.attention_scale * o_HDE @ v_HED, p_H=None)
-        if config.logit_scale > 0:
-            q_HED, k_HED = W["q"].view(H, -1, D), W["k"].view(H, -1, D)
-            Q_HED = (v_H * sigma(k_HED))[:, None, None] * q_HED
-            pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
-            layer.update(q_HED=config.logit_scale * H / D * q_HED, k_HED=k_HED, rotates=True)
-        else:
-            layer.update(p_H=block.own_share_H())
-        gain, w_out = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale, a * W["out"] / scale
-        moves, values = (mlp_slopes(1 - a, W["in"], w_out, spread) for spread in spreads)
-        constants.append((value, pattern, gain, gain * slope))
-        blocks.append(dict(layer, moves=moves, values=values))
-    return constants, blocks
+    """Of each block what transformer_bounds takes."""
+    config = model.config
+    gelu = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else None
+    return [block_bounds(
+        {role: wide(W) for role, W in block.matrices()}, config.heads, block.mix, block.attention_scale,
+        None if config.logit_scale > 0 else block.own_share_H(), config.logit_scale, True, gelu)
+        for block in model.blocks]
 
 
 @torch.enable_grad()
@@ -431,7 +406,7 @@ def tuned(model, steps=30):
     """What is free, for the least bound; None, untuned, at widths for which that takes minutes."""
     if model.config.baseline or model.config.width > 256:
         return None
-    R, (_, blocks) = wide(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
+    R, blocks = wide(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
     U = model.config.final_scale * wide(model.head_VD)
     return tune(lambda free: ellipsoid_norm(*ellipsoid_blocks(blocks, R, free)[-1], U), {}, steps)
 

@@ -33,20 +33,18 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from constraints import (CONSTRAINTS, after_unknown_step, cap_rows, ellipsoid_blocks,
-                         ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10,
-                         mlp_slopes, power, sigma, sigma_per_norm, tune)
+from constraints import (CONSTRAINTS, LN10, after_unknown_step, block_bounds, cap_rows,
+                         ellipsoid_blocks, ellipsoid_norm, ellipsoid_pairs, exact_norm,
+                         find_constraint, log10, power, sigma_per_norm, transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified token accuracy: RMS, every embedding
-LN10 = math.log(10)
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector,
 # H heads, E = D / H, V characters in the vocabulary, N positions in a text.
@@ -298,113 +296,48 @@ class Transformer(torch.nn.Module):
 
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
-# A sequence is measured by its largest token, max_t rms(x_t): bounds do not depend on its length.
-# Attention has no bound on all of space, as larger tokens move its pattern more. So embeddings are
-# in the ball rms(x_t) <= R, which is convex: a bound on derivatives is one on differences. sigma(.)
-# is the largest singular value, C_h = o_h v_h. Attention is out_t = beta sum_h C_h sum_j P^h_tj x_j,
-# P^h_t the softmax over j <= t of s q_t^h . k_j^h + bias.
-#
-# THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
-#   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved
-#      pattern applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by
-#      at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
-#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
-#   3. o is applied to the v_h a_h of the heads side by side: beta sum_h C_h a_h is at most value
-#      long, with value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
-#   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
-#      sigma(v_h) sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <=
-#      sigma(Q) and |Q x_t| <= sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with
-#      pattern = beta 2 s D sigma(o) sigma(Q), and attention's derivative is value + pattern R^2.
-#      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
-#      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
-#   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
-#   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes
-#      are in [1 - g, g] and |gelu(z)| <= |z|: derivative n g / 1.1289, output n R / 1.1289.
-#   7. Residual: R starts as the largest RMS of an embedding + rho, and is multiplied by (1 - a) +
-#      a output / R of step 5 or 6; the constant by (1 - a) + a derivative, last by the head's norm.
-#
-# THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each
-# token moves in E(S) = {z : z^T S^-1 z <= 1} (constraints.py), at first S = D I: RMS at most 1.
-#   8. Attention adds up independent parts (ellipsoid_blocks). If its pattern depends on positions
-#      alone: what a token keeps of itself, p_h = min_t P^h_tt from head h, and for each head an
-#      average of the rest. (The more tokens a softmax of a bias sees, the less it gives to one: p_h
-#      is that of the last position.) If it depends on content: p_h = 0, and the moved pattern.
-#   9. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (mlp_slopes, ellipsoid_layer). GeLU has
-#      slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2.
-#  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS, and
-#      f_y - f_j by at most L_yj = sqrt((u_y - u_j) S (u_y - u_j)^T).
-#  11. The weights of parts and neurons are free: `tuned` descends from zeros, the untuned start.
-#  12. If f_y - f_j > rho L_yj for all j, y stays the largest logit when all embeddings move by RMS
-#      <= rho: both ends are in the ball. Or L_yj is |u_y - u_j| sqrt(D) times the product.
+# constraints.py derives it, for blocks like these: by a product of norms that counts heads, and by
+# ellipsoids, which follow in what directions a movement is long. What is this model's own:
+#   1. The more tokens a softmax of a bias sees, the less it gives to one: what a head gives a token
+#      of itself, at least, is its share at the last position.
+#   2. f_y - f_j, two logits, moves by at most L_yj = sqrt((u_y - u_j) S (u_y - u_j)^T) in E(S), with
+#      rows of U = final_scale head; and by |u_y - u_j| sqrt(D) times the product without the head.
+#   3. If f_y - f_j > rho L_yj for all j, y stays the largest logit when all embeddings move by RMS
+#      <= rho: both ends are in the ball, whose radius is the largest embedding's + rho.
+#   4. Weights of parts and neurons are free: `tuned` descends from zeros, the untuned start.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
-    """Certified constants, embeddings to logits (max-token RMS both), in float64 and rounded up.
+    """transformer_bounds (constraints.py), embeddings to logits, and norms: {role: largest RMS->RMS norm}.
 
     rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
-    Returns log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10,
-    product and R after the last block; norms, {role: largest RMS->RMS norm}; rows, one a block.
     """
-    model, up = copied(model), 1 + 1e-9
-    config, a, H, D = model.config, model.mix, model.config.heads, model.config.width
-    g, scale = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else (1.0, 1.0)
-    norms = {}
+    model, norms = copied(model), {}
     for role, W in model.matrices():
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
-    norms["embedding"] = model.embedding_VD.square().mean(1).max().sqrt().item()
-    R, body, rows = log10((norms["embedding"] + rho) * up), 0.0, []
-    for block, (S, log) in zip(model.blocks, follow(model, rho, free)):
-        beta_o = block.attention_scale * sigma(block.o).item() * up
-        v_H = sigma(block.v.view(H, D // H, D))
-        value, pattern = beta_o * v_H.norm().item(), 0.0
-        if config.logit_scale > 0:
-            vk_H = v_H * sigma(block.k.view(H, D // H, D))
-            Q_HED = vk_H[:, None, None] * block.q.view(H, D // H, D)
-            pattern = beta_o * 2 * config.logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
-        gain = (sigma(block.w_in) * sigma(block.w_out)).item() * up / scale
-        still, moved = log10((1 - a) + a * value), log10(a * pattern) + 2 * R
-        attention = np.logaddexp(still * LN10, moved * LN10).item() / LN10
-        stream = ellipsoid_norm(S, log, torch.eye(D).double()).item() - math.log(D) / 2
-        rows.append(dict(  # steps 3 to 6, R before each sublayer, factor of attention, E(S) behind
-            value=value, pattern=pattern, mlp=gain * g, mlp_gain=gain, radius_log10=R,
-            radius_mlp_log10=R + still, attention_log10=attention, stream_log10=stream / LN10))
-        R += still + log10((1 - a) + a * gain)
-        body += attention + log10((1 - a) + a * gain * g) + 1e-9
-    product = body + log10(norms["head"] * config.final_scale)
-    U = config.final_scale * model.head_VD
-    end = (ellipsoid_norm(S, log, U).item() - math.log(len(U)) / 2) / LN10
-    return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end,
-                body_log10=body, radius_log10=R, norms=norms, rows=rows)
+    norms["embedding"] = R = model.embedding_VD.square().mean(1).max().sqrt().item()
+    U = model.config.final_scale * model.head_VD
+    return dict(transformer_bounds(layers(model), R + rho, U, free), norms=norms)
 
 
-def follow(model, rho=0.0, free=None):
-    """[(S, log)] after each block, steps 8 and 9: the stream moves in E(exp(log) S)."""
-    config, a, blocks = model.config, model.mix, []
-    H, D = config.heads, config.width
-    for block in model.blocks:
-        v_HED, o_HDE = block.v.view(H, -1, D), block.o.view(D, H, -1).transpose(0, 1)
-        matrices = dict(stream=1 - a, C_HDD=a * block.attention_scale * o_HDE @ v_HED, p_H=None)
-        if config.logit_scale > 0:
-            q_HED, k_HED = config.logit_scale * H / D * block.q.view(H, -1, D), block.k.view(H, -1, D)
-            matrices.update(q_HED=q_HED, k_HED=k_HED, rotates=config.positions == "rope")
-        else:
-            matrices.update(p_H=block.bias_HT.softmax(1)[:, 0])
-        w_out, spreads = a * block.w_out, (None, None)
-        if config.activation == "gelu":
-            w_out, spreads = w_out / GELU_SCALE, (GELU_SLOPE - 0.5, 0.5)
-        moves, values = (mlp_slopes(1 - a, block.w_in, w_out, spread) for spread in spreads)
-        blocks.append(dict(matrices, moves=moves, values=values))
-    R = model.embedding_VD.square().mean(1).max().sqrt().item() + rho
-    return ellipsoid_blocks(blocks, R, {} if free is None else free)
+def layers(model):
+    """Of each block what transformer_bounds takes; of a model in float64."""
+    config = model.config
+    gelu = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else None
+    return [block_bounds(
+        dict(block.matrices()), config.heads, block.mix, block.attention_scale,
+        None if config.logit_scale > 0 else block.bias_HT.softmax(1)[:, 0],  # (step 1)
+        config.logit_scale, config.positions == "rope", gelu) for block in model.blocks]
 
 
 @torch.enable_grad()
 def tuned(model, steps=30, free=None, pairs=False):
-    """Step 11 from `free` on: for the least norm, or the least mean logarithm of pairs."""
+    """Step 4 from `free` on: for the least norm, or the least mean logarithm of pairs."""
     model, free = copied(model), copy.deepcopy(free or {})
-    U = model.config.final_scale * model.head_VD
+    U, blocks = model.config.final_scale * model.head_VD, layers(model)
+    R = model.embedding_VD.square().mean(1).max().sqrt().item()
 
     def goal(free):
-        S, log = follow(model, 0.0, free)[-1]
+        S, log = ellipsoid_blocks(blocks, R, free)[-1]
         if not pairs:
             return ellipsoid_norm(S, log, U)
         log_VV = ellipsoid_pairs(S, log, U)
@@ -424,13 +357,14 @@ def copied(model):
 @torch.no_grad()
 def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     """{rho: bool of each position}: right however far, up to rho (RMS), each embedding moves."""
-    model, reach, stands = copied(model), {}, {rho: [] for rho in rhos}  # (step 12)
+    model, reach, stands = copied(model), {}, {rho: [] for rho in rhos}  # (steps 2, 3)
     U, D = model.config.final_scale * model.head_VD, model.config.width
     free = tuned(model, 20 if len(U) <= 1024 else 0, free, pairs=True)  # (minutes for 4096)
     apart_VV = ellipsoid_pairs(torch.eye(D).double(), math.log(D), U) / LN10  # |u_y - u_j| sqrt(D)
     for rho in rhos:
-        bound, (S, log) = certificate(model, rho), follow(model, rho, free)[-1]
-        log_VV = torch.minimum(ellipsoid_pairs(S, log, U) / LN10, apart_VV + bound["body_log10"])
+        bound = certificate(model, rho, free)
+        pairs_VV = ellipsoid_pairs(*bound["end"], U) / LN10
+        log_VV = torch.minimum(pairs_VV, apart_VV + bound["body_log10"])
         reach[rho] = (10 ** (log_VV + math.log10(rho))).fill_diagonal_(-math.inf)
     for x_BT, y_BT in windows(tokens_N, model.config.seq_len):
         y_N, logits_NV = y_BT.flatten(), model(x_BT, torch.float64).flatten(0, 1)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shakespeare  # noqa: E402
-from constraints import exact_norm  # noqa: E402
+from constraints import exact_norm, sigma  # noqa: E402
 
 
 def paper_protocol(model, tokens_N, windows=20 * 512):
@@ -34,10 +34,10 @@ def paper_formula(model):
     config, a, total = model.config, model.mix, 0.0
     R = model.embedding_VD.square().mean(1).sqrt().max().item()
     for block in model.blocks:
-        sigma = {role: shakespeare.sigma(W.double()).item() for role, W in block.matrices()}
-        gain = block.attention_scale * sigma["o"] * sigma["v"]
-        pattern = 2 * config.logit_scale * sigma.get("q", 0.0) * sigma.get("k", 0.0) * R * R
-        mlp = sigma["in"] * sigma["out"] / (shakespeare.GELU_SCALE if config.activation == "gelu" else 1)
+        sigmas = {role: sigma(W.double()).item() for role, W in block.matrices()}
+        gain = block.attention_scale * sigmas["o"] * sigmas["v"]
+        pattern = 2 * config.logit_scale * sigmas.get("q", 0.0) * sigmas.get("k", 0.0) * R * R
+        mlp = sigmas["in"] * sigmas["out"] / (shakespeare.GELU_SCALE if config.activation == "gelu" else 1)
         factors = (1 - a) + a * gain * (1 + pattern), (1 - a) + a * mlp
         total += sum(math.log10(factor) if factor > 0 else -math.inf for factor in factors)
         R *= ((1 - a) + a * gain) * ((1 - a) + a * mlp)

@@ -157,7 +157,7 @@ BY_POSITION = dict(nano.POSITION, residual_scale=2.0)
 
 @pytest.mark.parametrize("changes", [dict(), dict(activation="maxmin"), BY_POSITION])
 def test_certificate_is_the_one_of_shakespeare(changes, monkeypatch):
-    """Two copies of one derivation; the slopes of GeLU's two forms apart."""
+    """One derivation, two models; the slopes of GeLU's two forms apart."""
     monkeypatch.setattr(shakespeare, "GELU_SLOPE", nano.GELU_SLOPE)
     model = random_model(**changes)
     fields = {f.name for f in dataclasses.fields(shakespeare.Config)}

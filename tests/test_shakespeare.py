@@ -35,9 +35,10 @@ import shakespeare
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
 import published as results_published
-from constraints import CONSTRAINTS, ellipsoid, ellipsoid_layer, ellipsoid_norm, ellipsoid_pairs, lifted, tune
+from constraints import (CONSTRAINTS, ellipsoid, ellipsoid_blocks, ellipsoid_layer, ellipsoid_norm, ellipsoid_pairs, lifted, sigma,
+                         tune)
 from published import load_published
-from shakespeare import Config, Transformer, UserError, certificate, follow, parse_arguments, sigma, tuned
+from shakespeare import Config, Transformer, UserError, certificate, parse_arguments, tuned
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(data="stand-in", width=16, blocks=2, heads=2, hidden=32, seq_len=24, steps=6, batch=4, evals=2, length=20)
@@ -197,7 +198,7 @@ def test_the_attack_is_strong():
         assert certified == pytest.approx(heads**0.5, rel=1e-6) and 0.99 * certified <= found <= certified
 
 
-# ---- the product: steps 1 to 7
+# ---- the product: steps 1 to 7 of constraints.py
 @pytest.mark.parametrize("case, kind", [(CASES[i], kind) for i in (0, 2, 5, 6, 9) for kind in KINDS[:2]], ids=named)
 def test_no_sublayer_exceeds_its_row(case, kind):
     """Steps 3, 4 and 6, and their sums with the stream (step 7), at the radius of each."""
@@ -294,12 +295,18 @@ def test_radius_is_not_left():
         assert rms(x).max() <= 10 ** bound["radius_log10"]
 
 
-# ---- the ellipsoid: steps 8 to 11
+# ---- the ellipsoid: steps 8 to 10 of constraints.py
 def gauge(z, S, log):
     """The largest |c z| / sqrt(c S c^T) over all directions c: z is in E(exp(log) S) where this is at most 1."""
     C = torch.linalg.cholesky(lifted(S))
     y = torch.linalg.solve_triangular(C, z.flatten(0, -2).T, upper=False)
     return y.norm(dim=0).view(z.shape[:-1]) * math.exp(-log / 2)
+
+
+def follow(model, rho=0.0, free=None):
+    """[(S, log)] after each block, as certificate() has them."""
+    R = model.embedding_VD.square().mean(1).max().sqrt().item() + rho
+    return ellipsoid_blocks(shakespeare.layers(shakespeare.copied(model)), R, {} if free is None else free)
 
 
 def on_the_way(model, rho=0.0, free=None):
@@ -323,7 +330,7 @@ def mlp_parts(block, spread):
 
 
 def random_free(model, seed=0, size=0.7):
-    """Any weights of step 11: all must be true."""
+    """Any weights: all must be true."""
     free, generator = {}, torch.Generator().manual_seed(seed)
     follow(model, 0.0, free)
     return {name: size * torch.randn(zero.shape, generator=generator).double() for name, zero in free.items()}
@@ -332,7 +339,7 @@ def random_free(model, seed=0, size=0.7):
 @torch.no_grad()
 def claims(model, free):
     """A function of (values, movements) after each sublayer (2 blocks, B, T, D): found / certified, (M, B, T), of
-    the ellipsoids of step 11 after each sublayer, those of the tokens, and at the end random directions, norm, pairs.
+    the ellipsoids of these weights after each sublayer, those of the tokens, and at the end random directions, norm, pairs.
     """
     after, calls = on_the_way(model, 0.0, free)
     sums, layers, (S, log) = calls["ellipsoid_sum"], calls["ellipsoid_layer"], after[-1]
@@ -406,7 +413,7 @@ def test_averages_stay_in_an_ellipsoid():
 
 @torch.no_grad()
 def test_a_token_gives_itself_at_least_what_the_last_one_does():
-    """Step 9: the least own share of a causal softmax of any bias by distance is that of the last position."""
+    """Step 1 of shakespeare.py: the least own share of a causal softmax of any bias by distance is that of the last position."""
     for seed in range(20):
         bias_T = 3 * torch.randn(T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         own = [bias_T[:t + 1].softmax(0)[0] for t in range(T)]
@@ -690,7 +697,7 @@ def test_certified_tokens_survive_attack(case, monkeypatch):
 
 @torch.no_grad()
 def test_certified_tokens_by_brute_force():
-    """Step 10, position by position and pair by pair, from S itself and from the product."""
+    """Steps 2 and 3 of shakespeare.py, position by position and pair by pair, from S itself and from the product."""
     for case in (CASES[1], CASES[9]):
         model, rho = random_model("random", blocks=2, **case), 0.01
         model.head_VD *= 3
