@@ -422,8 +422,7 @@ def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free
     `rotates`. Free are a weight for each head and, for RoPE, for each pair that turns (H, E / 2), twice.
     """
     # Movements are derivatives: tokens fill a convex set, so a bound on these is one on differences.
-    # 1. If each logit of a row moves by at most e_h, the softmax moves by at most e_h in l1 (over sets of
-    #    probability p: 4 p (1 - p) e_h <= e_h). So u_h is in e_h E(X).
+    # 1. If each logit of a row moves by at most e_h, u_h is in e_h E(X), as in step 1 of the product below.
     # 2. |c sum_h C_h u_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0, the sum
     #    is in the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
     # 3. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), the first is at most
@@ -580,22 +579,22 @@ def transformer_bounds(blocks, R, U_VD, free=None):
 
     log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10, product and R after
     the last block; end, its (S, log); rows, one a block: constants of steps 3 to 6, R before each sublayer,
-    the factor of attention, and E(S) behind the block as a norm.
+    and the factor of attention.
     """
-    rows, body, radius, D = [], 0.0, log10(R * (1 + 1e-9)), U_VD.shape[1]
-    for block, (S, log) in zip(blocks, after := ellipsoid_blocks(blocks, R, {} if free is None else free)):
+    rows, body, radius = [], 0.0, log10(R * (1 + 1e-9))
+    for block in blocks:
         a, row = block["a"], {name: block[name] for name in ("value", "pattern", "mlp", "mlp_gain")}
         still, moved = log10((1 - a) + a * row["value"]), log10(a * row["pattern"]) + 2 * radius
         row.update(radius_log10=radius, radius_mlp_log10=radius + still,
-                   attention_log10=np.logaddexp(still * LN10, moved * LN10).item() / LN10,
-                   stream_log10=(ellipsoid_norm(S, log, torch.eye(D).to(S)).item() - math.log(D) / 2) / LN10)
+                   attention_log10=np.logaddexp(still * LN10, moved * LN10).item() / LN10)
         radius += still + log10((1 - a) + a * row["mlp_gain"])
         body += row["attention_log10"] + log10((1 - a) + a * row["mlp"]) + 1e-9
         rows.append(row)
     product = body + log10((sigma(U_VD) / sigma_per_norm(U_VD)).item() * (1 + 1e-9))
-    end = (ellipsoid_norm(*after[-1], U_VD).item() - math.log(len(U_VD)) / 2) / LN10
+    S, log = ellipsoid_blocks(blocks, R, {} if free is None else free)[-1]
+    end = (ellipsoid_norm(S, log, U_VD).item() - math.log(len(U_VD)) / 2) / LN10
     return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end, body_log10=body,
-                radius_log10=radius, end=after[-1], rows=rows)
+                radius_log10=radius, end=(S, log), rows=rows)
 
 
 def log10(x: float) -> float:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from constraints import (CONSTRAINTS, LN10, after_unknown_step, block_bounds, cap_rows,
                          ellipsoid_blocks, ellipsoid_norm, ellipsoid_pairs, exact_norm,
-                         find_constraint, log10, power, sigma_per_norm, transformer_bounds, tune)
+                         find_constraint, power, sigma_per_norm, transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
@@ -697,10 +697,6 @@ def report(config, model, out, log, data_name, validation_N, dtype):
           "  certified token accuracy at rho (RMS, every embedding)",
           *(f"  {rho}: {100 * share:.2f} %" for rho, share in certified.items()))
     print("  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print("  block, radius R, constants (max-token RMS) of attention, MLP, stream by the ellipsoid")
-    for i, row in enumerate(bound["rows"], 1):
-        cells = row["radius_log10"], row["attention_log10"], log10(row["mlp"]), row["stream_log10"]
-        print(f"    {i:5}", *(f"{power(cell):>12}" for cell in cells))
     print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])}, embeddings to logits (product "
           f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})\n{'-' * 80}")
     sample(model, config, dtype)

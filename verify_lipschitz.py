@@ -10,7 +10,7 @@ COMMANDS
     python verify_lipschitz.py                        # all of runs/
     python verify_lipschitz.py runs/NAME --budget 20  # search twenty times as long
 
-RESULT: a table, verify.json and verify.png in the run's folder, and an exit status:
+RESULT: a table, verify.json in the run's folder, and an exit status:
     0  held: every claim was recomputed and agrees, and no attack succeeded
     1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
     2  could not be checked in full: a file, a value or the data are missing (without summary.json:
@@ -21,7 +21,6 @@ ANCESTRY. Attacks by projected gradients: Madry et al. (2018), Carlini and Wagne
 
 import argparse
 import dataclasses
-import io
 import json
 import math
 import sys
@@ -486,24 +485,6 @@ def print_report(table, seconds):
     print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
 
 
-def draw(path, table):
-    """The picture: a panel of bounds, one of shares, with what was certified and what attacks found."""
-    from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-    figure, buffer = Figure(figsize=(13, 6), layout="constrained"), io.BytesIO()
-    figure.suptitle(f"{path.name}: {table.verdict()}", parse_math=False)
-    titles = dict(bound="bounds, log10", share="share of predictions that are right")
-    kinds = [kind for kind in titles if any(row["kind"] == kind for row in table.rows)]
-    for i, kind in enumerate(kinds):
-        axes = figure.add_subplot(1, len(kinds), i + 1, title=titles[kind])
-        rows = [row for row in table.rows if row["kind"] == kind]
-        axes.set_yticks(range(len(rows)), [f"{row['where']}: {row['what']}" for row in rows], fontsize=6)
-        for key, mark, label in (("claimed", "|", "certified"), ("found", ".", "found by attack")):
-            axes.plot([row[key] for row in rows], range(len(rows)), mark, label=label)
-        axes.legend()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
 def main(names, config):
     """Verify all; returns the exit status."""
     verdicts, paths = [], []
@@ -526,8 +507,7 @@ def main(names, config):
         verdicts.append(table.verdict())
         result = dict(verdict=table.verdict(), data=table.data_name, rows=table.rows)
         mlp_cifar.write(path / "verify.json", json.dumps(result, indent=1))
-        mlp_cifar.write(path / "verify.png", draw(path, table))
-        print(f"Table and picture: {path}/verify.json and verify.png", flush=True)
+        print(f"All rows: {path}/verify.json", flush=True)
     print("; ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
     return 1 if "BROKEN" in verdicts else 0 if set(verdicts) == {"held"} else 2
 

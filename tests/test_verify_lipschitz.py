@@ -102,7 +102,6 @@ def test_true_runs_are_held(runs, capsys):
         assert 0.02 < max(row["tightness"] for row in whole) <= 1
         shares = [row for row in rows if row["kind"] == "share"]
         assert (shares or name == "nano") and all(row["claimed"] <= row["found"] for row in shares)
-        assert (runs / name / "verify.png").stat().st_size > 10_000
 
 
 def test_a_published_checkpoint(tmp_path):
