@@ -65,7 +65,12 @@ def exact_norm(W: torch.Tensor) -> torch.Tensor:
 
     From eigenvalues in float64, with a relative error below 1e-12. Not for each step.
     """
-    return sigma(W.detach().cpu().double()) / sigma_per_norm(W) * (1 + 1e-9)
+    return sigma(wide(W)) / sigma_per_norm(W) * (1 + 1e-9)
+
+
+def wide(W):
+    """W in float64, without gradient; on the CPU if it is not on CUDA: Apple's GPUs have no float64."""
+    return (W if W.is_cuda else W.cpu()).detach().double()
 
 
 def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> torch.Tensor:
@@ -502,6 +507,13 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
     return after
 
 
+def maxmin(z):
+    """(max, min) of each pair of neurons, i of the first half and i of the second (Anil et al. 2019)."""
+    a, b = z.chunk(2, -1)
+    excess = (a - b).relu()  # (maximum and minimum take twice the time backward)
+    return torch.cat([b + excess, a - excess], -1)
+
+
 def mlp_slopes(stream, w_in, w_out, spread=None):
     """(F, A, B, size) of ellipsoid_layer for stream x + w_out f(w_in x).
 
@@ -521,10 +533,10 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
 
 # ==== Transformers without norm layers: how far the end moves if all embeddings move ==============
 # A block is x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x). A sequence is measured by its
-# largest token, max_t rms(x_t): bounds do not depend on its length. Attention has no bound on all of space, as
-# larger tokens move its pattern more. So embeddings are in the ball rms(x_t) <= R, which is convex: a bound on
-# derivatives is one on differences. sigma(.) is the largest singular value, C_h = o_h v_h. Attention is
-# out_t = beta sum_h C_h sum_(j <= t) P^h_tj x_j, P^h_t the softmax over j of s q_t^h . k_j^h + bias.
+# largest token, max_t rms(x_t): bounds do not depend on its length. Attention has no bound on all of space,
+# as larger tokens move its pattern more. So embeddings are in the ball rms(x_t) <= R, which is convex: a
+# bound on derivatives is one on differences. sigma(.) is the largest singular value, C_h = o_h v_h. Attention
+# is out_t = beta sum_h C_h sum_(j <= t) P^h_tj x_j, P^h_t the softmax over j of s q_t^h . k_j^h + bias.
 #
 # THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved pattern
@@ -534,28 +546,23 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
 #   3. o is applied to the v_h a_h of the heads side by side: beta sum_h C_h a_h is at most value long, with
 #      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times sigma(v_h)
-#      sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <= sigma(Q) and |Q x_t| <=
-#      sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with pattern = beta 2 s D sigma(o)
+#      sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <= sigma(Q) and |Q x_t|
+#      <= sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with pattern = beta 2 s D sigma(o)
 #      sigma(Q), and attention's derivative is value + pattern R^2. For one head this is the paper's formula,
 #      with norms of whole matrices. For H heads that is too small by up to sqrt(H) in the value and H in the
 #      pattern: attacks exceed it.
 #   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
-#   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes are in
-#      [1 - g, g] and |gelu(z)| <= |z|: divided by a scale, derivative n g / scale, output n R / scale.
+#   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes are in [1
+#      - g, g] and |gelu(z)| <= |z|: divided by a scale, derivative n g / scale, output n R / scale.
 #   7. Residual: R starts as the largest RMS of an embedding, and is multiplied by (1 - a) + a output / R of
 #      step 5 or 6; the constant by (1 - a) + a derivative, last by the head's norm.
 #
-# THE ELLIPSOID: in which directions. What one sublayer stretches most, the next does not. So each token moves
-# in E(S), at first S = D I: RMS at most 1.
-#   8. Attention adds up independent parts (ellipsoid_blocks). If its pattern depends on positions alone: what
-#      a token keeps of itself, p_h = min_t P^h_tt from head h, and for each head an average of the rest. If it
-#      depends on content: p_h = 0, and the moved pattern.
-#   9. MLP and stream are A z + B v with |v_i| <= |(F z)_i| (mlp_slopes, ellipsoid_layer). GeLU has slopes 1/2
-#      +- (g - 1/2) and values z/2 +- |z|/2.
-#  10. With U = final_scale head, logits move by at most sqrt(sigma(U S U^T) / V) in RMS.
+# THE ELLIPSOID (ellipsoid_blocks): what one sublayer stretches most, the next does not.
+#   8. GeLU has slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2 (mlp_slopes).
+#   9. If tokens move in E(S), logits U x move by at most sqrt(sigma(U S U^T) / V) in RMS.
 def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None):
     """What transformer_bounds takes of a block. W: {role: matrix in float64}; logits are s q . k, with
-    s = logit_scale / (D / H); p_H: step 8, None if the pattern depends on content; gelu: (g, scale) of step 6.
+    s = logit_scale / (D / H); p_H: see ellipsoid_blocks; gelu: (g, scale) of step 6.
     """
     H, D, up = heads, len(W["v"]), 1 + 1e-9
     v_HED, o_HDE = W["v"].view(H, -1, D), W["o"].unflatten(1, (H, -1)).transpose(0, 1)
@@ -590,7 +597,7 @@ def transformer_bounds(blocks, R, U_VD, free=None):
         radius += still + log10((1 - a) + a * row["mlp_gain"])
         body += row["attention_log10"] + log10((1 - a) + a * row["mlp"]) + 1e-9
         rows.append(row)
-    product = body + log10((sigma(U_VD) / sigma_per_norm(U_VD)).item() * (1 + 1e-9))
+    product = body + log10(exact_norm(U_VD).item())
     S, log = ellipsoid_blocks(blocks, R, {} if free is None else free)[-1]
     end = (ellipsoid_norm(S, log, U_VD).item() - math.log(len(U_VD)) / 2) / LN10
     return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end, body_log10=body,

@@ -35,7 +35,7 @@ from PIL import Image
 
 from constraints import (CONSTRAINTS, after_unknown_step, ellipsoid, ellipsoid_layer,
                          ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10,
-                         mlp_slopes, power, sigma_per_norm, singular_values, tune)
+                         maxmin, mlp_slopes, power, sigma_per_norm, singular_values, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "mlp_cifar"
@@ -146,12 +146,6 @@ def parse_arguments(argv=None):
 
 
 # ==== Model: matrices and an activation, nothing else =============================================
-def maxmin(z_BH):
-    """(max, min) of each pair of neurons, i of the first and second half (Anil et al. 2019)."""
-    a, b = z_BH.chunk(2, -1)
-    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], -1)
-
-
 class MLP(torch.nn.Module):
     """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
 
@@ -480,16 +474,12 @@ def main(config):
     start, log, seconds = int(state["step"]), state["log"], 0.0
     for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(dict(saved, param_groups=optimizer.state_dict()["param_groups"]))
-    base, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
-    while True:
-        out = Path(config.out or (base if number == 1 else f"{base}_{number}"))
-        try:
-            out.mkdir(parents=True, exist_ok=bool(config.out))
-            break
-        except FileExistsError:  # (so two runs never share a folder)
-            if config.out:
-                raise
-            number += 1
+    stem, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
+    out = Path(config.out or stem)
+    while out.exists() and not config.out:
+        number += 1
+        out = Path(f"{stem}_{number}")
+    out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
           f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
@@ -560,15 +550,14 @@ def report(config, model, out, log, data_name, test_set, dtype):
     jacobian = torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item()  # a bound from below
     tight, product, to_rms = bound["tight_log10"], bound["product_log10"], math.log10(model.rms_per_l2)
     summary = dict(
-        script=SCRIPT, preset=config.preset, params=sum(p.numel() for p in model.parameters()),
-        steps=config.steps, val_loss=last["val_loss"], val_accuracy=last["val_accuracy"],
+        {key: last[key] for key in last if key not in ("step", "train_loss")}, script=SCRIPT,
+        preset=config.preset, params=sum(p.numel() for p in model.parameters()), steps=config.steps,
         lipschitz_log10=tight + to_rms, lipschitz_product_log10=product + to_rms,
         lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits", largest_jacobian_l2=jacobian,
-        certified_accuracy=certified, max_weight_norm=max(bound["norms"]), norms=bound["norms"],
-        w_max=None if config.constraint == "none" else limits, loss_temperature=config.loss_temperature,
-        train_seconds=last["ms_per_step"] * config.steps / 1000, ms_per_step=last["ms_per_step"],
-        data=data_name, device=str(model.mean_P.device), dtype=str(dtype).removeprefix("torch."),
-        seed=config.seed, torch=torch.__version__)
+        certified_accuracy=certified, loss_temperature=config.loss_temperature, seed=config.seed,
+        w_max=None if config.constraint == "none" else limits, data=data_name,
+        train_seconds=last["ms_per_step"] * config.steps / 1000, device=str(model.mean_P.device),
+        dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
     write(out / "summary.json", json.dumps(summary, indent=1))
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, seed "
           f"{config.seed}, data: {data_name}\n  test accuracy {100 * last['val_accuracy']:.2f} %, "

@@ -40,7 +40,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from constraints import (CONSTRAINTS, block_bounds, cap_rows, ellipsoid_blocks, ellipsoid_norm,
-                         find_constraint, power, sigma, sigma_per_norm, transformer_bounds, tune)
+                         exact_norm, find_constraint, maxmin, power, sigma_per_norm,
+                         transformer_bounds, tune, wide)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
@@ -181,13 +182,6 @@ def parse_arguments(argv=None):
 # ==== Model: attention and MLP, each mixed into the residual stream, and no norm layer ============
 GELU_SLOPE = 1.1289041452  # the steepest slope of GeLU, rounded up
 GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its slope
-
-
-def maxmin(z):
-    """(max, min) of pairs of neurons, of the first half and the second (Anil et al. 2019)."""
-    a, b = z.chunk(2, -1)
-    excess = (a - b).relu()  # (maximum and minimum take twice the time backward)
-    return torch.cat([b + excess, a - excess], -1)
 
 
 def rotate(x_BHTE, speeds=None):
@@ -381,8 +375,7 @@ def certificate(model, rho=0.0, free=None):
     """
     norms = {}
     for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
-        norm = (sigma(wide(W)) / sigma_per_norm(W)).item() * (1 + 1e-9)
-        norms[role] = max(norms.get(role, 0.0), norm)
+        norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
     norms["embedding"] = R = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
     if model.config.baseline:
         keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
@@ -409,10 +402,6 @@ def tuned(model, steps=30):
     R, blocks = wide(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
     U = model.config.final_scale * wide(model.head_VD)
     return tune(lambda free: ellipsoid_norm(*ellipsoid_blocks(blocks, R, free)[-1], U), {}, steps)
-
-
-def wide(W):
-    return (W if W.is_cuda else W.cpu()).detach().double()  # (Apple's GPUs have no float64)
 
 
 # ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==

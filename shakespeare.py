@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from constraints import (CONSTRAINTS, LN10, after_unknown_step, block_bounds, cap_rows,
                          ellipsoid_blocks, ellipsoid_norm, ellipsoid_pairs, exact_norm,
-                         find_constraint, power, sigma_per_norm, transformer_bounds, tune)
+                         find_constraint, maxmin, power, sigma_per_norm, transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
@@ -174,13 +174,6 @@ def parse_arguments(argv=None):
 # ==== Model: attention and MLP, each mixed into the residual stream, and no norm layer ============
 GELU_SLOPE = 1.128993069  # the steepest slope of GeLU's tanh form, rounded up (erf form: 1.1289042)
 GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its slope
-
-
-def maxmin(z):
-    """(max, min) of pairs of neurons, i of the first half and i of the second."""
-    a, b = z.chunk(2, -1)
-    excess = (a - b).relu()  # (maximum and minimum take twice the time backward)
-    return torch.cat([b + excess, a - excess], -1)
 
 
 def rotate(x_BHTE):
@@ -480,18 +473,6 @@ def go_on(config):
     return own, model, state
 
 
-def new_folder(config):
-    """The folder of a run: config.out, or the first free runs/SCRIPT_PRESET_seedN."""
-    if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return Path(config.out)
-    for number in range(1, 10**9):
-        name = f"{SCRIPT}_{config.preset}_seed{config.seed}" + (f"_{number}" if number > 1 else "")
-        with contextlib.suppress(FileExistsError):  # (so two runs never share one)
-            Path("runs", name).mkdir(parents=True)
-            return Path("runs", name)
-
-
 @contextlib.contextmanager
 def reading(path, what):
     """One line for the user, whatever is wrong with a file."""
@@ -595,7 +576,12 @@ def main(config):
                     if {name: M.cpu().numpy().shape for name, M in values.items()} not in fit:
                         raise ValueError("its momenta are of other weights")
     with reading(config.out or "runs", "folder that can be made or written in; see --out"):
-        out = new_folder(config)
+        stem, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
+        out = Path(config.out or stem)
+        while out.exists() and not config.out:
+            number += 1
+            out = Path(f"{stem}_{number}")
+        out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
     write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
           f"({len(train_N):,} characters to train), run folder {out}, from step {start}", flush=True)

@@ -18,7 +18,6 @@ import sys
 import time
 import types
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -1058,13 +1057,6 @@ def test_a_flag_that_differs_from_the_run_names_both_values(flags, says, tmp_pat
     with pytest.raises(UserError, match=says):
         shakespeare.main(parse_arguments(["--out", str(out), *flags]))
     assert before == (out / "checkpoint.pt").read_bytes()
-
-
-def test_runs_started_at_once_get_different_folders(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(lambda _: shakespeare.new_folder(Config.of("laptop")), range(8)))
-    assert len(folders) == 8 and Path("runs/shakespeare_laptop_seed0") in folders
 
 
 @pytest.mark.parametrize("kind", ["truncated", "hostile", "other script", "other shape", "other data"])
