@@ -42,8 +42,8 @@ def msign(G: torch.Tensor) -> torch.Tensor:
 
     G (..., fan_out, fan_in): float64, float32 or bfloat16, any scale. Returns the same shape and dtype, with
     singular values of at most MSIGN_MAX[dtype]. Relative to the largest, s = 0.1, 0.01, 0.001 become 0.999,
-    0.987, 0.51; less at high rank, as the largest is known only to rank^(1/8), and in long matrices of less
-    than float64 (lifted_square). Zero gives zero, NaN or infinity NaN. Not for TF32, nor under autocast.
+    0.987, 0.51; less at high rank, as the largest is known only to rank^(1/8). Zero gives zero, NaN or
+    infinity NaN. Not for TF32, nor under autocast.
     """
     if G.ndim < 2 or G.dtype not in MSIGN_MAX:
         raise ValueError(f"msign needs a float64, float32 or bfloat16 matrix, not {G.dtype} {tuple(G.shape)}")
@@ -52,58 +52,21 @@ def msign(G: torch.Tensor) -> torch.Tensor:
     # Entries into [-1, 1], so that no product over- or underflows. (Dividing: 1/1e-45 is infinite.)
     largest = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
-    direct = n < 1.5 * m or X.dtype == torch.bfloat16  # (the faster form, as measured on a CPU)
-    A = square(X) if direct else lifted_square(X)
-    inverse = inverse_norm(A)
-    if direct:  # scale to at most 1, then the five steps
-        X = quintics(X * inverse.sqrt(), A * inverse)
-    else:
-        # Cholesky form: A = L L^T, so L^-1 X has orthonormal rows and msign(X) = msign(L) L^-1 X. The steps
-        # are on the small square L.
-        A = A * inverse
-        L = torch.linalg.cholesky_ex(A).L  # (does not raise: NaN stays NaN)
-        R = torch.linalg.solve_triangular(L, quintics(L, A), upper=False, left=False) * inverse.sqrt()
-        X = (X.mT @ R.mT).mT if tall else R @ X  # (laid out in memory as G is)
+    A = square(X)
+    # Scale to at most 1, by s_1^4 <= ||A^2||_F. (1 for zero.)
+    size = torch.linalg.matrix_norm(A @ A, keepdim=True).sqrt()
+    inverse = torch.where(size == 0, torch.ones_like(size), size).reciprocal()
+    X, A = X * inverse.sqrt(), A * inverse
+    for i, (a, b, c) in enumerate(QUINTICS):
+        A = square(X) if i else A
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, P, X, beta=a)
     return (X.mT if tall else X).reshape(G.shape)
 
 
 def square(X):
     """X X^T, X (..., m, n). (Of a stack of one torch would copy X^T first: three times the time.)"""
     return (X[0] @ X[0].mT)[None] if X.ndim == 3 and len(X) == 1 else X @ X.mT
-
-
-def quintics(X, A):
-    """The five steps X <- a X + (b A + c A^2) X on X (count, m, n), given the first A = X X^T."""
-    for i, (a, b, c) in enumerate(QUINTICS):
-        A = square(X) if i else A
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, P, X, beta=a)
-    return X
-
-
-def inverse_norm(A):
-    """1 / sqrt(||A^2||_F), at most 1 / the largest eigenvalue of A: (count, 1, 1); 1 for zero."""
-    bound = torch.linalg.matrix_norm(A @ A, keepdim=True).sqrt()
-    return torch.where(bound == 0, torch.ones_like(bound), bound).reciprocal()
-
-
-def lifted_square(X):
-    """X X^T plus what rounding may have taken from it, for X (count, m, n), m <= n."""
-    # An A too large (t >= s^2) does no harm, s goes to s p(sqrt(t)) / sqrt(t) <= p(sqrt(t)); too small does:
-    #   1. Rounding takes a sum of c products off by at most c u (u = 2^-24 in float32) times that of absolute
-    #      values, and rows of one sign come near that. Sum runs of c columns, then the runs.
-    #   2. |error| <= (c + 32) u |X| |X|^T entry by entry, 32 u for adding up the runs, pairwise: its norm is
-    #      at most (c + 32) u trace(A). Add that. (It covers Cholesky's rounding, too: measured to m = 1024.)
-    m, n = X.shape[-2:]
-    r = max(1, n // max(128, m // 2))  # runs (of m / 2: then they need at most the memory of two X's)
-    c = n // r
-    runs, rest = X[..., :r * c].unflatten(-1, (r, c)).transpose(-3, -2), X[..., r * c:]  # (count, r, m, c)
-    A = (runs @ runs.mT).sum(-3)
-    A = A + rest @ rest.mT if r * c < n else A
-    diagonal = A.diagonal(dim1=-2, dim2=-1)
-    trace = diagonal.sum(-1, keepdim=True).clamp(min=1)  # (it is at least 1, unless X is zero)
-    diagonal.add_((c + 32) * torch.finfo(X.dtype).eps / 2 * trace)
-    return A
 
 
 def fast_dtype(device) -> torch.dtype:
