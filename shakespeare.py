@@ -3,7 +3,7 @@
 With every weight matrix held within a limit, a transformer needs no layer norm, QK norm or
 softcapping, and has a Lipschitz constant: how much its logits can move, at most, when the
 embeddings of its tokens move. The bound on attention in the paper's code misses that each head may
-look at a different token. The bounds derived here count heads, and the tests attack them.
+look at a different token. The bounds here, derived in constraints.py, count heads.
 
 COMMANDS
     python shakespeare.py                      # minutes on a laptop; ends with a sample

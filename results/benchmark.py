@@ -83,12 +83,15 @@ def svd_clip(W, w_max, step_norm=0.0):
     return U * s.clamp(max=w_max * constraints.sigma_per_norm(W))[..., None, :] @ Vh
 
 
-def muon(matrices, constraint, lr, momentum, every=4, w_max=6.0):
-    """Muon on matrices that begin at the limit, where training spends most of its time."""
+def at_limit(matrices, w_max=6.0):
+    """The same matrices, of norm w_max: there training spends most of its time, and a softmax is slow."""
     for W in matrices:
-        if constraint is not None:
-            W.data = constraints.stiefel(W.data + torch.randn_like(W), w_max * (1 - 1e-4))
-    return Muon(matrices, lr, momentum=momentum, constraint=constraint, w_max=w_max, every=every, dtype=LOW)
+        W.data = constraints.stiefel(W.data + torch.randn_like(W), w_max * (1 - 1e-4))
+    return matrices
+
+
+def muon(matrices, constraint, lr, momentum, every=4):
+    return Muon(at_limit(matrices), lr, momentum=momentum, constraint=constraint, w_max=6.0, every=every, dtype=LOW)
 
 
 def steps_with_each_optimizer(make, lr, momentum):
@@ -102,13 +105,14 @@ def steps_with_each_optimizer(make, lr, momentum):
         functions[name] = training_step(loss, muon(matrices, constraint, lr, momentum), *others)
     for name, optimizer in (("torch.optim.Muon", torch.optim.Muon), ("AdamW", torch.optim.AdamW)):
         loss, matrices, others = make()
-        functions[f"{name}, no constraint"] = training_step(loss, optimizer(matrices, 1e-3), *others)
+        functions[f"{name}, no constraint"] = training_step(loss, optimizer(at_limit(matrices), 1e-3), *others)
     return functions
 
 
 def parts_of_a_step(make, lr, momentum):
     """{name: a function} for what a step consists of."""
     loss, matrices, _ = make()
+    at_limit(matrices)
     functions = {"  forward and backward": lambda: loss().backward()}
     soft_cap = constraints.soft_cap
     for name, constraint, every in (("Muon alone", None, 1), ("Muon, soft cap at each step", soft_cap, 1),
@@ -236,6 +240,7 @@ def main(argv=None):
         if name not in PARTS:
             parser.error(f"{name}: must be some of {', '.join(PARTS)}")
     torch.manual_seed(0)
+    torch.set_flush_denormal(True)  # (as in the scripts)
     for name in parts or PARTS:
         PARTS[name]()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # (Linux counts in KiB)

@@ -50,11 +50,6 @@ def runs(tmp_path_factory):
     patch.undo()
 
 
-@pytest.fixture
-def no_picture(monkeypatch):
-    monkeypatch.setattr(verify_lipschitz, "draw", lambda *arguments: b"")
-
-
 def status(folder, config=FAST):
     """(exit status, verdict, {"where what": verdict of each row})"""
     code = verify_lipschitz.main([str(folder)], config)
@@ -113,7 +108,7 @@ def test_a_published_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["weaker bound", "weaker share", "places"])
-def test_what_may_differ(change, runs, tmp_path, no_picture):
+def test_what_may_differ(change, runs, tmp_path):
     files = Files(runs / "position", tmp_path / "copy")
     if change == "weaker bound":
         files.summary["lipschitz_log10"] += 0.1
@@ -241,7 +236,7 @@ TAMPERED = [  # run, what was done, and a row that has to report it
 
 
 @pytest.mark.parametrize("name, what, change, where", TAMPERED, ids=[f"{t[0]}: {t[1]}" for t in TAMPERED])
-def test_tampered(name, what, change, where, runs, tmp_path, no_picture):
+def test_tampered(name, what, change, where, runs, tmp_path):
     files = Files(runs / name, tmp_path / "copy")
     if "bound" in what:
         if not (runs / name / "verify.json").exists():
@@ -252,7 +247,7 @@ def test_tampered(name, what, change, where, runs, tmp_path, no_picture):
     assert (code, verdict, rows[where]) == (1, "BROKEN", "BROKEN")
 
 
-def test_a_summary_of_another_run(runs, tmp_path, no_picture):
+def test_a_summary_of_another_run(runs, tmp_path):
     files = Files(runs / "content", tmp_path / "copy")
     files.summary = json.loads((runs / "position" / "summary.json").read_text())
     assert status(files.write())[:2] == (1, "BROKEN")
@@ -269,7 +264,7 @@ def test_the_papers_formula_is_broken_and_ours_is_held(heads):
     assert [row["verdict"] for row in table.rows] == ["held", "BROKEN"]
 
 
-def test_false_certificates_of_predictions(runs, monkeypatch, no_picture):
+def test_false_certificates_of_predictions(runs, monkeypatch):
     honest, honest_tokens = mlp_cifar.certified_radii, verify_lipschitz.shakespeare.certified_tokens
     monkeypatch.setattr(mlp_cifar, "certified_radii", lambda *a: 30 * honest(*a))
     monkeypatch.setattr(verify_lipschitz.shakespeare, "certified_tokens",
@@ -292,14 +287,14 @@ def test_numbers_that_leave_the_range(activation):
 
 
 # ---- what cannot be checked --------------------------------------------------------------------------
-def test_nothing_claimed(runs, tmp_path, no_picture):
+def test_nothing_claimed(runs, tmp_path):
     files = Files(runs / "mlp", tmp_path / "copy").write()
     (files / "summary.json").unlink()
     assert status(files)[:2] == (2, "nothing claimed")
 
 
 @pytest.mark.parametrize("what", ["null", "absent", "more", "config.json"])
-def test_missing(what, runs, tmp_path, no_picture):
+def test_missing(what, runs, tmp_path):
     """A null is no claim; nor is a value or a file that is not there."""
     files, row = Files(runs / "content", tmp_path / "copy"), "config.json the file"
     if what == "null":
@@ -317,7 +312,7 @@ def test_missing(what, runs, tmp_path, no_picture):
 
 
 @pytest.mark.parametrize("name", ["mlp", "content"])
-def test_data_that_are_not_here(name, runs, tmp_path, no_picture):
+def test_data_that_are_not_here(name, runs, tmp_path):
     """Bounds are checked all the same; accuracy is not, and a false bound is still found."""
     files = Files(runs / name, tmp_path / "copy")
     files.state["data"] = files.summary["data"] = files.settings["data"] = str(tmp_path / "nowhere")
@@ -331,7 +326,7 @@ def test_data_that_are_not_here(name, runs, tmp_path, no_picture):
     assert verify_lipschitz.main([str(files.out)], dataclasses.replace(FAST, data="nowhere")) == 2
 
 
-def test_data_that_moved(runs, tmp_path, no_picture):
+def test_data_that_moved(runs, tmp_path):
     """--data says that these are the run's own: then a difference counts."""
     (tmp_path / "moved").write_text(shakespeare.stand_in())
     moved = dataclasses.replace(FAST, data=str(tmp_path / "moved"))
@@ -408,7 +403,7 @@ def test_hostile_files_are_one_line(kind, runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["mlp", "position"])
-def test_hostile_values_are_broken_or_one_line(name, runs, tmp_path, capsys, monkeypatch, no_picture):
+def test_hostile_values_are_broken_or_one_line(name, runs, tmp_path, capsys, monkeypatch):
     """Each part of a checkpoint and each setting, in some wrong way; before the searches, which are left out."""
     def stop(*arguments):
         raise UserError("so far, so good")
@@ -440,7 +435,7 @@ def test_weights_that_are_larger_than_their_file(runs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["summary", "config"])
-def test_hostile_summaries_are_broken_or_not_checked(name, runs, tmp_path, capsys, no_picture):
+def test_hostile_summaries_are_broken_or_not_checked(name, runs, tmp_path, capsys):
     """All values wrong at once, each in another way."""
     files = Files(runs / "position", tmp_path / "copy")
     target = getattr(files, name)
@@ -453,19 +448,7 @@ def test_hostile_summaries_are_broken_or_not_checked(name, runs, tmp_path, capsy
     said.out.encode()  # (no half characters)
 
 
-@pytest.mark.parametrize("kinds", [(), ("bound",), ("share",), ("bound", "share")])
-def test_the_picture_has_what_there_is(kinds, monkeypatch, tmp_path):
-    from matplotlib.figure import Figure
-    drawn, table = [], Table(FAST)
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.extend(self.axes))
-    table.claim("summary.json", "steps", 3, 3)
-    for kind in kinds:
-        table.add(kind, "network", kind, 0.5, -math.inf, "held")
-    verify_lipschitz.draw(tmp_path / "a $b^", table)
-    assert len(drawn) == len(kinds) and all(axes.lines for axes in drawn)
-
-
-def test_no_code_that_a_checkpoint_names_is_run(runs, tmp_path, monkeypatch, no_picture):
+def test_no_code_that_a_checkpoint_names_is_run(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text("open('PWNED', 'w')\ndef f(W, w_max, step_norm=0.0):\n    return W\n")
     files = Files(runs / "mlp", tmp_path / "copy")
