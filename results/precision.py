@@ -33,12 +33,13 @@ def to_e4m3(x):
     return (x * scale).to(torch.float8_e4m3fn).to(x.dtype) / scale
 
 
-def to_int8(x):
-    scale = 127 / x.abs().amax().clamp(min=1e-30)
+def to_integers(x, largest):
+    scale = largest / x.abs().amax().clamp(min=1e-30)
     return (x * scale).round() / scale
 
 
-FORMATS = {"full": lambda x: x, "bfloat16": to_bfloat16, "float8 e4m3": to_e4m3, "int8": to_int8}
+FORMATS = {"full": lambda x: x, "bfloat16": to_bfloat16, "float8 e4m3": to_e4m3,
+           "int8": lambda x: to_integers(x, 127), "6 bits": lambda x: to_integers(x, 31)}
 
 
 class Rounded(TorchFunctionMode):
