@@ -20,7 +20,7 @@ w = w_max * sqrt(fan_out / fan_in), the limit on singular values:
 
 Guarantees are for float32 and float64, to a relative 1e-4 (soft_cap in bfloat16 arithmetic: see there).
 bfloat16 input is mapped in float32 and rounded at the end. NaN or infinity in one matrix of a stack does not
-reach the others. The file ends with ellipsoids, for certificates.
+reach the others. The file ends with certificates: ellipsoids, and bounds of whole transformers.
 
 Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. (2018); hammer, soft cap and
 the comparison are Newhouse et al. (2025, arXiv 2507.13338).
@@ -363,10 +363,11 @@ def image(G_OD, S_DD, size=0.0):
     size: if G is a sum, the sum of the Frobenius norms.
     """
     # G C, C C^T = S, is off by at most D 2^-53 size |C| =: d, its square by 2 d |G C| + d^2, at most
-    # 1e-9 |G C|^2 + (1 + 1e9) d^2, and d^2 < 1e-26 size^2 trace(S) for D < 900.
+    # 1e-9 |G C|^2 + (1 + 1e9) d^2, and d^2 < 1e-26 size^2 trace(S) for D < 900, more in proportion to D^2.
     R = G_OD @ torch.linalg.cholesky(lifted(S_DD))
     size = torch.linalg.matrix_norm(G_OD).clamp(min=size) ** 2 * S_DD.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (1 + 1e-9) * R @ R.mT + 1e-17 * size[..., None, None] * torch.eye(G_OD.shape[-2]).to(R)
+    rounding = 1e-17 * max(1, S_DD.shape[-1] / 900) ** 2 * size[..., None, None]
+    return (1 + 1e-9) * R @ R.mT + rounding * torch.eye(G_OD.shape[-2]).to(R)
 
 
 def ellipsoid_sum(S_KDD: torch.Tensor, log_K: torch.Tensor, free_K=0.0):
@@ -408,7 +409,8 @@ def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0, siz
 def ellipsoid_norm(S_DD, log, U_KD) -> torch.Tensor:
     """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
     UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
-    largest = torch.linalg.eigvalsh(gram(UC))[-1] + 1e-17 * U_KD.square().sum() * S_DD.trace()  # see image
+    rounding = 1e-17 * max(1, len(S_DD) / 900) ** 2 * U_KD.square().sum() * S_DD.trace()  # see image
+    largest = torch.linalg.eigvalsh(gram(UC))[-1] + rounding
     return (largest.clamp(min=1e-300).log() + log) / 2 + 2e-9
 
 
@@ -416,7 +418,8 @@ def ellipsoid_pairs(S_DD, log, U_KD) -> torch.Tensor:
     """(K, K): logarithm of the largest |(u_i - u_j) z|, u the rows of U, rounded up; -inf if they agree."""
     UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
     apart_KK = torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist")
-    rounding = 1e-13 * (2 * U_KD.square().sum(1).max() * S_DD.trace()).sqrt()  # see image
+    largest = 2 * U_KD.square().sum(1).max() * S_DD.trace()
+    rounding = 1e-13 * max(1, len(S_DD) / 900) * largest.sqrt()  # see image
     return torch.where(apart_KK > 0, apart_KK + rounding, apart_KK).log() + log / 2 + 1e-9
 
 
@@ -510,7 +513,7 @@ def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
 def maxmin(z):
     """(max, min) of each pair of neurons, i of the first half and i of the second (Anil et al. 2019)."""
     a, b = z.chunk(2, -1)
-    excess = (a - b).relu()  # (maximum and minimum take twice the time backward)
+    excess = (a - b).relu()  # (rounds as the larger; maximum and minimum take 3 to 7 times as long)
     return torch.cat([b + excess, a - excess], -1)
 
 
@@ -567,7 +570,7 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
     H, D, up = heads, len(W["v"]), 1 + 1e-9
     v_HED, o_HDE = W["v"].view(H, -1, D), W["o"].unflatten(1, (H, -1)).transpose(0, 1)
     beta_o, v_H = beta * sigma(W["o"]).item() * up, sigma(v_HED)
-    block = dict(a=a, stream=1 - a, C_HDD=a * beta * o_HDE @ v_HED, p_H=p_H, pattern=0.0,
+    block = dict(stream=1 - a, C_HDD=a * beta * o_HDE @ v_HED, p_H=p_H, pattern=0.0,
                  value=beta_o * v_H.norm().item())
     if p_H is None:
         q_HED, k_HED = W["q"].view(H, -1, D), W["k"].view(H, -1, D)
@@ -590,7 +593,7 @@ def transformer_bounds(blocks, R, U_VD, free=None):
     """
     rows, body, radius = [], 0.0, log10(R * (1 + 1e-9))
     for block in blocks:
-        a, row = block["a"], {name: block[name] for name in ("value", "pattern", "mlp", "mlp_gain")}
+        a, row = 1 - block["stream"], {name: block[name] for name in ("value", "pattern", "mlp", "mlp_gain")}
         still, moved = log10((1 - a) + a * row["value"]), log10(a * row["pattern"]) + 2 * radius
         row.update(radius_log10=radius, radius_mlp_log10=radius + still,
                    attention_log10=np.logaddexp(still * LN10, moved * LN10).item() / LN10)

@@ -233,7 +233,7 @@ def certificate(model, steps=0):
     logs = [log10(norm * sigma_per_norm(W)) for norm, W in zip(norms, model.weights)]
     tune(lambda free: ellipsoid_norm(*follow(model, free), eye), free, steps)
     tight = ellipsoid_norm(*follow(model, free), eye).item() / math.log(10)
-    tune(lambda free: ellipsoid_pairs(*follow(model, free), eye)[eye == 0].mean(), free, steps)
+    tune(lambda free: ellipsoid_pairs(*follow(model, free), eye).clamp(min=-700).mean(), free, steps)
     pairs_KK = ellipsoid_pairs(*follow(model, free), eye) / math.log(10)
     last = model.weights[-1].detach().cpu().double()
     apart_KK = ellipsoid_pairs(torch.eye(last.shape[1]).double(), 0.0, last) / math.log(10)  # |w_y - w_j|
@@ -443,7 +443,6 @@ def evaluate(model, images_NP, labels_N):
 def main(config):
     """Train, or go on; certify; report. Returns the summary."""
     config, model, state = copy.copy(config), None, dict(step=0, log=[], optimizers=[])
-    config.out = os.path.expanduser(config.out)
     if config.out and (Path(config.out) / "checkpoint.pt").exists():
         config, model, state = load_checkpoint(config.out, config)
         if (Path(config.out) / "summary.json").exists():

@@ -116,7 +116,6 @@ class Config:
     prompt: str = flag("", "text that the sample continues; default: the start of a document")
     length: int = flag(300, "tokens to sample", 1)
     temperature: float = flag(0.8, "of the sample; 0: always the most probable token", 0)
-    top_k: int = flag(0, "sample from so many most probable tokens; 0: from all", 0)
 
     @classmethod
     def of(cls, preset=None, **given):
@@ -549,7 +548,7 @@ def go_on(config):
         return config, None, None
     own, model, state = load_checkpoint(folder)
     for name, value in getattr(config, "given", dataclasses.asdict(config)).items():
-        if name in ("out", "data", "micro_batch", "device", "prompt", "length", "temperature", "top_k"):
+        if name in ("out", "data", "micro_batch", "device", "prompt", "length", "temperature"):
             setattr(own, name, value)
         elif value != getattr(own, name):
             raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave "
@@ -840,10 +839,8 @@ def sample(model, config):
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-min(model.config.seq_len, 1024):]], device=device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double()
-        least = logits_V.topk(min(config.top_k or len(logits_V), len(logits_V))).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < least, -math.inf)
-        p_V = (logits_V / config.temperature).softmax(0) if config.temperature else logits_V == logits_V.max()
-        tokens.append(torch.multinomial(p_V.double(), 1, generator=generator).item())
+        z_V = (logits_V - logits_V.max()) / (config.temperature or 1e-30)
+        tokens.append(torch.multinomial(z_V.softmax(0), 1, generator=generator).item())
         print(decode(tokens[-1:]).decode(errors="replace"), end="", flush=True)
     print()
 

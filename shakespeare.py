@@ -100,7 +100,6 @@ class Config:
     prompt: str = flag("", "text that the sample continues; default: the start of a line")
     length: int = flag(500, "characters to sample", 1, 10**9)
     temperature: float = flag(0.8, "of the sample; 0: always the most probable character", 0)
-    top_k: int = flag(0, "sample from so many most probable characters; 0: from all", 0)
 
     @classmethod
     def of(cls, preset=None, **given):
@@ -467,7 +466,7 @@ def go_on(config):
     if not sample and not (config.out and Path(config.out, "checkpoint.pt").exists()):
         return config, None, None
     own, model, state = load_checkpoint(sample or config.out)
-    free = {"out", "device", "data", "prompt", "length", "temperature", "top_k"}
+    free = {"out", "device", "data", "prompt", "length", "temperature"}
     free |= {"sample", "holdout", "seed", "dtype"} if sample else set()
     for name, value in given.items():
         if name not in free and value != getattr(own, name):
@@ -729,11 +728,8 @@ def sample(model, config, dtype):
         logits_V = model(window_BT, dtype)[0, -1].cpu().double() * model.config.loss_temperature
         if not logits_V.isfinite().all():
             raise UserError("the logits of this model are not finite: it cannot be sampled")
-        k = 1 if config.temperature == 0 else config.top_k or len(logits_V)
-        best = logits_V.topk(min(k, len(logits_V))).values
-        below_V = (logits_V - best[0]).masked_fill(logits_V < best[-1], -math.inf)
-        p_V = (below_V / (config.temperature or 1)).softmax(0)
-        tokens.append(torch.multinomial(p_V, 1, generator=generator).item())
+        z_V = (logits_V - logits_V.max()) / (config.temperature or 1e-30)
+        tokens.append(torch.multinomial(z_V.softmax(0), 1, generator=generator).item())
         print(vocabulary[tokens[-1]], end="", flush=True)
     print()
 

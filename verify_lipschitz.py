@@ -165,7 +165,7 @@ LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hour
 MEMORY = 2**26  # numbers that an evaluation holds several times at once: 0.5 GB each time
 NORM = "max-token RMS->max-token RMS"
 # Settings that say where, not what, may differ. What a run did its weights do not tell.
-PLACES = {"out", "data", "device", "prompt", "length", "temperature", "top_k", "micro_batch", "sample"}
+PLACES = {"out", "data", "device", "prompt", "length", "temperature", "micro_batch", "sample"}
 HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",
            "tokens_per_second", "memory_gib", "processes"}
 

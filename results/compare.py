@@ -48,12 +48,12 @@ STUDIES = {
         certified=("certified_token_accuracy", "0.001"), pairs={
             "none": dict(muon=(0.2, (1,)), adamw=(0.012, (1,))),
             "weight_decay": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (0.03, 0.1, 0.3))),
-            "spectral_weight_decay": dict(muon=(0.2, (0.1, 0.3, 1)), adamw=(0.012, (0.01, 0.03, 0.1))),
+            "spectral_weight_decay": dict(muon=(0.2, (0.1, 0.3, 1)), adamw=(0.024, (0.01, 0.03, 0.1))),
             "specnorm": dict(muon=(0.2, (1, 2, 4)), adamw=(0.0015, (1, 2, 4))),
-            "stiefel": dict(muon=(0.2, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
-            "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.012, (1, 2, 4))),
-            "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (1, 2, 4))),
-            "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (1, 2, 4))),
+            "stiefel": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
+            "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
+            "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
+            "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
         }),
 }
 

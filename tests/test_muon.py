@@ -24,7 +24,7 @@ def composed(x, quintics=QUINTICS):
 
 def test_quintics_follow_from_their_derivation():
     """Steps 1-4 above QUINTICS, by Remez in numpy."""
-    low, tau = 0.003, 0.02
+    low, tau = 0.003, 0.08
     for quintic in QUINTICS:
         top = 1 + tau
         q, r = low + 0.35 * (top - low), low + 0.8 * (top - low)
@@ -34,14 +34,14 @@ def test_quintics_follow_from_their_derivation():
             q, r = np.sort(np.sqrt(np.roots([5 * c, 3 * b, a]).real))
         np.testing.assert_allclose(quintic, np.array([a, b, c]) / (1 + e), rtol=1e-9)
         low = (1 - e) / (1 + e)
-    assert low == pytest.approx(0.985, abs=1e-3)
+    assert low == pytest.approx(0.956, abs=1e-3)
 
 
 def test_composition_never_exceeds_one_and_reaches_the_stated_range():
-    x = np.concatenate([np.linspace(0, 1.02, 200_001), np.logspace(-8, 0, 100_001)])
+    x = np.concatenate([np.linspace(0, 1.08, 200_001), np.logspace(-8, 0, 100_001)])
     assert composed(x).max() <= 1 + 1e-9
-    assert composed(x[(x >= 0.003) & (x <= 1)]).min() >= 0.984
-    np.testing.assert_allclose(composed(np.array([0.1, 0.01, 0.001])), [0.999, 0.987, 0.506], atol=1e-3)  # docstring of msign
+    assert composed(x[(x >= 0.003) & (x <= 1)]).min() >= 0.955
+    np.testing.assert_allclose(composed(np.array([0.1, 0.01, 0.001])), [0.956, 0.956, 0.446], atol=1e-3)  # docstring of msign
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -65,13 +65,13 @@ def test_msign_never_overshoots(shape, dtype):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_msign_is_the_polynomial_of_the_singular_values(shape):
-    """In float64 both forms must equal U p(s / bound) V^T, with bound as documented; so msign has the vectors of the SVD."""
+    """In float64 it must equal U p(s / bound) V^T, with bound as documented; so msign has the vectors of the SVD."""
     G = with_spectrum(*shape, torch.linspace(1, 0.05, min(shape), dtype=torch.float64), dtype=torch.float64)
     U, s, Vh = torch.linalg.svd(G, full_matrices=False)
     bound = (s**8).sum() ** 0.125  # ||A^2||_F^(1/4) with A = G G^T
     expected = (U * composed(s / bound)) @ Vh
     torch.testing.assert_close(msign(G), expected, rtol=0, atol=1e-8)
-    assert singular_values(msign(G)).min() > 0.98
+    assert singular_values(msign(G)).min() > 0.955
 
 
 def test_msign_of_zero_extremes_and_views():
@@ -118,6 +118,17 @@ def attacks():
     tokens = 1 / torch.arange(1, 50305, dtype=torch.float64)  # a head's gradient: everywhere the mean, minus the labels'
     label = torch.multinomial(tokens, 4096, replacement=True, generator=generator)
     h = 1 + 0.1 * randn(4096, 8)
+    yield "identity + constant", torch.eye(16, dtype=torch.float64) + 0.1
+    # Entries of two sizes, of which bfloat16 rounds each the same way: the error is a matrix of rank 1, not noise.
+    hadamard = 1 - 2 * torch.eye(4, dtype=torch.float64)
+    hadamard = torch.kron(torch.kron(hadamard, hadamard), hadamard)
+    squares = torch.zeros(127)
+    squares[[x * x % 127 for x in range(1, 127)]] = 1
+    i = torch.arange(127)
+    paley = torch.where(i[:, None] == i, 0.0, 2 * squares[(i[:, None] - i) % 127] - 1).double()
+    for H in (hadamard, torch.cat([hadamard] * 8, 1), paley):
+        for j in range(-30, 31, 2):
+            yield f"two sizes, {j}", torch.where(H < 0, H * (1 + j / 256), H)
     yield "head 50304 x 8", (h.mean(0) / 50304).expand(50304, 8).clone().index_add_(0, label, -h / 4096)
 
 
@@ -160,19 +171,20 @@ def test_msign_is_the_polar_factor(shape, dtype, monkeypatch):
     s = torch.linspace(1, 0.1, min(shape), dtype=torch.float64)
     G = with_spectrum(*shape, s, dtype=dtype)
     U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    # The largest s is known to rank^(1/8) < 1.5, so all are in [0.003, 1], where the composition is at least 0.984.
+    # The largest s is known to rank^(1/8) < 1.5, so all are in [0.003, 1], where the composition is at least 0.955.
     rounding = MSIGN_MAX[dtype] - 1
-    assert torch.linalg.matrix_norm(msign(G).double() - U @ Vh, ord=2) <= 1 - 0.984 + rounding
+    assert torch.linalg.matrix_norm(msign(G).double() - U @ Vh, ord=2) <= 1 - 0.955 + rounding
     monkeypatch.setattr(muon, "QUINTICS", ((15 / 8, -10 / 8, 3 / 8),) * 20)  # (converges to 1)
     assert torch.linalg.matrix_norm(msign(G).double() - U @ Vh, ord=2) <= rounding
 
 
 class SplitSums(TorchDispatchMode):
-    """What CUDA may do with bfloat16 products by default: partial sums, here 16, added in bfloat16."""
+    """What CUDA may do with bfloat16 products, where its setting allows it: partial sums, added in bfloat16."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        if name not in ("mm", "bmm", "baddbmm") or args[-1].dtype != torch.bfloat16:
+        allowed = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+        if name not in ("mm", "bmm", "baddbmm") or args[-1].dtype != torch.bfloat16 or not allowed:
             return function(*args, **kwargs)
         A, B = args[-2:]
         total = torch.zeros((), dtype=torch.bfloat16)
@@ -182,14 +194,21 @@ class SplitSums(TorchDispatchMode):
 
 
 def test_partial_sums_in_bfloat16():
-    """Emulated: msign keeps its bound where CUDA adds up bfloat16 products in bfloat16. The plain products do better."""
-    generator, largest = torch.Generator().manual_seed(2), 0.0
-    wide = [torch.randn(m, n, generator=generator) / torch.randn(m, n, generator=generator) for m, n in ((256, 256), (130, 384))]
-    for G in [*(G for _, G in attacks() if len(G) < 50000), *wide]:
+    """Emulated: with CUDA's default msign would exceed its bound; it turns the setting off, and puts it back."""
+    cases = [G.bfloat16() for name, G in attacks() if G.shape in ((64, 300), (2, 768)) or name == "identity + constant"]
+
+    def largest(f):
         with SplitSums():
-            split = msign(G.bfloat16())
-        largest = max(largest, singular_values(split).max().item())
-    assert 1.005 < largest <= MSIGN_MAX[torch.bfloat16]
+            return max(singular_values(f(G)).max().item() for G in cases)
+
+    assert largest(msign.__wrapped__) > MSIGN_MAX[torch.bfloat16]  # (without the remedy)
+    try:
+        for setting in (False, True):
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = setting
+            assert largest(msign) <= MSIGN_MAX[torch.bfloat16]
+            assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is setting
+    finally:
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
 
 
 # ---- Muon against torch.optim.Muon -----------------------------------------------------------------------------------
