@@ -88,7 +88,6 @@ class Config:
     embed_lr: float = flag(0.02, "learning rate of the embedding (Adam), falling likewise", 0)
     bias_lr: float = flag(0.1, "learning rate of the position bias (Adam), falling likewise", 0)
     momentum: float = flag(0.95, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
-    token_dropout: float = flag(0.0, "share of the embeddings that training replaces by 0", 0, 0.99)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
     seed: int = flag(0, "of initialisation, data order, samples", 0, 2**31 - 1)
     dtype: str = flag("auto", "or float32, bfloat16", choices=("auto", "float32", "bfloat16"))
@@ -283,10 +282,7 @@ class Transformer(torch.nn.Module):
 
     def forward(self, tokens_BT, dtype=torch.float32):
         """Logits (B, T, V) in float32 or float64; all before the head is computed in `dtype`."""
-        x_BTD = F.embedding(tokens_BT.clamp(min=0), self.embedding_VD.to(dtype))
-        if self.config.token_dropout > 0:  # (number -1: no token)
-            x_BTD = x_BTD * (tokens_BT >= 0)[..., None]
-        x_BTD = self.blocks(x_BTD)
+        x_BTD = self.blocks(F.embedding(tokens_BT, self.embedding_VD.to(dtype)))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return F.linear(x_BTD.to(wide), self.config.final_scale * self.head_VD.to(wide))
 
@@ -438,15 +434,11 @@ def encode(text, vocabulary):
 
 
 def batch_of(tokens_N, step, config):
-    """(x_BT, y_BT): random windows, -1 where dropped, and what follows each. By seed and step."""
+    """(x_BT, y_BT): random windows, and what follows each token. A function of seed and step."""
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     start_B = torch.randint(len(tokens_N) - config.seq_len, (config.batch,), generator=generator)
     window = tokens_N[start_B[:, None] + torch.arange(config.seq_len + 1)]
-    x_BT = window[:, :-1]
-    if config.token_dropout > 0:
-        dropped_BT = torch.rand(x_BT.shape, generator=generator) < config.token_dropout
-        x_BT = x_BT.masked_fill(dropped_BT, -1)
-    return x_BT, window[:, 1:]
+    return window[:, :-1], window[:, 1:]
 
 
 def windows(tokens_N, T, batch=None):

@@ -1059,21 +1059,6 @@ def test_a_flag_that_differs_from_the_run_names_both_values(flags, says, tmp_pat
     assert before == (out / "checkpoint.pt").read_bytes()
 
 
-def test_dropped_tokens_are_zero_vectors_and_only_training_drops():
-    config = Config(**{**TINY, "seq_len": 200, "batch": 50, "token_dropout": 0.3})
-    x_BT, y_BT = shakespeare.batch_of(torch.arange(5000) % 60, 3, config)
-    assert abs((x_BT < 0).float().mean() - 0.3) < 0.02 and y_BT.min() >= 0
-    assert torch.equal(x_BT[:, 1:][x_BT[:, 1:] >= 0], y_BT[:, :-1][x_BT[:, 1:] >= 0])
-    assert all(torch.equal(a, b) for a, b in zip((x_BT, y_BT), shakespeare.batch_of(torch.arange(5000) % 60, 3, config)))
-    assert torch.equal(y_BT, shakespeare.batch_of(torch.arange(5000) % 60, 3, dataclasses.replace(config, token_dropout=0.0))[1])
-    assert all((x >= 0).all() for x, _ in shakespeare.windows(torch.arange(5000) % 60, 200))
-    model = Transformer(dataclasses.replace(config, seq_len=24), "".join(map(chr, range(60))))
-    model.embedding_VD.data[0] = 0
-    tokens_BT = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(0))
-    tokens_BT[0, 7] = -1
-    torch.testing.assert_close(model(tokens_BT), model(tokens_BT.clamp(min=0)))
-
-
 @pytest.mark.parametrize("kind", ["truncated", "hostile", "other script", "other shape", "other data"])
 def test_wrong_checkpoints(kind, tmp_path):
     out, _ = run(tmp_path)
