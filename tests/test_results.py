@@ -196,9 +196,9 @@ def test_precision_and_protocol(tmp_path, capsys):
     assert capsys.readouterr().out.count("float8 e4m3") == 2
     with open(tmp_path / "precision.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["format"] for row in rows] == 2 * ["full", "bfloat16", "float8 e4m3", "int8"]
+    assert [row["format"] for row in rows] == 2 * ["full", "bfloat16", "float8 e4m3", "int8", "6 bits"]
     losses = [float(row["loss"]) for row in rows]
-    assert len(set(losses)) == 8 and np.ptp(losses[:4]) < 0.1 and np.ptp(losses[4:]) < 0.1
+    assert len(set(losses)) == 10 and np.ptp(losses[:4]) < 0.1 and np.ptp(losses[5:9]) < 0.1
     with pytest.raises(mlp_cifar.UserError):
         precision.main([str(tmp_path)])
     protocol.main(folders[1:])
