@@ -73,7 +73,7 @@ class Config:
     constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
     steps: int = flag(2000, "training steps", 1, 10**9)
     batch: int = flag(512, "images a step", 1)
-    lr: float = flag(0.0, "at first, then falling linearly; 0: 0.2 for Muon, 0.0013 for AdamW", 0)
+    lr: float = flag(0.0, "falls to 0; Muon: divided by the depth; 0: 0.2 for Muon, 0.0013 for AdamW", 0)
     momentum: float = flag(0.9, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
     adamw_wd: float = flag(0.0, "AdamW's own weight decay, besides the constraint", 0)
     loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
@@ -318,8 +318,8 @@ def load_images(source, label=""):
     except Exception as problem:  # the libraries raise dozens of kinds: the data cannot be had
         raise UserError(
             f"--data {source}: cannot be used ({split}, row {len(labels)}: {problem!r:.200}); needed "
-            "are train and test with pictures in img or image and numbers in label, labels, fine_label "
-            "or --label COLUMN") from problem
+            "are train and test: folders CLASS/x.png in each, or tables with pictures in img or image and "
+            "numbers in label, labels, fine_label or --label COLUMN") from problem
     if sizes != {(32, 32)}:
         print(f"{source}: pictures of {min(sizes)} to {max(sizes)} pixels are resized to 32 x 32")
     return sets
@@ -479,7 +479,10 @@ def main(config):
         number += 1
         out = Path(f"{stem}_{number}")
     out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
-    write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    settings, kept = json.dumps(dataclasses.asdict(config), indent=1), out / "config.json"
+    if start == 0 and kept.exists() and kept.read_text() != settings:  # (it has no checkpoint yet)
+        raise UserError(f"--out {out}: holds a run begun with other settings; give them, or another")
+    write(kept, settings)
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
           f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
     # ---- train
@@ -593,5 +596,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; it goes on with --out and the run folder above", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; with a checkpoint it goes on by --out FOLDER", file=sys.stderr)
         sys.exit(130)

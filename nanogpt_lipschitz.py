@@ -855,7 +855,7 @@ if __name__ == "__main__":
             dist.destroy_process_group()
     except KeyboardInterrupt:
         status = 130
-        print(f"\n{SCRIPT}.py: interrupted; it goes on with --out and the run folder above", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; with a checkpoint it goes on by --out FOLDER", file=sys.stderr)
     except Exception as problem:
         status = 2 if isinstance(problem, (UserError, OSError)) else 1
         if rank and (rank != "0" or status == 1):

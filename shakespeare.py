@@ -581,7 +581,10 @@ def main(config):
             number += 1
             out = Path(f"{stem}_{number}")
         out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
-    write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    settings, kept = json.dumps(dataclasses.asdict(config), indent=1), out / "config.json"
+    if start == 0 and kept.exists() and kept.read_text() != settings:  # (it has no checkpoint yet)
+        raise UserError(f"--out {out}: holds a run begun with other settings; give them, or another")
+    write(kept, settings)
     print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} "
           f"({len(train_N):,} characters to train), run folder {out}, from step {start}", flush=True)
 
@@ -735,5 +738,5 @@ if __name__ == "__main__":
         print(f"{SCRIPT}.py: {problem}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; it goes on with --out and the run folder above", file=sys.stderr)
+        print(f"\n{SCRIPT}.py: interrupted; with a checkpoint it goes on by --out FOLDER", file=sys.stderr)
         sys.exit(130)

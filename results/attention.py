@@ -73,6 +73,8 @@ def main(argv=None):
     base = shakespeare.parse_arguments([*STUDY["flags"].split(), *(sys.argv[1:] if argv is None else argv)])
     data = shakespeare.load_data(base)
     window_BT = data[1][:16 * base.seq_len].view(16, -1)
+    if base.out:
+        Path(base.out).mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(11, 3), layout="constrained")
     panels = figure.subplots(1, len(RUNS), sharey=True)
     for panel, (optimizer, constraint, w_max) in zip(panels, RUNS):

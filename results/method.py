@@ -50,6 +50,8 @@ def main(argv=None):
                                       *(sys.argv[1:] if argv is None else argv)])
     data = mlp_cifar.load_data(base)
     pairs = [("adamw", "none"), *(("muon", constraint) for constraint in STUDY["pairs"])]
+    if base.out:
+        Path(base.out).mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(15, 2.9), layout="constrained")
     panels = figure.subplots(1, len(pairs), sharey=True)
     for panel, (optimizer, constraint) in zip(panels, pairs):

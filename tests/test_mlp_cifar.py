@@ -498,7 +498,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-    assert exit_.value.code == 130 and "goes on with --out and the run folder above" in capsys.readouterr().err
+    assert exit_.value.code == 130 and "goes on by --out FOLDER" in capsys.readouterr().err
     assert (tmp_path / "runs/mlp_cifar_default_seed0").exists()
 
 
@@ -901,3 +901,18 @@ def test_a_constraint_of_ones_own_by_command_and_in_python(tmp_path):
         run(tmp_path / "python", constraint="mine")
     finally:
         del CONSTRAINTS["mine"]
+
+
+def test_a_run_without_a_checkpoint_is_not_replaced_by_another(tmp_path, monkeypatch):
+    """Killed early it has settings only: the same command begins again, another is refused."""
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    out = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp_cifar, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mlp_cifar.main(Config(**TINY, out=out))
+    with pytest.raises(mlp_cifar.UserError, match="other settings"):
+        mlp_cifar.main(Config(**{**TINY, "seed": 5}, out=out))
+    assert mlp_cifar.main(Config(**TINY, out=out))["seed"] == 0

@@ -941,7 +941,7 @@ def test_endings(tmp_path, small_stand_in):
     assert status == 2 and errors.count("\n") == 1 and "holds token 299" in errors and not (tmp_path / "failed").exists()
     status, _, errors = end(stopped)
     folder = Path("runs/nanogpt_lipschitz_tiny_seed0")
-    assert status == 130 and errors.splitlines()[-1] == "nanogpt_lipschitz.py: interrupted; it goes on with --out and the run folder above"
+    assert status == 130 and errors.splitlines()[-1] == "nanogpt_lipschitz.py: interrupted; with a checkpoint it goes on by --out FOLDER"
     assert (tmp_path / folder / "checkpoint.pt").exists() and (tmp_path / folder / "config.json").exists()
 
 

@@ -1270,7 +1270,7 @@ def test_by_command_control_c_says_how_to_go_on(tmp_path, monkeypatch, small_sta
     (tmp_path / "text").write_text(small_stand_in)
     monkeypatch.chdir(tmp_path)
     status, out, err = command("--preset", "paper", "--data", "text", *SHORT, "--blocks", 1, "--constraint", "mine.py:mine")
-    assert status == 130 and "goes on with --out and the run folder above" in err and err.count("\n") == 2
+    assert status == 130 and "goes on by --out FOLDER" in err and err.count("\n") == 2
     assert "run folder runs/shakespeare_paper_seed0" in out
     assert [p.name for p in Path("runs").iterdir()] == ["shakespeare_paper_seed0"]
 
@@ -1279,3 +1279,18 @@ def test_flags_come_before_presets_and_a_presets_rate_is_for_its_own_optimizer()
     assert parse_arguments([]).lr == 0.08 and parse_arguments(["--lr", "0.5"]).lr == 0.5
     assert parse_arguments(["--optimizer", "adamw"]).lr == 0.0 and parse_arguments(["--optimizer", "muon"]).lr == 0.08
     assert Config.of("plain100", steps=3).steps == 3 and Config.of("plain100").final_scale == 55
+
+
+def test_a_run_without_a_checkpoint_is_not_replaced_by_another(tmp_path, monkeypatch):
+    """Killed early it has settings only: the same command begins again, another is refused."""
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    out = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(shakespeare, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            shakespeare.main(Config(**TINY, out=out))
+    with pytest.raises(UserError, match="other settings"):
+        shakespeare.main(Config(**{**TINY, "seed": 5}, out=out))
+    assert shakespeare.main(Config(**TINY, out=out))["seed"] == 0
