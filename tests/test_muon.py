@@ -134,12 +134,13 @@ def attacks():
 
 @pytest.mark.parametrize("dtype, scales", [(torch.float32, (1, 1e-43, 1e30)), (torch.bfloat16, (1, 1e-39, 1e30)), (torch.float64, (1e-310, 1))])
 def test_msign_of_what_broke_it(dtype, scales):
-    """About 6,000 inputs in all: never above its bound, never NaN, whatever the scale and the layout."""
+    """About 5,000 inputs in all: never above its bound, never NaN, whatever the scale and the layout."""
     count = 0
     for name, G in attacks():
-        for scale in scales if len(G) < 50000 else scales[:1]:
+        many = len(G) < 50000 and not name.startswith("two sizes")
+        for scale in scales if many else (1,):
             X = (G / G.abs().max() * scale).to(dtype)
-            for Y in (X, X.mT, X.mT.contiguous()):
+            for Y in (X, X.mT, X.mT.contiguous()) if many else (X, X.mT.contiguous()):
                 assert singular_values(msign(Y)).max() <= MSIGN_MAX[dtype], (name, tuple(Y.shape), scale)
                 count += 1
     assert count > 400

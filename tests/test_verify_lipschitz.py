@@ -170,81 +170,73 @@ def over_the_limit(key, limit):
     return change
 
 
-TAMPERED = [  # run, what was done, and a row that has to report it
-    ("mlp", "bound", lowered("lipschitz_log10", "RMS->RMS"), "summary.json lipschitz_log10"),
-    ("content", "bound", lowered("lipschitz_log10", "RMS"), "summary.json lipschitz_log10"),
-    ("position", "bound", lowered("lipschitz_log10", "RMS"), "summary.json lipschitz_log10"),
-    ("mlp", "bound is zero", put("summary", "lipschitz_log10", "-inf"), "summary.json lipschitz_log10"),
-    ("mlp", "bound is NaN", put("summary", "lipschitz_log10", math.nan), "summary.json lipschitz_log10"),
-    ("mlp", "bound is a word", put("summary", "lipschitz_log10", "small"), "summary.json lipschitz_log10"),
-    ("mlp", "shares", all_shares("certified_accuracy"), "summary.json certified_accuracy 72/255"),
-    ("position", "shares", all_shares("certified_token_accuracy"), "summary.json certified_token_accuracy 0.01"),
-    ("mlp", "norm", put("summary", "norms/1", lambda x: 0.99 * x), "summary.json norms 1"),
-    ("content", "norm", put("summary", "norms/q", lambda x: 1.01 * x), "summary.json norms q"),
-    ("mlp", "largest norm", put("summary", "max_weight_norm", 1.0), "summary.json max_weight_norm"),
-    ("mlp", "w_max", put("summary", "w_max", [1.0, 1.0, 1.0]), "summary.json w_max"),
-    ("content", "w_max", put("summary", "w_max/q", 1.0), "summary.json w_max q"),
-    ("mlp", "product", put("summary", "lipschitz_product_log10", lambda x: x - 1e-4),
-     "summary.json lipschitz_product_log10"),
-    ("position", "product", put("summary", "lipschitz_product_log10", lambda x: x + 1e-4),
-     "summary.json lipschitz_product_log10"),
-    ("mlp", "Jacobian", put("summary", "largest_jacobian_l2", lambda x: 0.999 * x),
-     "summary.json largest_jacobian_l2"),
-    ("mlp", "accuracy", put("summary", "val_accuracy", lambda x: x + 0.005), "summary.json val_accuracy"),
-    ("position", "accuracy", put("summary", "val_accuracy", lambda x: x + 0.001), "summary.json val_accuracy"),
-    ("mlp", "loss", put("summary", "val_loss", lambda x: x - 1e-3), "summary.json val_loss"),
-    ("content", "loss", put("summary", "val_loss_at_temperature", lambda x: x - 1e-3),
-     "summary.json val_loss_at_temperature"),
-    ("position", "unit", put("summary", "lipschitz_norm", "l2->l2"), "summary.json lipschitz_norm"),
-    ("mlp", "parameters", put("summary", "params", 10), "summary.json params"),
-    ("mlp", "steps", put("summary", "steps", 10), "summary.json steps"),
-    ("mlp", "seed", put("summary", "seed", 3), "summary.json seed"),
-    ("mlp", "data", put("summary", "data", "uoft-cs/cifar10"), "summary.json data"),
-    ("mlp", "matrix", larger_matrix("weights.1"), "config.json w_max"),
-    ("content", "matrix", larger_matrix("blocks.1.q"), "summary.json norms q"),
-    ("position", "matrix", larger_matrix("blocks.0.w_in"), "summary.json w_max in"),
-    ("mlp", "bias", put("weights", "biases.2", lambda W: W + torch.arange(10) / 5), "summary.json val_accuracy"),
-    ("position", "position bias", put("weights", "blocks.0.bias_HT", lambda W: 0 * W), "summary.json val_loss"),
-    ("position", "head", put("weights", "head_VD", lambda W: 0.9 * W), "checkpoint's log norms head"),
-    ("mlp", "over the limit", over_the_limit("weights.1", 3.4), "weights limit on 1"),
-    ("content", "over the limit", over_the_limit("blocks.1.q", 6.0), "weights limit on q"),
-    ("content", "embedding", put("weights", "embedding_VD", lambda W: 1.1 * W), "weights limit on embedding"),
-    ("content", "NaN", put("weights", "head_VD", lambda W: W * math.nan), "head_VD is not finite"),
-    ("mlp", "NaN in the mean", put("weights", "mean_P", lambda W: W * math.nan), "mean_P is not finite"),
-    ("nano", "bound", lowered("lipschitz_log10", "RMS"), "summary.json lipschitz_log10"),
-    ("nano", "norm", put("summary", "norms/q", lambda x: 1.01 * x), "summary.json norms q"),
-    ("nano", "accuracy", put("summary", "val_accuracy", lambda x: x + 0.1), "summary.json val_accuracy"),
-    ("nano", "matrix", larger_matrix("blocks.1.v"), "summary.json w_max v"),
-    *[("nano", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
-        heads=4, final_scale=0.5, logit_scale=0.5, attention_scale=0.1, residual_scale=0.5, constraint="none").items()],
-    *[("content", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
+def each(where, values):
+    """{row that has to report it: tampering}, for several entries of one file, all changed in one copy."""
+    file = dict(summary="summary.json", settings="config.json")[where]
+    return {f"{file} {key.replace('/', ' ')}": put(where, key, value) for key, value in values.items()}
+
+
+TAMPERED = [  # run, what was done, {row that has to report it: tampering}
+    ("mlp", "bound", {"summary.json lipschitz_log10": lowered("lipschitz_log10", "RMS->RMS")}),
+    ("content", "bound", {"summary.json lipschitz_log10": lowered("lipschitz_log10", "RMS")}),
+    ("position", "bound", {"summary.json lipschitz_log10": lowered("lipschitz_log10", "RMS")}),
+    ("nano", "bound", {"summary.json lipschitz_log10": lowered("lipschitz_log10", "RMS")}),
+    *[("mlp", f"bound is {value}", each("summary", dict(lipschitz_log10=value))) for value in ("-inf", math.nan, "small")],
+    ("mlp", "summary", each("summary", {
+        "norms/1": lambda x: 0.99 * x, "max_weight_norm": 1.0, "w_max": [1.0, 1.0, 1.0],
+        "lipschitz_product_log10": lambda x: x - 1e-4, "largest_jacobian_l2": lambda x: 0.999 * x,
+        "val_accuracy": lambda x: x + 0.005, "val_loss": lambda x: x - 1e-3, "params": 10, "steps": 10, "seed": 3,
+        "data": "uoft-cs/cifar10"})),
+    ("content", "summary", each("summary", {
+        "norms/q": lambda x: 1.01 * x, "w_max/q": 1.0, "val_loss_at_temperature": lambda x: x - 1e-3})),
+    ("position", "summary", each("summary", {
+        "lipschitz_product_log10": lambda x: x + 1e-4, "val_accuracy": lambda x: x + 0.001, "lipschitz_norm": "l2->l2"})),
+    ("nano", "summary", each("summary", {"norms/q": lambda x: 1.01 * x, "val_accuracy": lambda x: x + 0.1})),
+    ("mlp", "shares", {"summary.json certified_accuracy 72/255": all_shares("certified_accuracy")}),
+    ("position", "shares", {"summary.json certified_token_accuracy 0.01": all_shares("certified_token_accuracy")}),
+    ("mlp", "matrix", {"config.json w_max": larger_matrix("weights.1")}),
+    ("content", "matrix", {"summary.json norms q": larger_matrix("blocks.1.q")}),
+    ("position", "matrix", {"summary.json w_max in": larger_matrix("blocks.0.w_in")}),
+    ("nano", "matrix", {"summary.json w_max v": larger_matrix("blocks.1.v")}),
+    ("mlp", "bias", {"summary.json val_accuracy": put("weights", "biases.2", lambda W: W + torch.arange(10) / 5)}),
+    ("position", "position bias", {"summary.json val_loss": put("weights", "blocks.0.bias_HT", lambda W: 0 * W)}),
+    ("position", "head", {"checkpoint's log norms head": put("weights", "head_VD", lambda W: 0.9 * W)}),
+    ("mlp", "over the limit", {"weights limit on 1": over_the_limit("weights.1", 3.4)}),
+    ("content", "over the limit", {"weights limit on q": over_the_limit("blocks.1.q", 6.0)}),
+    ("content", "embedding", {"weights limit on embedding": put("weights", "embedding_VD", lambda W: 1.1 * W)}),
+    ("content", "NaN", {"head_VD is not finite": put("weights", "head_VD", lambda W: W * math.nan)}),
+    ("mlp", "NaN in the mean", {"mean_P is not finite": put("weights", "mean_P", lambda W: W * math.nan)}),
+    ("nano", "settings", each("settings", dict(
+        heads=4, final_scale=0.5, logit_scale=0.5, attention_scale=0.1, residual_scale=0.5, constraint="none"))),
+    ("content", "settings", each("settings", dict(
         heads=4, final_scale=0.5, logit_scale=0.5, attention_scale=0.1, residual_scale=0.5,
-        activation="maxmin", constraint="none", positions="bias", loss_temperature=2.0).items()],
-    *[("position", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
-        heads=4, final_scale=0.5, residual_scale=1.0, activation="gelu", constraint="none").items()],
-    *[("mlp", key, put("settings", key, value), f"config.json {key}") for key, value in dict(
-        activation="maxmin", constraint="hard_cap", lowpass=32, mirror=True, loss_temperature=1.0).items()],
-    ("content", "constraint everywhere", both("constraint", "none"), "summary.json w_max"),
-    ("content", "heads everywhere", both("heads", 4), "summary.json val_loss"),
-    ("position", "final_scale everywhere", both("final_scale", 0.5, dict(lipschitz_log10=0.0)),
-     "summary.json val_loss"),
-    ("mlp", "mirror everywhere", both("mirror", True), "summary.json val_loss"),
-    ("mlp", "log in the checkpoint", put("state", "log/0/val_accuracy", 0.99), "checkpoint's log val_accuracy"),
-    ("mlp", "log.jsonl", put("log", "0/val_accuracy", 0.99), "log.jsonl is the checkpoint's log"),
-    ("mlp", "config.json", put("config", "steps", 1000), "config.json steps"),
+        activation="maxmin", constraint="none", positions="bias", loss_temperature=2.0))),
+    ("position", "settings", each("settings", dict(
+        heads=4, final_scale=0.5, residual_scale=1.0, activation="gelu", constraint="none"))),
+    ("mlp", "settings", each("settings", dict(
+        activation="maxmin", constraint="hard_cap", lowpass=32, mirror=True, loss_temperature=1.0))),
+    ("content", "constraint everywhere", {"summary.json w_max": both("constraint", "none")}),
+    ("content", "heads everywhere", {"summary.json val_loss": both("heads", 4)}),
+    ("position", "final_scale everywhere",
+     {"summary.json val_loss": both("final_scale", 0.5, dict(lipschitz_log10=0.0))}),
+    ("mlp", "mirror everywhere", {"summary.json val_loss": both("mirror", True)}),
+    ("mlp", "log in the checkpoint", {"checkpoint's log val_accuracy": put("state", "log/0/val_accuracy", 0.99)}),
+    ("mlp", "log.jsonl", {"log.jsonl is the checkpoint's log": put("log", "0/val_accuracy", 0.99)}),
+    ("mlp", "config.json", {"config.json steps": put("config", "steps", 1000)}),
 ]
 
 
-@pytest.mark.parametrize("name, what, change, where", TAMPERED, ids=[f"{t[0]}: {t[1]}" for t in TAMPERED])
-def test_tampered(name, what, change, where, runs, tmp_path):
+@pytest.mark.parametrize("name, what, changes", TAMPERED, ids=[f"{t[0]}: {t[1]}" for t in TAMPERED])
+def test_tampered(name, what, changes, runs, tmp_path):
     files = Files(runs / name, tmp_path / "copy")
-    if "bound" in what:
+    if what == "bound":
         if not (runs / name / "verify.json").exists():
             verify_lipschitz.main([str(runs / name)], Config())
         files.rows = json.loads((runs / name / "verify.json").read_text())["rows"]
-    change(files)
+    for change in changes.values():
+        change(files)
     code, verdict, rows = status(files.write())
-    assert (code, verdict, rows[where]) == (1, "BROKEN", "BROKEN")
+    assert (code, verdict) == (1, "BROKEN") and {rows[where] for where in changes} == {"BROKEN"}
 
 
 def test_a_summary_of_another_run(runs, tmp_path):
@@ -533,7 +525,7 @@ def test_search_finds_the_constant_of_linear_maps(D, layers):
     assert 0.999 * true <= found <= true * (1 + verify_lipschitz.TOLERANCE)
 
 
-@pytest.mark.parametrize("heads, positions", [(1, "rope"), (4, "rope"), (8, "rope"), (4, "bias")])
+@pytest.mark.parametrize("heads, positions", [(1, "rope"), (8, "rope"), (4, "bias")])
 def test_search_of_attention_is_near_what_five_times_the_budget_finds(heads, positions):
     model = attention_layer("orthogonal", heads, positions)
     block = model.blocks[0]
