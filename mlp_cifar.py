@@ -123,7 +123,7 @@ PRESETS = {
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", adamw_wd=0.08,
                         constraint="none"),
     "accurate": dict(mirror=True, width=512, lowpass=9, w_max="3.4"),
-    "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512, w_max="1.44",
+    "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512, w_max="1.465",
                   batch=1024, steps=3000),
     "certified": dict(activation="maxmin", augment=True, depth=7, width=512, w_max="1", batch=2048,
                       steps=3000, loss_temperature=30.0, margin=5.66),
