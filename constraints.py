@@ -65,10 +65,10 @@ def exact_norm(W: torch.Tensor) -> torch.Tensor:
 
     From eigenvalues in float64, with a relative error below 1e-12. Not for each step.
     """
-    return sigma(wide(W)) / sigma_per_norm(W) * (1 + 1e-9)
+    return sigma(in_float64(W)) / sigma_per_norm(W) * (1 + 1e-9)
 
 
-def wide(W):
+def in_float64(W):
     """W in float64, without gradient; on the CPU if it is not on CUDA: Apple's GPUs have no float64."""
     return (W if W.is_cuda else W.cpu()).detach().double()
 

@@ -535,7 +535,7 @@ def main(config):
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             print(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  test "
                   f"loss {val_loss:.3f}  accuracy {100 * val_accuracy:5.2f} %  largest norm "
-                  f"{largest:.3f}  bound (RMS->RMS) {power(constant)}  {ms:.1f} ms/step  "
+                  f"{largest:.3f}  untuned bound (RMS->RMS) {power(constant)}  {ms:.1f} ms/step  "
                   f"{ms / 1000 * (config.steps - done):.0f} s left", flush=True)
             losses, began = [], time.perf_counter()
     return report(config, model, out, log, data_name, test_set, dtype)

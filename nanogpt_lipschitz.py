@@ -40,8 +40,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from constraints import (CONSTRAINTS, block_bounds, cap_rows, ellipsoid_blocks, ellipsoid_norm,
-                         exact_norm, find_constraint, maxmin, power, sigma_per_norm,
-                         transformer_bounds, tune, wide)
+                         exact_norm, find_constraint, in_float64, maxmin, power, sigma_per_norm,
+                         transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
@@ -252,7 +252,7 @@ class Block(torch.nn.Module):
         """The least that a head by position gives a token of itself: where it sees T tokens."""
         angle_TE = torch.arange(self.config.seq_len)[:, None] * self.speeds.double().cpu()
         wave_TE = torch.cat([angle_TE.cos(), angle_TE.sin()], -1)
-        return (wide(self.query_HE).cpu() @ wave_TE.T).softmax(-1)[:, 0].to(wide(self.query_HE))
+        return (in_float64(self.query_HE).cpu() @ wave_TE.T).softmax(-1)[:, 0].to(in_float64(self.query_HE))
 
     def matrices(self):
         named = self.named_parameters()
@@ -375,11 +375,11 @@ def certificate(model, rho=0.0, free=None):
     norms = {}
     for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
-    norms["embedding"] = R = wide(model.embedding_VD).square().mean(1).sqrt().max().item()
+    norms["embedding"] = R = in_float64(model.embedding_VD).square().mean(1).sqrt().max().item()
     if model.config.baseline:
         keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
         return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=[])
-    U = model.config.final_scale * wide(model.head_VD)
+    U = model.config.final_scale * in_float64(model.head_VD)
     return dict(transformer_bounds(layers(model), R + rho, U, free), norms=norms)
 
 
@@ -388,7 +388,7 @@ def layers(model):
     config = model.config
     gelu = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else None
     return [block_bounds(
-        {role: wide(W) for role, W in block.matrices()}, config.heads, block.mix, block.attention_scale,
+        {role: in_float64(W) for role, W in block.matrices()}, config.heads, block.mix, block.attention_scale,
         None if config.logit_scale > 0 else block.own_share_H(), config.logit_scale, True, gelu)
         for block in model.blocks]
 
@@ -398,8 +398,8 @@ def tuned(model, steps=30):
     """What is free, for the least bound; None, untuned, at widths for which that takes minutes."""
     if model.config.baseline or model.config.width > 256:
         return None
-    R, blocks = wide(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
-    U = model.config.final_scale * wide(model.head_VD)
+    R, blocks = in_float64(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
+    U = model.config.final_scale * in_float64(model.head_VD)
     return tune(lambda free: ellipsoid_norm(*ellipsoid_blocks(blocks, R, free)[-1], U), {}, steps)
 
 
@@ -781,7 +781,7 @@ def main(config):
             write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
             print(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  validation "
                   f"loss {val_loss:.3f}  accuracy {100 * accuracy:5.2f} %  largest norm "
-                  f"{log[-1]['max_weight_norm']:.3f}  entry {max(entries):.2f}  bound (max-token RMS) "
+                  f"{log[-1]['max_weight_norm']:.3f}  largest entry {max(entries):.2f}  untuned bound "
                   f"{power(bound['log10'])}  {ms:.0f} ms/step  {tokens / ms:,.1f}k tokens/s  "
                   f"{ms / 1000 * (config.steps - done):.0f} s left", flush=True)
         losses, began, since = [], time.perf_counter(), done

@@ -148,7 +148,7 @@ SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_s
              momentum=0.9)
 PRESETS = {
     "laptop": dict(SMALL, heads=4, w_max="2", final_scale=10.0, steps=800, lr=0.08),
-    "paper": dict(batch=512, steps=2000, evals=10),
+    "paper": dict(batch=512, steps=2000, evals=10),  # and the defaults above
     "paper_adamw": dict(batch=512, steps=2000, evals=10, optimizer="adamw", constraint="none"),
     "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0,
                        steps=1400, lr=0.1, embed_lr=0.02, momentum=0.95),
@@ -283,8 +283,8 @@ class Transformer(torch.nn.Module):
     def forward(self, tokens_BT, dtype=torch.float32):
         """Logits (B, T, V) in float32 or float64; all before the head is computed in `dtype`."""
         x_BTD = self.blocks(F.embedding(tokens_BT, self.embedding_VD.to(dtype)))
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return F.linear(x_BTD.to(wide), self.config.final_scale * self.head_VD.to(wide))
+        high = torch.float64 if dtype == torch.float64 else torch.float32
+        return F.linear(x_BTD.to(high), self.config.final_scale * self.head_VD.to(high))
 
 
 # ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
@@ -657,7 +657,7 @@ def progress(record, steps):
     ms, step = record["ms_per_step"], record["step"]
     return (f"step {step:5d}/{steps}  train loss {record['train_loss']:.3f}  validation loss "
             f"{record['val_loss_at_temperature']:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
-            f"largest norm {record['max_weight_norm']:.3f}  bound (max-token RMS) "
+            f"largest norm {record['max_weight_norm']:.3f}  untuned bound "
             f"{power(record['lipschitz_log10'])}  {ms:.0f} ms/step  {ms / 1000 * (steps - step):.0f} s left")
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import shakespeare  # noqa: E402
 import verify_lipschitz  # noqa: E402
-from protocol import paper_formula  # noqa: E402
+from protocol import paper_formula, validation_text  # noqa: E402
 
 BOUNDS = {"formula": "formula of the paper's code", "product": "product of norms",
           "certified": "certificate", "found": "found by attack"}
@@ -50,9 +50,10 @@ def found(model, tokens_N, steps=60):
     return math.log10(found_S.max().item())
 
 
-def row_of(folder, steps=60):
+def row_of(folder, data=None):
     """A line of frontier.csv from the folder of a finished run."""
     config, model, _ = shakespeare.load_checkpoint(folder)
+    config.data = data or config.data
     summary = json.loads(Path(folder, "summary.json").read_text())
     preset, free = shakespeare.Config.of(config.preset), {"preset", "out", "data", "evals", "seed", "device"}
     flags = [f"--{name} {value}" for name, value in vars(config).items()
@@ -63,7 +64,7 @@ def row_of(folder, steps=60):
         seed=config.seed, accuracy_percent=round(100 * summary["val_accuracy"], 1),
         loss=round(summary["val_loss"], 3), formula_log10=paper_formula(model),
         product_log10=summary["lipschitz_product_log10"], certified_log10=summary["lipschitz_log10"],
-        found_log10=found(model, shakespeare.load_data(config)[1], steps),
+        found_log10=found(model, validation_text(config, model)),
         **{f"certified_{rho}_percent": round(100 * share[rho], 1) for rho in ("0.001", "0.01", "0.03")})
 
 
@@ -92,6 +93,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a finished run of shakespeare.py")
+    parser.add_argument("--data", help="where the text is, if not where the runs had it")
     parser.add_argument("--csv", default=HERE / "frontier.csv", help="table [results/frontier.csv]")
     parser.add_argument("--out", default=HERE / "frontier.png", help="picture [results/frontier.png]")
     options = parser.parse_args(argv)
@@ -100,7 +102,7 @@ def main(argv=None):
         with open(options.csv, newline="") as file:
             rows = list(csv.DictReader(file))
     for folder in options.runs:
-        row = row_of(folder)
+        row = row_of(folder, options.data)
         print(*(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
         rows = [old for old in rows if (old["flags"], str(old["seed"])) != (row["flags"], str(row["seed"]))]
         rows.append(row)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mlp_cifar  # noqa: E402
 import shakespeare  # noqa: E402
+from protocol import validation_text  # noqa: E402
 
 
 # ==== Formats =====================================================================================
@@ -85,8 +86,10 @@ def evaluation(folder, data):
     config.data = data or config.data
     if isinstance(model, mlp_cifar.MLP):
         images_NP, labels_N = (part[:300] for part in mlp_cifar.load_data(config)[1])
+        if labels_N.max() >= len(model.weights[-1]):
+            raise mlp_cifar.UserError(f"--data {config.data}: more classes than the run's; give its images")
         return lambda: mlp_cifar.evaluate(model, images_NP, labels_N)
-    validation_N = shakespeare.load_data(config)[1][:config.seq_len * 48 + 1]
+    validation_N = validation_text(config, model)[:config.seq_len * 48 + 1]
 
     def evaluate():
         loss, *_, accuracy = shakespeare.evaluate(model, shakespeare.windows(validation_N, config.seq_len))

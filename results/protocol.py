@@ -21,6 +21,14 @@ import shakespeare  # noqa: E402
 from constraints import exact_norm, sigma  # noqa: E402
 
 
+def validation_text(config, model):
+    """The tokens of a run's validation text. UserError if the text that is here has other characters."""
+    _, validation_N, vocabulary, name = shakespeare.load_data(config)
+    if vocabulary != model.vocabulary:
+        raise shakespeare.UserError(f"--data {name}: other characters than the run's; give its text")
+    return validation_N
+
+
 def paper_protocol(model, tokens_N, windows=20 * 512):
     """(loss, accuracy) over windows at stride 1."""
     window_WT = tokens_N.unfold(0, model.config.seq_len + 1, 1)[:windows]
@@ -54,7 +62,7 @@ def main(argv=None):
     for folder in options.runs:
         config, model, _ = shakespeare.load_checkpoint(folder)
         config.data = options.data or config.data
-        validation_N = shakespeare.load_data(config)[1]
+        validation_N = validation_text(config, model)
         whole = shakespeare.evaluate(model, shakespeare.windows(validation_N, config.seq_len))
         loss, accuracy = paper_protocol(model, validation_N)
         print(f"{folder}: whole text {100 * whole[-1]:.2f} %, loss {whole[0]:.4f}; the paper's protocol "

@@ -28,6 +28,7 @@ import precision  # noqa: E402
 import published  # noqa: E402
 import protocol  # noqa: E402
 import shakespeare  # noqa: E402
+from test_mlp_cifar import folder_of_pictures  # noqa: E402
 
 CLIMB = frontier.verify_lipschitz.climb
 README = (ROOT / "results" / "README.md").read_text()
@@ -200,6 +201,13 @@ def test_precision_and_protocol(tmp_path, capsys):
     assert len(set(losses)) == 10 and np.ptp(losses[:4]) < 0.1 and np.ptp(losses[5:9]) < 0.1
     with pytest.raises(mlp_cifar.UserError):
         precision.main([str(tmp_path)])
+    (tmp_path / "other").write_text("ab" * 5000)
+    for script in (precision, protocol, frontier):  # another text than the run's
+        with pytest.raises(shakespeare.UserError, match="other characters than the run's"):
+            script.main([folders[1], "--data", str(tmp_path / "other")])
+    folder_of_pictures(tmp_path / "pictures", labels=[0, 11] * 20)
+    with pytest.raises(mlp_cifar.UserError, match="more classes than the run's"):
+        precision.main([folders[0], "--data", str(tmp_path / "pictures")])
     protocol.main(folders[1:])
     whole, paper = (float(share) for share in re.findall(r"([\d.]+) %", capsys.readouterr().out))
     assert whole == pytest.approx(100 * summary["val_accuracy"], abs=0.01) and 0 <= paper <= 100
