@@ -345,6 +345,7 @@ def find_constraint(name: str):
 # |u z| <= sqrt(u S u^T) for every row u. S = I: length 1; S = D I: RMS 1. E(S) is convex and symmetric, and
 # G z lies in E(G S G^T). Over many layers S leaves the range of float64: all functions take and return a pair
 # (S, log), for E(exp(log) S). Everything is float64 and, but where S or u is 0, differentiable.
+# Shapes: D dimension of z, O of what comes out, N neurons, K parts of a sum or rows of U, H heads, E = D / H.
 def ellipsoid(S_DD: torch.Tensor, log=0.0):
     """(S, log) of the same ellipsoid, or of each of a stack (..., D, D), with S of trace 1 (zero stays)."""
     trace = S_DD.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)

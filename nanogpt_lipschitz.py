@@ -677,7 +677,7 @@ def main(config):
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if not flex and config.seq_len > 8192:
         raise UserError(f"--seq_len {config.seq_len}: must be at most 8192, or on CUDA a multiple of 128 "
-                        "with another --dtype than float64; give one")
+                        "with another --dtype than float64; give one, or --preset tiny")
     train, validation, data_name = load_data(config)
     if state and state["tokens"] != len(train):
         raise UserError(f"--data {data_name}: has {len(train)} tokens, not {state['tokens']}; give the same")

@@ -88,6 +88,7 @@ def test_compare(tmp_path, monkeypatch, capsys):
 
 def test_compare_transformers(tmp_path, monkeypatch, capsys):
     few_pairs(monkeypatch, "shakespeare")
+    del compare.STUDIES["shakespeare"]["pairs"]["soft_cap"]
     compare.main(["shakespeare", *TEXT, "--out", str(tmp_path / "all")])
     text = capsys.readouterr().out
     assert "heads counted" in text and text.count("diverged") == 1
