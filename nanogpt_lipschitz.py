@@ -80,6 +80,7 @@ class Config:
     data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder (train_1.bin, val_0.bin)")
     vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
     val_tokens: int = flag(10_485_760, "validation tokens, the first of the validation shards", 1)
+    holdout: bool = flag(False, "for tuning: validate on the end of the training tokens, held out")
     # model
     width: int = flag(768, "dimension D of a token's vector", 1, 2**14)
     blocks: int = flag(12, "blocks, each of attention and an MLP", 1, 1000)
@@ -87,7 +88,8 @@ class Config:
     hidden: int = flag(3072, "neurons of an MLP", 1, 2**17)
     window: int = flag(1792, "tokens that attention sees at the end, in most layers half", 1, 2**20)
     activation: str = flag("gelu", "gelu / 1.1289, or maxmin on pairs")
-    logit_scale: float = flag(24.0, "on q.k / (D / H); 0: attention by position alone, learned", 0)
+    logit_scale: float = flag(24.0, "on q.k / (D / H); for the baseline, whose q and k have RMS 1, the largest "
+                              "attention logit; 0: attention by position alone, learned", 0)
     attention_scale: float = flag(1 / 3, "factor on the output of attention; 0: 1 / sqrt(H)", 0)
     residual_scale: float = flag(1.0, "2 * blocks * a in x <- (1 - a) x + a block(x)", 0)
     final_scale: float = flag(1.0, "fixed factor on the logits, counted in bounds", 0)
@@ -158,6 +160,10 @@ TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512
 PRESETS = {
     "tiny": TINY,
     "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
+    # The same shape with norm layers. QK norm keeps q.k / (D / H) within 1, so the logit scale is the largest
+    # attention logit: at 1 no token could get more than e^2 times the share of another. modded-nanogpt: 15.4.
+    "tiny_baseline": {**TINY, "baseline": True, "constraint": "none", "w_max": "1", "logit_scale": 12.0,
+                      "lr": 0.05, "head_lr": 0.05},
     "cap1": {},  # the paper's run with spectral cap at 1: the defaults above are its settings
     "specnorm8": dict(constraint="specnorm", w_max="8", steps=1770, logit_scale=128**0.5 / 64),
     "tight": dict(POSITION, hidden=3840, residual_scale=12.0),
@@ -460,6 +466,12 @@ def load_data(config):
         words = {path: path.stem.replace("-", "_").split("_") for path in files}
         train, validation = ([read_shard(path) for path in files if kind in words[path]]
                              for kind in ("train", "val"))
+    if config.holdout and train:  # a tenth of the last training shard, at most val_tokens
+        last_name, last = train.pop()
+        cut = max(len(last) * 9 // 10, len(last) - config.val_tokens - 1)
+        train.append((last_name, last[:cut]))
+        validation = [(last_name, last[cut:])]
+        name += ", validated on training text held out"
     train, validation = Tokens(train, config.vocab), Tokens(validation, config.vocab)
     for kind, tokens, needed, first in (("train", train, config.seq_len + 1, config.seq_len + 1),
                                         ("val", validation, 2, config.val_tokens + 1)):

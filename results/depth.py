@@ -3,10 +3,10 @@
     python results/depth.py                          # the grid below; stopped, it goes on where it was
     python results/depth.py --blocks 48 --lrs 0.1
 
-The same network three times, on bytes of Python's library: without norm layers and without a constraint, the
-same with a constraint, and the baseline with RMSNorm, QK norm and softcap. For each learning rate and seed:
-validation loss at the end, the largest entry of the stream, and the bound, both as log10. `diverged` if a
-loss or a weight was not finite.
+The same shape three times, on bytes of Python's library: without norm layers and without a constraint, the
+same with a constraint, and the baseline with RMSNorm, QK norm, softcap and whole residuals. For each learning
+rate and seed: validation loss at the end, the largest entry of the stream, and the bound, both as log10.
+`diverged` if a loss or a weight was not finite.
 """
 
 import argparse
@@ -22,8 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import nanogpt_lipschitz  # noqa: E402
 from nanogpt_lipschitz import Config, UserError  # noqa: E402
 
-METHODS = {"no norms": dict(constraint="none"), "no norms, soft cap": dict(constraint="soft_cap", w_max="3"),
-           "norms": dict(constraint="none", baseline=True)}
+METHODS = {  # name: preset, and what differs from it
+    "no norms": ("tiny", dict(constraint="none")),
+    "no norms, soft cap": ("tiny", dict(constraint="soft_cap", w_max="3")),
+    "norms": ("tiny_baseline", dict()),
+}
 VAL_TOKENS = 50_000
 FIELDS = ("method", "blocks", "lr", "seed", "val_loss", "largest_entry_log10", "lipschitz_log10")
 
@@ -31,7 +34,8 @@ FIELDS = ("method", "blocks", "lr", "seed", "val_loss", "largest_entry_log10", "
 def measured(method, blocks, lr, seed, steps, out):
     """A row: one training run, in the folder `out`, where it goes on if it was stopped."""
     row = dict(method=method, blocks=blocks, lr=lr, seed=seed)
-    config = Config.of("tiny", **METHODS[method], blocks=blocks, width=64, hidden=256, heads=2, batch=8,
+    preset, changes = METHODS[method]
+    config = Config.of(preset, **changes, blocks=blocks, width=64, hidden=256, heads=2, batch=8,
                        micro_batch=8, steps=steps, evals=2, lr=lr, head_lr=min(lr, 0.1), seed=seed,
                        val_tokens=VAL_TOKENS, out=str(out))
     try:
@@ -52,7 +56,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--lrs", default="0.05,0.2,0.8")
+    parser.add_argument("--lrs", default="0.0125,0.05,0.2,0.8")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=60, help="begin no run after so long")
     parser.add_argument("--csv", default="results/depth.csv", help="rows that it has are not run again")

@@ -37,6 +37,7 @@ from nanogpt_lipschitz import Config, Transformer, UserError, certificate
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "results"))
 
+import depth  # noqa: E402
 import memory  # noqa: E402
 import prepare  # noqa: E402
 
@@ -314,6 +315,53 @@ def test_compiled_flex_attention_is_equal_and_compiled_once():
         for case, expected in zip(cases, dense):
             assert torch.allclose(model.body(x_BTD, *case), expected, atol=1e-5)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 12.0, 24.0])
+def test_the_largest_attention_probability_with_qk_norm(logit_scale):
+    """Queries and keys of RMS 1 have logits within +- logit_scale. One of T tokens gets the most where its key is
+    along the query and all other keys are against it: 1 / (1 + (T - 1) exp(-2 logit_scale))."""
+    T, D = 100, 16
+    model = random_model(baseline=True, constraint="none", width=D, heads=1, logit_scale=logit_scale)
+    block = model.blocks[0].double()
+    eye = torch.eye(D, dtype=torch.float64)
+    for W, value in ((block.q, -eye), (block.k, eye), (block.v, eye), (block.o, eye)):
+        W.data.copy_(value)
+    x_TD = torch.zeros(T, D, dtype=torch.float64)
+    x_TD[:, D // 4] = -7.0  # RoPE does not turn this coordinate; QK norm makes the length count for nothing
+    x_TD[0] *= -1
+    with torch.no_grad():
+        y_BTD = block.attention(x_TD[None]) / block.attention_scale / 7
+        share = (1 + y_BTD[0, -1, D // 4].item()) / 2  # of the first token, as seen by the last one
+        attacked = torch.randn(50, T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        attacked[:, 1:] *= 1e-9  # the output is then the first token's share of it
+        others = block.attention(attacked)[:, -1].norm(dim=-1) / (block.attention_scale * attacked[:, 0].norm(dim=-1))
+    largest = 1 / (1 + (T - 1) * math.exp(-2 * logit_scale))
+    assert math.isclose(share, largest, rel_tol=1e-9) and others.max() <= largest * (1 + 1e-6)
+
+
+def test_every_baseline_can_look_at_one_token():
+    configs = [Config.of(preset) for preset, settings in nano.PRESETS.items() if settings.get("baseline")]
+    preset, changes = depth.METHODS["norms"]
+    configs.append(Config.of(preset, **changes))
+    assert len(configs) == 3 and all(config.baseline for config in configs)
+    for config in configs:
+        assert 1 / (1 + (config.window - 1) * math.exp(-2 * config.logit_scale)) > 0.99
+
+
+def test_held_out_tokens_are_of_the_training_text(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint16)
+    for name, part in (("train_0", tokens[:3000]), ("train_1", tokens[3000:4000]), ("val_0", tokens[4000:])):
+        header = np.array([20240520, 1, len(part)] + [0] * 253, np.int32)
+        (tmp_path / f"{name}.bin").write_bytes(header.tobytes() + part.tobytes())
+    for val_tokens, held in ((50, 51), (10**6, 100)):
+        train, validation, name = nano.load_data(tiny(data=str(tmp_path), holdout=True, val_tokens=val_tokens, seq_len=16))
+        assert torch.equal(train.read(0, 10**6), torch.from_numpy(tokens[:4000 - held].astype(np.int64)))
+        assert torch.equal(validation.read(0, 10**6), torch.from_numpy(tokens[4000 - held:4000].astype(np.int64)))
+        assert "held out" in name
+    train, validation, _ = nano.load_data(tiny(data="stand-in", holdout=True, seq_len=16))
+    whole = nano.load_data(tiny(data="stand-in", seq_len=16))[0].read(0, 10**8)
+    assert torch.equal(torch.cat([train.read(0, 10**8), validation.read(0, 10**8)]), whole)
 
 
 def test_attention_by_position_is_a_sum_of_waves():
