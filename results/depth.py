@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import nanogpt_lipschitz  # noqa: E402
 from nanogpt_lipschitz import Config, UserError  # noqa: E402
 
-METHODS = {  # name: preset, and what differs from it
-    "no norms": ("tiny", dict(constraint="none")),
-    "no norms, soft cap": ("tiny", dict(constraint="soft_cap", w_max="3")),
-    "norms": ("tiny_baseline", dict()),
+METHODS = {  # name: preset, what differs from it, the head's learning rate as a part of the blocks'
+    "no norms": ("tiny", dict(constraint="none"), 1.0),
+    "no norms, soft cap": ("tiny", dict(constraint="soft_cap", w_max="3"), 1.0),
+    "norms": ("tiny_baseline", dict(), 0.25),
 }
 VAL_TOKENS = 50_000
 FIELDS = ("method", "blocks", "lr", "seed", "val_loss", "largest_entry_log10", "lipschitz_log10")
@@ -34,9 +34,9 @@ FIELDS = ("method", "blocks", "lr", "seed", "val_loss", "largest_entry_log10", "
 def measured(method, blocks, lr, seed, steps, out):
     """A row: one training run, in the folder `out`, where it goes on if it was stopped."""
     row = dict(method=method, blocks=blocks, lr=lr, seed=seed)
-    preset, changes = METHODS[method]
+    preset, changes, head = METHODS[method]
     config = Config.of(preset, **changes, blocks=blocks, width=64, hidden=256, heads=2, batch=8,
-                       micro_batch=8, steps=steps, evals=2, lr=lr, head_lr=min(lr, 0.1), seed=seed,
+                       micro_batch=8, steps=steps, evals=2, lr=lr, head_lr=min(head * lr, 0.1), seed=seed,
                        val_tokens=VAL_TOKENS, out=str(out))
     try:
         summary = nanogpt_lipschitz.main(config)

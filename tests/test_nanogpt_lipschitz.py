@@ -342,7 +342,7 @@ def test_the_largest_attention_probability_with_qk_norm(logit_scale):
 
 def test_every_baseline_can_look_at_one_token():
     configs = [Config.of(preset) for preset, settings in nano.PRESETS.items() if settings.get("baseline")]
-    preset, changes = depth.METHODS["norms"]
+    preset, changes, _ = depth.METHODS["norms"]
     configs.append(Config.of(preset, **changes))
     assert len(configs) == 3 and all(config.baseline for config in configs)
     for config in configs:
