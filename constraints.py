@@ -1,12 +1,19 @@
-"""Constraints: maps that keep the norm of a weight matrix where you want it, and the norms themselves.
+"""Constraints: maps that keep the norm of a weight matrix where you want it, and certificates.
 
-Read this file second, after muon.py. Every constraint has one signature,
+Read this file second, after muon.py. It has three parts:
 
-    constraint(W, w_max, step_norm=0.0) -> W      W (..., fan_out, fan_in), any float dtype, wide or tall
+    Part I    norms, and the maps that limit them
+    Part II   ellipsoids: certificates that follow a shape instead of a length
+    Part III  bounds of whole transformers
 
-and acts on singular values alone. `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far
-above it, in the same norm, the updates since can have led; infinity: W may be anything. With
-w = w_max * sqrt(fan_out / fan_in), the limit on singular values:
+On a first reading part I is enough. Every constraint has one signature,
+
+    constraint(W, w_max, step_norm=0.0) -> W
+
+for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
+`w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
+the steps since can have led; infinity means that W may be anything. With w = w_max * sqrt(fan_out /
+fan_in), the limit on singular values, and s_1 the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
@@ -14,34 +21,38 @@ w = w_max * sqrt(fan_out / fan_in), the limit on singular values:
     spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1  nothing alone
     specnorm                s -> s * w / max(w, s_1)            s <= w always
     stiefel                 s -> w                              s = w always
-    hammer                  s_1 -> w                            only s_1; made for low-rank updates
+    hammer                  s_1 -> w                            nothing alone: s_2 may exceed w
     soft_cap                an odd polynomial in s              s <= w after a step of known norm
     hard_cap                s -> min(s, w)                      s <= w always
 
-Guarantees are for float32 and float64, to a relative 1e-4 (soft_cap in bfloat16 arithmetic: see there).
-bfloat16 input is mapped in float32 and rounded at the end. NaN or infinity in one matrix of a stack does not
-reach the others. The file ends with certificates: ellipsoids, and bounds of whole transformers.
+Guarantees are for float32 and float64 weights, to a relative 1e-4. The exception is soft_cap where
+it computes in bfloat16: see its docstring. bfloat16 weights are mapped in float32 and rounded at
+the end. NaN or infinity in one matrix of a stack does not reach the others.
 
-Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. (2018); hammer, soft cap and
-the comparison are Newhouse et al. (2025, arXiv 2507.13338).
+Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. (2018). Hammer, soft
+cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
 import copy
 import functools
 import math
 import runpy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.linalg import cholesky, eigvalsh, matrix_norm, vector_norm
+from torch.nn.functional import normalize
 
-from muon import fast_dtype, msign, square
+from muon import avoid_zero, fast_dtype, msign, square
 
 LN10 = math.log(10)
 
-# ==== Norms =======================================================================================
-# rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The RMS->RMS norm
-# of W is max_x rms(W x) / rms(x) = sigma_max(W) * sqrt(fan_in / fan_out); a square orthogonal W has norm 1.
+# ==== PART I: norms ===============================================================================
+# rms(x) = ||x||_2 / sqrt(dim): a vector of RMS 1 has entries of about 1 whatever its width. The
+# RMS->RMS norm of W is max_x rms(W x) / rms(x) = sigma_max(W) * sqrt(fan_in / fan_out); a square
+# orthogonal W has norm 1.
 
 
 def sigma_per_norm(W):
@@ -49,61 +60,68 @@ def sigma_per_norm(W):
     return (W.shape[-2] / W.shape[-1]) ** 0.5
 
 
-def singular_values(W: torch.Tensor) -> torch.Tensor:
-    """Singular values of W (..., fan_out, fan_in) in RMS->RMS units, largest first, float64, on the CPU."""
+def singular_values(W):
+    """Singular values of W (..., fan_out, fan_in) in RMS->RMS units, largest first.
+
+    In float64 and on the CPU.
+    """
     return torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
 
 
-def sigma(W: torch.Tensor) -> torch.Tensor:
+def sigma(W):
     """Largest singular value of W (..., fan_out, fan_in), shape (...), in the precision of W."""
-    scale = W.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny)  # (squares overflow)
-    return torch.linalg.eigvalsh(gram(W / scale))[..., -1].clamp(min=0).sqrt() * scale[..., 0, 0]
+    largest = avoid_zero(W.abs().amax((-2, -1), keepdim=True))
+    eigenvalue = eigvalsh(gram(W / largest))[..., -1]  # divided, as squares overflow
+    return eigenvalue.clamp(min=0).sqrt() * largest[..., 0, 0]
 
 
-def exact_norm(W: torch.Tensor) -> torch.Tensor:
-    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), rounded up by 1e-9: fit for a certificate.
+def exact_norm(W):
+    """RMS->RMS norm of W (..., fan_out, fan_in), shape (...), fit for a certificate.
 
-    From eigenvalues in float64, with a relative error below 1e-12. Not for each step.
+    From eigenvalues in float64, with a relative error below 1e-12, and rounded up by 1e-9. Too slow
+    for every step.
     """
     return sigma(in_float64(W)) / sigma_per_norm(W) * (1 + 1e-9)
 
 
 def in_float64(W):
-    """W in float64, without gradient; on the CPU if it is not on CUDA: Apple's GPUs have no float64."""
+    """W in float64, without gradient. Not on CUDA, then on the CPU: Apple's GPUs lack float64."""
     return (W if W.is_cuda else W.cpu()).detach().double()
 
 
-def norm_bound(W: torch.Tensor, squarings: int = 10, dtype=torch.float64) -> torch.Tensor:
-    """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...), by products alone.
+# A bound on the norm from above, by products alone (Delattre et al. 2023):
+#   1. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
+#   2. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)).
+#   3. Rescale A before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
+def norm_bound(W, squarings=10, dtype=torch.float64):
+    """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...).
 
-    In float64 fit for a certificate; in float32 the allowance for rounding, 1e-5, is measured, not proved.
-    Too large by at most rank^(1 / 2^(squarings+2)), 0.2 % for rank 768. Source: Delattre et al. (2023).
+    In float64 fit for a certificate. In float32 the allowance for rounding, 1e-5, is measured, not
+    proved. Too large by at most a factor rank^(1 / 2^(squarings+2)), 0.2 % for rank 768.
     """
-    # 1. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
-    # 2. A^(2^k) has s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)) for every k.
-    # 3. Rescale before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
     W = W.detach().to(dtype)
-    largest = torch.linalg.vector_norm(W, math.inf, dim=(-2, -1), keepdim=True)
-    A = gram(W / torch.where(largest == 0, torch.ones_like(largest), largest))
+    largest = vector_norm(W, math.inf, dim=(-2, -1), keepdim=True)
+    A = gram(W / avoid_zero(largest))
     log_square = 2 * largest.double().log()
     for k in range(squarings + 1):
-        A = A if k == 0 else A @ A
-        size = torch.linalg.matrix_norm(A, keepdim=True)
+        if k > 0:
+            A = A @ A
+        size = matrix_norm(A, keepdim=True)
         log_square = log_square + size.double().log() / 2**k
-        A = A / torch.where(size == 0, torch.ones_like(size), size)
+        A = A / avoid_zero(size)
     up = 1 + (1e-9 if dtype == torch.float64 else 1e-5)
     return (log_square / 2).exp()[..., 0, 0] / sigma_per_norm(W) * up
 
 
-# ==== Tools: the maps are functions of the small Gram matrix, applied to W once ===================
+# ---- tools: the maps are functions of the small Gram matrix, applied to W once -------------------
 def gram(W):
     """W W^T of a wide W, W^T W of a tall one: the smaller of the two, with eigenvalues s^2."""
     return square(W if W.shape[-2] <= W.shape[-1] else W.mT)
 
 
-def multiply(R, W):
-    """R W for a wide W, W R for a tall one: if R is a function r of gram(W), s -> r(s^2) s."""
-    return R @ W if W.shape[-2] <= W.shape[-1] else W @ R
+def multiply(P, W):
+    """P W for a wide W, W P for a tall one. If P is a function p of gram(W), s becomes p(s^2) s."""
+    return P @ W if W.shape[-2] <= W.shape[-1] else W @ P
 
 
 def polynomial(a, b, c, A, A2):
@@ -114,59 +132,68 @@ def polynomial(a, b, c, A, A2):
     return P
 
 
-def working(W):
+def eye_like(A):
+    """The identity of the size of A (..., m, m), in its precision and on its device."""
+    return torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+
+
+def widen(W):
     """W in the precision the maps compute in: float32, or float64 if W is."""
     return W if W.dtype == torch.float64 else W.float()
 
 
 def by_svd(new, X, where, f):
-    """`new`, but s -> f(s) by an SVD of X where `where` (...). (A float32 SVD may fail if all s agree.)"""
+    """Overwrite new[i] by U f(s) V^T of X[i] = U diag(s) V^T wherever where[i], and return new.
+
+    NaN and infinity become NaN. In float64, as an SVD in float32 may fail if all s agree.
+    """
     if where.any():
         Y = X[where].double()
         bad = ~Y.isfinite().all(-1).all(-1)[..., None, None]
-        U, s, Vh = torch.linalg.svd(torch.where(bad, 0.0, Y), full_matrices=False)
-        new[where] = torch.where(bad, math.nan, (U * f(s)[..., None, :]) @ Vh).to(new.dtype)
+        left, s, right = torch.linalg.svd(torch.where(bad, 0.0, Y), full_matrices=False)
+        Y = (left * f(s)[..., None, :]) @ right
+        new[where] = torch.where(bad, math.nan, Y).to(new.dtype)
     return new
 
 
-def top_singular_pair(W, squarings=12):
-    """(u, s v), shapes (..., fan_out, 1) and (..., 1, fan_in), of the largest singular value s.
+def top_pair(W):
+    """(u, s_1 v), shapes (..., fan_out, 1) and (..., 1, fan_in), with u and v the vectors of s_1.
 
-    A^(2^12) projects on its vector but for (s_2 / s_1)^8192: the largest column. Zeros for zero.
+    Their product is the part of W that has s_1. Zeros for a zero matrix.
     """
-    A = gram(W / W.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(W.dtype).tiny))
-    for _ in range(squarings):
-        A = A / torch.linalg.matrix_norm(A, keepdim=True).clamp(min=torch.finfo(A.dtype).tiny)
+    A = gram(W / avoid_zero(W.abs().amax((-2, -1), keepdim=True)))
+    for _ in range(12):
+        A = A / avoid_zero(matrix_norm(A, keepdim=True))
         A = A @ A
-    index = torch.linalg.vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
-    x = F.normalize(A.gather(-1, index.expand(*A.shape[:-1], 1)), dim=-2)  # (..., small side, 1)
+    # A^4096 is nearly of rank one, x x^T. Its longest column is the best-conditioned multiple of x.
+    longest = vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
+    x = normalize(A.take_along_dim(longest, -1), dim=-2)
     if W.shape[-2] <= W.shape[-1]:
         return x, x.mT @ W
-    sy = W @ x
-    return F.normalize(sy, dim=-2), torch.linalg.vector_norm(sy, dim=-2, keepdim=True) * x.mT
+    su = W @ x
+    return normalize(su, dim=-2), vector_norm(su, dim=-2, keepdim=True) * x.mT
 
 
 def check(W, w_max, step_norm):
-    """The limit w on the singular values of W, after a look at the arguments."""
+    """ValueError if these are no arguments for a constraint."""
     if W.ndim < 2 or not W.is_floating_point():
-        raise ValueError("a constraint needs a floating-point matrix (..., fan_out, fan_in), "
-                         f"got {W.dtype} {tuple(W.shape)}")
+        raise ValueError(f"a constraint needs a matrix of floats, got {W.dtype} {tuple(W.shape)}")
     if not (0 < w_max < math.inf and step_norm >= 0):
         raise ValueError("a constraint needs a finite w_max > 0 and step_norm >= 0, "
                          f"got {w_max} and {step_norm}")
-    return w_max * sigma_per_norm(W)
 
 
-# ==== The decays: no limit, only a pull. step_norm / w_max is lr * weight_decay. ==================
+# ---- the decays: no limit, only a pull. step_norm / w_max is lr * weight_decay. ------------------
 def none(W, w_max=1.0, step_norm=0.0):
     """All s as they are."""
     return W
 
 
 def weight_decay(W, w_max, step_norm=0.0):
-    """All s -> (1 - step_norm / w_max) s. Muon: (w_max + lr) (1 - lr / w_max) = w_max - lr^2 / w_max.
+    """All s -> (1 - step_norm / w_max) s: decoupled weight decay of strength 1 / w_max.
 
-    Decoupled weight decay of strength 1 / w_max. After AdamW's steps of unknown norm it guarantees nothing.
+    Under Muon it keeps a limit: (w_max + lr) (1 - lr / w_max) = w_max - lr^2 / w_max. After AdamW's
+    steps, of unknown norm, it guarantees nothing.
     """
     check(W, w_max, step_norm)
     return W * max(0.0, 1 - step_norm / w_max)
@@ -175,469 +202,678 @@ def weight_decay(W, w_max, step_norm=0.0):
 def spectral_weight_decay(W, w_max, step_norm=0.0):
     """Only the largest s_1 -> (1 - step_norm / w_max) s_1: weight decay where it is needed."""
     check(W, w_max, step_norm)
-    u, sv = top_singular_pair(working(W))
-    return (working(W) - min(1.0, step_norm / w_max) * u @ sv).to(W.dtype)
+    u, sv = top_pair(widen(W))
+    return (widen(W) - min(1.0, step_norm / w_max) * u @ sv).to(W.dtype)
 
 
-# ==== The limits ==================================================================================
+# ---- the limits ----------------------------------------------------------------------------------
 def specnorm(W, w_max, step_norm=0.0):
     """All s -> s * w / max(w, s_1): spectral normalization of the weights, and only downwards.
 
-    For s_1 stands norm_bound, within 0.2 %, so that the limit holds.
+    In place of s_1 stands norm_bound, up to 0.2 % above it, so that the limit holds.
     """
     check(W, w_max, step_norm)
-    X = working(W)
+    X = widen(W)
     bound = norm_bound(W, dtype=X.dtype)[..., None, None]
-    largest = X.abs().amax((-2, -1), keepdim=True).clamp(min=1e-38)  # (w_max / bound may underflow)
+    largest = X.abs().amax((-2, -1), keepdim=True).clamp(min=1e-38)
+    # In this order, as w_max / bound alone may underflow.
     new = X / largest * (w_max / bound * largest.double()).to(X.dtype)
     return torch.where(bound <= w_max, X, new).to(W.dtype)
 
 
 def stiefel(W, w_max, step_norm=0.0):
-    """All s -> w: the nearest matrix of the (scaled) Stiefel manifold, with orthonormal rows or columns.
+    """All s -> w: the nearest matrix of the scaled Stiefel manifold.
 
-    msign, one Newton-Schulz step (a deviation e from 1 becomes about 2.5 e^3), a check, and an SVD where that
-    was not enough. (The zero matrix has no nearest one: the SVD picks.)
+    That is, its rows or columns are orthonormal, times w. Computed by msign, one Newton-Schulz
+    step, a check, and an SVD where that was not enough. The step makes about 2.5 e^3 of a deviation
+    e from 1. The zero matrix has no nearest one: the SVD picks.
     """
-    w = check(W, w_max, step_norm)
-    X = msign(working(W))
+    check(W, w_max, step_norm)
+    X = msign(widen(W))
     A = gram(X)
     X = multiply(polynomial(15 / 8, -10 / 8, 3 / 8, A, A @ A), X)
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    off = torch.linalg.matrix_norm(gram(X) - eye)  # at least the largest |s^2 - 1|
-    return (w * by_svd(X, working(W), off > 1e-4, torch.ones_like)).to(W.dtype)
+    deviation = matrix_norm(gram(X) - eye_like(A))  # at least the largest |s^2 - 1|
+    X = by_svd(X, widen(W), deviation > 1e-4, torch.ones_like)
+    return (w_max * sigma_per_norm(W) * X).to(W.dtype)
 
 
 def hammer(W, w_max, step_norm=0.0):
-    """Only s_1 -> w, up or down. Nothing holds the others, but AdamW's updates are of low rank."""
-    w = check(W, w_max, step_norm)
-    u, sv = top_singular_pair(working(W))
-    return (working(W) + u @ (w * F.normalize(sv, dim=-1) - sv)).to(W.dtype)
+    """Only s_1 -> w, up or down. Nothing limits the others, but AdamW's updates are of low rank."""
+    check(W, w_max, step_norm)
+    w = w_max * sigma_per_norm(W)
+    u, sv = top_pair(widen(W))
+    return (widen(W) + u @ (w * normalize(sv, dim=-1) - sv)).to(W.dtype)
 
 
 def hard_cap(W, w_max, step_norm=0.0):
-    """All s -> min(s, w), exactly: the nearest matrix within the limit. One that is within stays as it is.
+    """All s -> min(s, w), exactly: the nearest matrix within the limit.
 
-    With the small Gram matrix A = V diag(s^2) V^T, take V diag(max(0, 1 - w / s)) V^T W from W: a few
-    products' time on a CPU. But A resolves s^2 only to 1e-7 of s_1^2, so far above the limit it is an SVD.
+    A matrix that is within the limit stays as it is. With the small Gram matrix A = V diag(s^2)
+    V^T, take V diag(max(0, 1 - w / s)) V^T W from W: a few products' time on a CPU. A resolves s^2
+    only to 1e-7 of s_1^2, so far above the limit it is an SVD.
     """
-    w = check(W, w_max, step_norm)
-    X = working(W)
+    check(W, w_max, step_norm)
+    w = w_max * sigma_per_norm(W)
+    X = widen(W)
     A = gram(X) / w**2 if 1e-15 < w < 1e15 else gram(X / w)
-    finite, eye = A.isfinite().all(-1).all(-1), torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    finite = A.isfinite().all(-1).all(-1)
+    eye = eye_like(A)
     eigenvalue, V = torch.linalg.eigh(torch.where(finite[..., None, None], A, eye))
     excess = 1 - eigenvalue.clamp(min=1).rsqrt()
     new = X - multiply((V * excess[..., None, :]) @ V.mT, X)
-    return by_svd(new, X, ~finite | (eigenvalue.amax(-1) > 16), lambda s: s.clamp(max=w)).to(W.dtype)
+
+    def cap(s):
+        return s.clamp(max=w)
+
+    return by_svd(new, X, ~finite | (eigenvalue.amax(-1) > 16), cap).to(W.dtype)
 
 
-# ---- soft cap: the hard cap as a polynomial, for s at most k = w + step, just above the limit -----
-#   1. Take y = x - alpha x^3, then z = y + alpha y^3: small x stay, as z = x - 3 alpha^2 x^5 + ...
-#   2. Ask that z(k) = w. With u = alpha k^2, z(k) / k = (1 - u)(1 + u (1 - u)^2) = 1 - 3u^2 + 3u^3 - u^4:
-#      u^4 - 3 u^3 + 3 u^2 = 1 - w / k. The left side rises from 0 to 1 on [0, 1]: one root, by bisection.
-#   3. z <= w on all of [0, k] if z rises there. z rises with y (slope 1 + 3 alpha y^2), and y with x until
-#      alpha x^2 = 1/3, where z = (2/3)(1 + 4/27) x = (62/81) x. So 2 is sound to k = 81/62 w = 1.306 w.
-#   4. Beyond, put that peak on w: (62/81) / sqrt(3 alpha) = w. Then 0 <= z <= w as long as alpha x^2 <= 1,
-#      up to k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
+# ---- soft cap: the hard cap as a polynomial, for s at most k = w + step, just above the limit ----
+#   1. Take y = x - alpha x^3, then z = y + alpha y^3. Small x stay, as z = x - 3 alpha^2 x^5 + ...
+#   2. Ask that z(k) = w. With t = alpha k^2 this is
+#      w / k = (1 - t)(1 + t (1 - t)^2) = 1 - 3 t^2 + 3 t^3 - t^4, so t^4 - 3 t^3 + 3 t^2 = 1 - w/k.
+#      The left side rises from 0 to 1 on [0, 1]: there is one root, which bisection finds.
+#   3. z <= w on all of [0, k] if z rises there. z rises with y, as its slope is 1 + 3 alpha y^2. y
+#      rises with x until alpha x^2 = 1/3, where z = (2/3)(1 + 4/27) x = (62/81) x. So step 2 is
+#      sound up to k = (81/62) w = 1.306 w.
+#   4. Beyond, put that peak on w: (62/81) / sqrt(3 alpha) = w. Then 0 <= z <= w while
+#      alpha x^2 <= 1, which is up to k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
 #   5. Where k <= w nothing has to come down: alpha = 0.
-#   6. Where alpha x^2 > 1 the polynomial explodes, and a matrix written from outside would. So W is divided
-#      by sqrt(c), c = max(1, ||U^2||_F^(1/2)) >= sigma(U), U = alpha W W^T: then at most the peak comes out,
-#      1.3 w for steps of 5 %; 0 if squares overflow. In range c is 1, but where u rank^(1/4) > 1.
-def soft_cap_alpha(w: float, k: float) -> float:
-    """The alpha that takes every s in [0, k] into [0, w]; k <= 2.26 w. Its unit is that of w to the -2."""
+def soft_cap_alpha(w, k):
+    """The alpha that takes every s in [0, k] into [0, w], for k <= 2.26 w. Its unit is w^-2."""
     if k <= w:
         return 0.0
     if k > 81 / 62 * 3**0.5 * w:
-        raise ValueError(f"the soft cap holds up to k = 2.26 w, got k = {k} at w = {w}; use hard_cap")
+        raise ValueError(f"the soft cap needs k <= 2.26 w, got {k} at w = {w}; use hard_cap")
     if k > 81 / 62 * w:
         return (62 / 81) ** 2 / (3 * w * w)
-    low, high = 0.0, 1 / 3  # the left side at 1/3 is 19/81 = 1 - 62/81
+    low = 0.0
+    high = 1 / 3  # where the left side is 19/81 = 1 - 62/81
     for _ in range(60):
-        u = (low + high) / 2
-        low, high = (u, high) if u**4 - 3 * u**3 + 3 * u**2 < 1 - w / k else (low, u)
+        t = (low + high) / 2
+        if t**4 - 3 * t**3 + 3 * t**2 < 1 - w / k:
+            low = t
+        else:
+            high = t
     return high / k**2
 
 
+#   6. As matrices: by step 2, z = x - e x with e = 3 t^2 - 3 t^3 + t^4 and t = alpha x^2. So W
+#      becomes W - E W, with T = alpha A for the Gram matrix A, and E = T^2 (3 I - 3 T + T^2).
+#   7. E is small, so it may be computed in bfloat16: an error of 2^-8 in E W is one of 2^-8 |E| in
+#      the result.
+#   8. Where alpha x^2 > 1 the polynomial explodes, and so would a matrix that was written from
+#      outside. So W is first divided by sqrt(c), with c = max(1, ||T^2||_F^(1/2)) >= alpha s_1^2.
+#      Then at most the peak comes out, 1.3 w for steps of 5 %, and 0 if squares overflow.
+#   9. For matrices within range c = 1, unless very many singular values sit near the limit, so that
+#      t rank^(1/4) > 1 there. W is then scaled down a little more than needed, which is safe.
 def soft_cap_map(W, alpha, dtype=None):
-    """s -> y + alpha y^3 with y = s - alpha s^3, at a given alpha (in singular values, not RMS->RMS).
+    """s -> y + alpha y^3 with y = s - alpha s^3. alpha is for singular values, not RMS->RMS.
 
-    By step 2 z = x - e(u) x with u = alpha x^2, e(u) = 3u^2 - 3u^3 + u^4: W goes to W - E W, E = e(alpha A).
-    E is small: computed with few digits (dtype), the result is still good to many.
+    dtype: in which E is computed; None: that of the other arithmetic, float32 or float64.
     """
-    X = working(W)
+    X = widen(W)
     low = X.to(dtype or X.dtype)
-    U = alpha * gram(low)
-    U2 = U @ U
-    size = torch.linalg.matrix_norm(working(U2), keepdim=True).sqrt()
-    c = size.nan_to_num(math.inf, math.inf).clamp(min=1)  # step 6
-    U, U2 = (U / c).to(U.dtype), (U2 / c**2).to(U.dtype)
-    new = multiply((U2 @ polynomial(3, -3, 1, U, U2)).nan_to_num(0), low).to(X.dtype)
-    return new.sub_(X).mul_(-c.rsqrt()).to(W.dtype)
+    T = alpha * gram(low)
+    T2 = T @ T
+    size = matrix_norm(widen(T2), keepdim=True).sqrt()
+    c = size.nan_to_num(math.inf, math.inf).clamp(min=1)
+    T = (T / c).to(T.dtype)
+    T2 = (T2 / c**2).to(T.dtype)
+    E = T2 @ polynomial(3, -3, 1, T, T2)
+    new = multiply(E.nan_to_num(0), low).to(X.dtype)
+    return new.sub_(X).mul_(-c.rsqrt()).to(W.dtype)  # (X - E X) / sqrt(c)
 
 
+# How far do the roundings of bfloat16 lead? In a matrix of one entry there are 13 of a relative
+# 2^-8: two of W in A, one of A and one of alpha A, all of which enter E squared, so 8; W
+# once more; one each of T^2, the bracket of step 6, E and E W. At worst they add up to 13/256 E W.
+# So alpha is solved for a limit that is lower by step_norm / 16. For larger matrices that is
+# experience, not proof. A matrix of entries just beside the middle of two bfloat16 numbers, made to
+# break it, ends at 1.012 w_max (tests/test_constraints.py).
 def soft_cap(W, w_max, step_norm=0.0):
-    """All s <= w_max + step_norm (in RMS->RMS) to at most w_max, by the cubics above, in products alone.
+    """All s <= w_max + step_norm (in RMS->RMS) to at most w_max, by the cubics above.
 
-    step_norm must be true (after AdamW: after_unknown_step). Beyond 1.26 w_max it is hard_cap. Small s hardly
-    move; s near the limit are pulled a little below it.
-    Where bfloat16 is fast, E W is computed in it for steps up to 0.3 w_max. For a matrix of one entry 13
-    roundings of 2^-8 count (W: twice in A, which enters E squared, and once more; A, alpha A: twice; U^2,
-    the bracket, E, E W), at worst 13/256 of E W: alpha is solved for a limit lower by step_norm / 16. For
-    larger matrices that is experience, not proof: one of entries just beside the middle of two bfloat16
-    numbers, made to break it, ends at 1.012 w_max (tests/test_constraints.py). For proof take hard_cap.
+    In products alone. Small s hardly change; s near the limit are pulled a little below it.
+    step_norm has to be right: where steps have no known norm (AdamW's) use after_unknown_step. For
+    a step_norm above 1.26 w_max this is hard_cap. The limit holds to a relative 1e-4 in float32 and
+    float64. For float32 weights and steps up to 0.3 w_max, on devices where bfloat16 is fast, it
+    computes in bfloat16, and the limit is exceeded by up to 1.2 % in the worst case known. For a
+    proof take hard_cap.
     """
-    w, k = check(W, w_max, step_norm), w_max + step_norm
-    if k > 2.26 * w_max or not 1e-15 < w < 1e15:  # (where squares leave the range of float32)
-        return hard_cap(W, w_max)
-    low = fast_dtype(W.device) if k <= 1.3 * w_max and W.dtype == torch.float32 else None
-    alpha = soft_cap_alpha(w_max - (step_norm / 16 if low == torch.bfloat16 else 0.0), k)
-    return soft_cap_map(W, alpha / sigma_per_norm(W) ** 2, low) if alpha else W
+    check(W, w_max, step_norm)
+    k = w_max + step_norm
+    if k > 2.26 * w_max or not 1e-15 < w_max * sigma_per_norm(W) < 1e15:
+        return hard_cap(W, w_max)  # squares would leave the range of float32
+    dtype = None
+    target = w_max
+    if k <= 1.3 * w_max and W.dtype == torch.float32:
+        dtype = fast_dtype(W.device)
+        if dtype == torch.bfloat16:
+            target -= step_norm / 16
+    alpha = soft_cap_alpha(target, k)
+    if alpha == 0:
+        return W
+    return soft_cap_map(W, alpha / sigma_per_norm(W) ** 2, dtype)
 
 
 CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay, specnorm, stiefel,
                                        hammer, soft_cap, hard_cap)}
-specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True  # see Muon._constrain in muon.py
+# What this promises stands above Muon._constrain in muon.py.
+specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True
 
 
-# ==== Where steps have no known norm; embeddings; constraints of one's own ========================
+# ---- where steps have no known norm; embeddings; constraints of one's own ------------------------
 @torch.no_grad()
 def after_unknown_step(constraint, W, w_max, lr):
-    """constraint(W, w_max, ...) after a step of unknown norm, as AdamW's: how far it led is measured.
+    """constraint(W, w_max, ...) after a step of unknown norm, as AdamW's.
 
-    The decays are told lr, as their pull is lr / w_max.
+    How far the step led is measured. Decays get lr as step_norm, as their pull is lr / w_max.
     """
     if constraint in (weight_decay, spectral_weight_decay):
         return constraint(W, w_max, lr)
-    bound = norm_bound(W, dtype=working(W).dtype).nan_to_num(nan=math.inf).max().item()
+    bound = norm_bound(W, dtype=widen(W).dtype).nan_to_num(math.inf).max().item()
     return constraint(W, w_max, max(0.0, bound - w_max))
 
 
-def cap_rows(table_VD: torch.Tensor, limit: float = 1.0) -> torch.Tensor:
-    """Each row of an embedding table scaled down to an RMS of at most `limit`, so its l1->RMS norm is."""
-    return table_VD * (limit / table_VD.square().mean(-1, keepdim=True).sqrt().clamp(min=limit))
+def cap_rows(table_VD, limit=1.0):
+    """Each row of an embedding table scaled down to an RMS of at most `limit`.
+
+    So the table's norm from l1 to RMS is at most `limit`, too.
+    """
+    rms = table_VD.square().mean(-1, keepdim=True).sqrt()
+    return table_VD * (limit / rms.clamp(min=limit))
 
 
 @functools.cache  # a file runs once
-def find_constraint(name: str):
-    """The constraint of that name, or FILE.py:NAME, a function of yours from a file that is run.
+def find_constraint(name):
+    """The constraint of that name, or FILE.py:NAME, a function of yours from a file, which is run.
 
     ValueError, in words for the user, if there is none or it returns another shape.
     """
     path, _, function = name.rpartition(":")
     if not path:
         if name not in CONSTRAINTS:
-            raise ValueError(f"must be one of {', '.join(CONSTRAINTS)}, or FILE.py:NAME, a function of yours")
+            raise ValueError(f"must be one of {', '.join(CONSTRAINTS)}, or FILE.py:NAME")
         return CONSTRAINTS[name]
     try:
         mine = runpy.run_path(path)[function]
-        stack = torch.eye(2, 3).expand(4, 2, 3)  # (Muon gives it all matrices of one shape at once)
+        stack = torch.eye(2, 3).expand(4, 2, 3)  # Muon gives it all matrices of one shape at once
         if mine(stack.clone(), 1.0, 0.1).shape != stack.shape:
-            raise TypeError("it returns another shape than it is given")
+            raise TypeError("it returns another shape")
     except Exception as problem:  # it is any code whatever
-        raise ValueError("must name a function f(W, w_max, step_norm) of a file, which returns W of the same "
-                         f"shape; here: {type(problem).__name__}: {problem}") from problem
+        raise ValueError("must name a function f(W, w_max, step_norm) that returns W of the same "
+                         f"shape; here: {problem!r}") from problem
     return mine
 
 
-# ==== Ellipsoids: certificates that follow a shape instead of a length ============================
-# A product of norms is loose, as the worst direction of one layer is not the worst of the next. So let what
-# moves, z, lie in E(S) = {z : z^T S^-1 z <= 1}, or for any positive semidefinite S (D, D): the z with
-# |u z| <= sqrt(u S u^T) for every row u. S = I: length 1; S = D I: RMS 1. E(S) is convex and symmetric, and
-# G z lies in E(G S G^T). Over many layers S leaves the range of float64: all functions take and return a pair
-# (S, log), for E(exp(log) S). Everything is float64 and, but where S or u is 0, differentiable.
-# Shapes: D dimension of z, O of what comes out, N neurons, K parts of a sum or rows of U, H heads, E = D / H.
-def ellipsoid(S_DD: torch.Tensor, log=0.0):
-    """(S, log) of the same ellipsoid, or of each of a stack (..., D, D), with S of trace 1 (zero stays)."""
-    trace = S_DD.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-300)
-    return S_DD / trace[..., None, None], log + trace.log()
+# On a first reading, go on with mlp_cifar.py. Parts II and III are for certificates.
+
+# ==== PART II: ellipsoids =========================================================================
+# A product of norms is loose, as the worst direction of one layer is not the worst of the next. A
+# picture: vectors of length at most 1 fill a ball. Behind a matrix they fill an ellipsoid,
+# stretched in some directions and thin in others. The product of norms goes on with the smallest
+# ball around it. Here we go on with the ellipsoid itself, so the next matrix can stretch only what
+# is there.
+#
+#   E(S) = {z : |c z| <= sqrt(c S c^T) for every row vector c},  S (D, D) positive semidefinite,
+#
+# which is {z : z^T S^-1 z <= 1} where S has an inverse. What will be used of it:
+#   1. S = I means |z| <= 1, and S = D I means rms(z) <= 1.
+#   2. If z is in E(S), G z is in E(G S G^T), as |c G z| <= sqrt((c G) S (c G)^T). So, for example,
+#      W x for |x| <= 1 lies in E(W W^T).
+#   3. E(S) is convex and symmetric: averages of its vectors are in it, and so is -z.
+#   4. From E(S), |c z| can get as large as sqrt(c S c^T), which is the bound on one output in the
+#      end.
+#
+# Over many layers S leaves the range of float64. So all functions take and return a pair (S, log),
+# which stands for E(exp(log) S). Everything is in float64, and differentiable where neither S nor c
+# is 0. Bounds have weights that can be trained: whatever they are, the bound is valid (see `tune`).
+#
+# Shapes: D dimension of z, O of what comes out, N neurons, P parts of a sum, K rows of U, H heads,
+# E = D / H, V vocabulary, M ellipsoids of the same vector. S and X are always (..., D, D). From
+# here on letters mean what is said here, and no longer what they meant in part I.
+def ellipsoid(S, log=0.0):
+    """(S, log) of the same ellipsoid with S of trace 1, of each of (..., D, D). Zero stays zero."""
+    size = trace(S).clamp(min=1e-300)
+    return S / size[..., None, None], log + size.log()
 
 
-def lifted(S_DD):
-    """S + 1e-13 trace(S) I, (..., D, D): a little too large, but never without a Cholesky factor."""
-    trace = S_DD.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return S_DD + (1e-13 * trace + 1e-300) * torch.eye(S_DD.shape[-1]).to(S_DD)
+def trace(S):
+    """The trace of S (..., D, D), shape (...)."""
+    return S.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def image(G_OD, S_DD, size=0.0):
-    """G S G^T (..., O, O), a little too large: so that it holds G z where that, or G itself, cancels.
+def lifted(S):
+    """S + 1e-13 trace(S) I, (..., D, D): a little too large, but it has a Cholesky factor."""
+    lift = 1e-13 * trace(S)[..., None, None] + 1e-300
+    return S + lift * eye_like(S)
 
-    size: if G is a sum, the sum of the Frobenius norms.
+
+def root_of(S):
+    """The lower triangular root with root root^T = S (lifted)."""
+    return cholesky(lifted(S))
+
+
+# G S G^T, rounded up. Where terms cancel, in G itself or in G z, the computed one could be too
+# small:
+#   1. Let S = root root^T. Each entry of the computed G root is a sum of D terms, so as a matrix it
+#      is off by at most d = D 2^-53 size |root|. `size` is |G|, or the sum of its terms' norms if G
+#      is a sum, and |.| is the Frobenius norm, |root|^2 = trace(S).
+#   2. The square of a length, |c G root|^2 for |c| = 1, is then off by at most
+#      2 d |c G root| + d^2 <= 1e-9 |c G root|^2 + (1 + 1e9) d^2.
+#   3. d^2 < 1e-26 size^2 trace(S) for D < 900, and grows with D^2. So 1e-17 size^2 trace(S) I is
+#      added.
+def rounding(size_squared, S):
+    """1e-17 size^2 trace(S) of step 3."""
+    return 1e-17 * max(1, S.shape[-1] / 900) ** 2 * (size_squared * trace(S))
+
+
+def ellipsoid_image(G_OD, S, size=0.0):
+    """G S G^T (..., O, O), a little too large. size: of step 1, if G is a sum."""
+    G_root = G_OD @ root_of(S)
+    image = (1 + 1e-9) * G_root @ G_root.mT
+    up = rounding(matrix_norm(G_OD).clamp(min=size) ** 2, S)
+    return image + up[..., None, None] * eye_like(image)
+
+
+# The sum of vectors, each anywhere in its own ellipsoid:
+#   1. |c (z_1 + ... + z_P)| <= sum_p sqrt(c S_p c^T) = sum_p sqrt(w_p) sqrt(c S_p c^T / w_p) for
+#      any weights w_p > 0.
+#   2. With sum_p w_p = 1 that is at most sqrt(c (sum_p S_p / w_p) c^T), by Cauchy-Schwarz.
+#   3. So the sum lies in E(sum_p S_p / w_p). The w_p may be trained. A good start has the least
+#      trace: w_p proportional to sqrt(trace(S_p)).
+def ellipsoid_sum(S_P, log_P, weights_P=0.0):
+    """(S, log) of an ellipsoid that holds every z_1 + ... + z_P, z_p in the p-th.
+
+    weights_P: log w_p, up to a constant, less that of the start of step 3 (for S_p of trace 1).
     """
-    # G C, C C^T = S, is off by at most D 2^-53 size |C| =: d, its square by 2 d |G C| + d^2, at most
-    # 1e-9 |G C|^2 + (1 + 1e9) d^2, and d^2 < 1e-26 size^2 trace(S) for D < 900, more in proportion to D^2.
-    R = G_OD @ torch.linalg.cholesky(lifted(S_DD))
-    size = torch.linalg.matrix_norm(G_OD).clamp(min=size) ** 2 * S_DD.diagonal(dim1=-2, dim2=-1).sum(-1)
-    rounding = 1e-17 * max(1, S_DD.shape[-1] / 900) ** 2 * size[..., None, None]
-    return (1 + 1e-9) * R @ R.mT + rounding * torch.eye(G_OD.shape[-2]).to(R)
+    top = log_P.max()
+    size_P = (log_P - top).exp()
+    w_P = ((log_P - top) / 2 + weights_P).exp().clamp(min=1e-150)
+    factor_P = size_P * w_P.sum() / w_P
+    return ellipsoid((S_P * factor_P[:, None, None]).sum(0), top)
 
 
-def ellipsoid_sum(S_KDD: torch.Tensor, log_K: torch.Tensor, free_K=0.0):
-    """(S, log) of an ellipsoid that holds every z_1 + ... + z_K, z_k in the k-th, each free of the others.
+# A layer whose neurons have slopes within limits. Its output is A z + B v, where all that is known
+# of v is |v_i| <= |(J z)_i|, J z being what the neurons see. For example ReLU with a matrix W
+# behind it: a difference dz becomes (dz + v) / 2 with |v_i| <= |dz_i|, so J = I and A = B = W / 2.
+#   1. With S = root root^T, z = root y with |y| <= 1. For any l_i > 0,
+#      sum_i l_i v_i^2 <= sum_i l_i (J z)_i^2 = y^T Y y with Y = root^T J^T diag(l) J root.
+#   2. So y^T (I - Y) y + v^T diag(l) v <= y^T y <= 1: if Y < I, the pair (y, v) is in an ellipsoid.
+#   3. By step 2 of the picture its image A root y + B v is in the ellipsoid of
+#      S' = A root (I - Y)^-1 root^T A^T + B diag(1 / l) B^T.
+#   4. For Y < I take any m_i > 0 and scale them: l = share m / sigma(root^T J^T diag(m) J root),
+#      with share < 1.
+#   5. Solving with I - Y errs by about D 2^-53 / (1 - share), relatively. With share <= 1 - 1e-4
+#      that is 1e-9 for D = 900, which is what the image allows for.
+# All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
+# be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
+def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, weight=0.0, size=0.0):
+    """(S', log') that holds every A z + B v with z in E(exp(log) S), and |v_i| <= |(J z)_i|.
 
-    Any free_K gives a true one; 0 gives the smallest trace, if the S_k are of trace 1.
+    weights_N: log m. weight, a scalar: share is its sigmoid. size: that of ellipsoid_image, for A.
     """
-    # 1. |u sum_k z_k| <= sum_k sqrt(u S_k u^T) = sum_k sqrt(w_k) sqrt(u S_k u^T / w_k).
-    # 2. With sum_k w_k = 1 that is at most sqrt(u (sum_k S_k / w_k) u^T), by Cauchy-Schwarz.
-    # 3. The trace, sum_k t_k / w_k, is smallest at w_k proportional to sqrt(t_k): exp(free_K) more or less.
-    top = log_K.max()
-    w_K = ((log_K - top) / 2 + free_K).exp().clamp(min=1e-150)
-    return ellipsoid((S_KDD * ((log_K - top).exp() * w_K.sum() / w_K)[:, None, None]).sum(0), top)
-
-
-def ellipsoid_layer(S_DD, log, F_ND, A_OD, B_ON, free_N=0.0, free_share=0.0, size=0.0):
-    """(S', log') that holds every A z + B v with z in E(exp(log) S) and |v_i| <= |(F z)_i| for each i.
-
-    ReLU with a matrix W behind it: F = I, A = B = W / 2, as relu(z) moves by (dz + v) / 2. Any free_N and
-    free_share (a scalar) give a true one; size is that of image, for A. Zeros are ECLipsE-Fast (Xu and
-    Sivaranjani 2024), a value for each neuron is LipSDP (Fazlyab et al. 2019).
-    """
-    # 1. With S = C C^T, z = C y with |y| <= 1. For L = diag(l), any l > 0: v^T L v <= z^T F^T L F z.
-    # 2. So y^T (I - K) y + v^T L v <= y^T y <= 1 with K = C^T F^T L F C. If K < I, A C y + B v is in the
-    #    ellipsoid of S' = A C (I - K)^-1 C^T A^T + B L^-1 B^T, the image of that of (y, v).
-    # 3. K < I: take L = share diag(exp(free_N)) / sigma(C^T F^T diag(exp(free_N)) F C), and share =
-    #    sigmoid(free_share), at most 1 - 1e-4: beyond, rounding would pass the allowance of 1e-9.
-    C = torch.linalg.cholesky(lifted(S_DD))
-    FC = F_ND @ C
-    l_N = (torch.as_tensor(free_N) + torch.zeros_like(FC[:, 0])).exp()
-    K = FC.mT @ (l_N[:, None] * FC)
-    share = torch.sigmoid(torch.as_tensor(free_share)).clamp(max=1 - 1e-4)
-    scale = share / torch.linalg.eigvalsh(K)[-1].clamp(min=1e-300)
-    half = torch.linalg.cholesky(torch.eye(len(K)).to(K) - scale * K)
-    root = torch.linalg.solve_triangular(half, C.mT, upper=False)  # root^T root = C (I - K)^-1 C^T
-    return ellipsoid(image(A_OD, root.mT @ root, size) + (B_ON / (scale * l_N)) @ B_ON.mT, log)
-
-
-def ellipsoid_norm(S_DD, log, U_KD) -> torch.Tensor:
-    """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
-    UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
-    rounding = 1e-17 * max(1, len(S_DD) / 900) ** 2 * U_KD.square().sum() * S_DD.trace()  # see image
-    largest = torch.linalg.eigvalsh(gram(UC))[-1] + rounding
-    return (largest.clamp(min=1e-300).log() + log) / 2 + 2e-9
-
-
-def ellipsoid_pairs(S_DD, log, U_KD) -> torch.Tensor:
-    """(K, K): logarithm of the largest |(u_i - u_j) z|, u the rows of U, rounded up; -inf if they agree."""
-    UC = U_KD @ torch.linalg.cholesky(lifted(S_DD))
-    apart_KK = torch.cdist(UC, UC, compute_mode="donot_use_mm_for_euclid_dist")
-    largest = 2 * U_KD.square().sum(1).max() * S_DD.trace()
-    rounding = 1e-13 * max(1, len(S_DD) / 900) * largest.sqrt()  # see image
-    return torch.where(apart_KK > 0, apart_KK + rounding, apart_KK).log() + log / 2 + 1e-9
-
-
-def ellipsoid_pattern(S_DD, X_DD, q_HED, k_HED, C_HDD, rotates, free_H=0.0, free_S=0.0, free_X=0.0):
-    """(S', log') that holds sum_h C_h u_h, u_h how far a moved attention pattern moves its average of tokens.
-
-    Tokens are in E(X) and move in E(S); logits of head h are q_h x_t . k_h x_j, with RoPE in between if
-    `rotates`. Free are a weight for each head and, for RoPE, for each pair that turns (H, E / 2), twice.
-    """
-    # Movements are derivatives: tokens fill a convex set, so a bound on these is one on differences.
-    # 1. If each logit of a row moves by at most e_h, u_h is in e_h E(X), as in step 1 of the product below.
-    # 2. |c sum_h C_h u_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0, the sum
-    #    is in the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
-    # 3. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), the first is at most
-    #    sqrt(y^T K_h y), y = q_h dx_t, K_h = k_h X k_h^T. RoPE turns one against the other: any K_h will do
-    #    that is as large and does not change by turning. sigma(d k_h X k_h^T d) d^-2 is, with d > 0
-    #    diagonal and one value for both coordinates that turn together.
-    # 4. All heads see one token, dx_t in E(S): sum_h t_h^2 y_h^T K_h y_h is at most n_1^2, the largest
-    #    z^T (sum_h t_h^2 q_h^T K_h q_h) z on E(S); likewise n_2^2 for the second part. With Minkowski,
-    #    sum_h t_h^2 e_h^2 <= (n_1 + n_2)^2.
-    roots = []  # K_h^1/2 q_h, of both parts of e_h
-    for Y_DD, free in ((X_DD, free_X), (S_DD, free_S)):
-        K_HEE = image(k_HED, Y_DD)
-        if rotates:
-            pair = K_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2).clamp(min=1e-300)
-            d = (free - (pair.log() - pair.log().mean()) / 4).exp().repeat(1, 2)
-            largest = torch.linalg.eigvalsh(d[:, :, None] * K_HEE * d[:, None])[:, -1:]
-            roots.append((largest.clamp(min=1e-300).sqrt() / d)[:, :, None] * q_HED)
-        else:
-            roots.append(torch.linalg.cholesky(lifted(K_HEE)).mT @ q_HED)
-    CXC, log_H = ellipsoid(image(C_HDD, X_DD))
-    sizes = [ellipsoid(Kq @ Y_DD @ Kq.mT)[1] for Kq, Y_DD in zip(roots, (S_DD, X_DD))]
-    t_H = (free_H + (log_H - torch.logaddexp(*sizes)) / 4).exp()[:, None, None]
-    n_1, n_2 = (ellipsoid_norm(Y_DD, 0.0, (t_H * Kq).flatten(0, 1)).exp()
-                for Kq, Y_DD in zip(roots, (S_DD, X_DD)))
-    up = 1 + 1e-6  # (K_h^1/2 q_h may cancel)
-    return ellipsoid((CXC * log_H.exp()[:, None, None] / t_H**2).sum(0), 2 * (up * (n_1 + n_2)).log())
-
-
-def ellipsoid_blocks(blocks: list[dict], R: float, free: dict):
-    """[(S, log)]: after each block of a transformer tokens move in E(exp(log) S), if at first by RMS <= 1.
-
-    A block, matrices in float64:  x_t <- stream x_t + sum_h C_h sum_j P^h_tj x_j,  x_t <- mlp(x_t)
-    stream, C_HDD    as above
-    p_H              what head h gives a token of itself, at least, if P does not depend on content; else None
-    q_HED, k_HED, rotates      if it does: logits q_h x_t . k_h x_j (see ellipsoid_pattern)
-    moves, values    mlp_slopes of the MLP and its stream, for movements and for tokens
-    R                largest RMS of a token at the start
-    free             weights, filled with zeros where there are none
-    """
-    # 1. E(S) is convex and symmetric: averages of tokens that move in it do, whatever the pattern.
-    # 2. P fixed: head h gives a token at least p_h of itself, and an average y_h of the rest. So it moves by
-    #    the sum of G_0 dx_t and all G_h y_h, G_0 = stream I + sum_h p_h C_h, G_h = (1 - p_h) C_h.
-    # 3. P not fixed: p_h = 0, and the moved pattern is one more part. It depends on where tokens are: in
-    #    E(X), from X = R^2 D I on by the same steps.
-    # 4. Any weights are true. So each G of the next sum may use an ellipsoid with weights of its own for the
-    #    same movement: U uses.
-    D, after = blocks[0]["C_HDD"].shape[-1], []
-    eye = torch.eye(D).to(blocks[0]["C_HDD"])
-    S_UDD, log_U = ellipsoid(eye[None], math.log(D))
-    X, log_X = ellipsoid(eye, math.log(D) + 2 * math.log(max(R, 1e-300)) + 1e-9)
-    for i, block in enumerate(blocks):
-        def weights(name, *shape):
-            return free.setdefault(f"{name} {i}", torch.zeros(shape).to(eye))
-
-        C_HDD, content, N = block["C_HDD"], block["p_H"] is None, len(block["moves"][0])
-        H, U = len(C_HDD), 1 if content or i == len(blocks) - 1 else len(C_HDD) + 1
-        p_H11 = torch.zeros(H, 1, 1).to(eye) if content else block["p_H"][:, None, None] * (1 - 1e-12)
-        G_KDD = torch.cat([(block["stream"] * eye + (p_H11 * C_HDD).sum(0))[None], (1 - p_H11) * C_HDD])
-        size = block["stream"] * D**0.5 + torch.linalg.matrix_norm(C_HDD).sum().item()
-        S_KDD, log_K = ellipsoid(image(G_KDD, S_UDD, size), log_U)
-        if content:
-            pairs = H, block["q_HED"].shape[1] // 2
-            S, log = ellipsoid_pattern(
-                S_UDD[0], X, block["q_HED"], block["k_HED"], C_HDD, block["rotates"],
-                weights("heads", H), weights("S", *pairs), weights("X", *pairs))
-            # (S and X went in without their logs: e_h^2 scales as S X, and u_h is in e_h E(X))
-            S_KDD, log_K = torch.cat([S_KDD, S[None]]), torch.cat([log_K, log + log_U + 2 * log_X])
-            X, log_X = ellipsoid_sum(*ellipsoid(image(G_KDD, X, size), log_X), weights("tokens", H + 1))
-            F, A, B, size = block["values"]
-            X, log_X = ellipsoid_layer(X, log_X, F, A, B, weights("values", N), weights("share"), size)
-        free_U = zip(weights("parts", U, len(S_KDD)), weights("neurons", U, N), weights("shares", U))
-        F, A, B, size = block["moves"]
-        uses = [ellipsoid_layer(*ellipsoid_sum(S_KDD, log_K, parts_K), F, A, B, neurons_N, share, size)
-                for parts_K, neurons_N, share in free_U]
-        S_UDD, log_U = map(torch.stack, zip(*uses))
-        after.append(uses[0])
-    return after
+    root = root_of(S)
+    seen = J_ND @ root
+    m_N = (torch.zeros_like(seen[:, 0]) + weights_N).exp()
+    Y = seen.mT @ (m_N[:, None] * seen)
+    share = torch.sigmoid(torch.as_tensor(weight)).clamp(max=1 - 1e-4)
+    scale = share / eigvalsh(Y)[-1].clamp(min=1e-300)
+    rest = cholesky(eye_like(Y) - scale * Y)
+    half = torch.linalg.solve_triangular(rest, root.mT, upper=False)
+    of_z = ellipsoid_image(A_OD, half.mT @ half, size)  # half^T half = root (I - Y)^-1 root^T
+    of_v = (B_ON / (scale * m_N)) @ B_ON.mT
+    return ellipsoid(of_z + of_v, log)
 
 
 def maxmin(z):
-    """(max, min) of each pair of neurons, i of the first half and i of the second (Anil et al. 2019)."""
-    a, b = z.chunk(2, -1)
-    excess = (a - b).relu()  # (rounds as the larger; maximum and minimum take 3 to 7 times as long)
-    return torch.cat([b + excess, a - excess], -1)
+    """(max, min) of pairs, neuron i of the first half and i of the second (Anil et al. 2019)."""
+    first, second = z.chunk(2, -1)
+    # torch.maximum and minimum take 3 to 7 times as long. This rounds as the larger of the pair.
+    excess = (first - second).relu()
+    return torch.cat([second + excess, first - excess], -1)
 
 
+# An MLP with its stream, stream x + w_out f(w_in x), is such a layer. Let z = w_in x:
+#   1. If f has slopes from 1/2 - spread to 1/2 + spread, it changes by df = dz / 2 + spread v with
+#      |v_i| <= |dz_i|. So J = w_in, A = stream I + w_out w_in / 2, and B = spread w_out. ReLU has
+#      spread 1/2, and GeLU g - 1/2 with g its steepest slope.
+#   2. For values in place of differences, gelu(z) = z / 2 + v / 2 with |v| <= |z|: spread 1/2.
+#   3. MaxMin of a pair (p, q) is ((p + q) + |p - q|) / 2 and ((p + q) - |p - q|) / 2. The change of
+#      |p - q| is sqrt(2) v with |v| <= |d(p - q)| / sqrt(2). So J has rows (in_1 - in_2) / sqrt(2),
+#      B has columns (out_1 - out_2) / sqrt(2), and A has the part of p + q.
 def mlp_slopes(stream, w_in, w_out, spread=None):
-    """(F, A, B, size) of ellipsoid_layer for stream x + w_out f(w_in x).
+    """(J, A, B, size) of ellipsoid_layer for stream x + w_out f(w_in x).
 
-    f is MaxMin, of neuron i of the first half and i of the second, or has slopes 1/2 +- spread (values
-    f(z) = z/2 +- spread |z|).
+    f has slopes 1/2 +- spread, or, for spread None, is MaxMin of neuron i of the first half and i
+    of the second.
     """
     eye = stream * torch.eye(len(w_out), w_in.shape[1]).to(w_out)
-    norms = [torch.linalg.matrix_norm(W).item() for W in (eye, w_out, w_in)]
-    size = norms[0] + norms[1] * norms[2]
+    size = (matrix_norm(eye) + matrix_norm(w_out) * matrix_norm(w_in)).item()
     if spread is not None:
         return w_in, eye + w_out @ w_in / 2, spread * w_out, size
-    # A pair has the sum a + b and the difference |a - b|, which moves by at most |d(a - b)|.
-    (in_1, in_2), (out_1, out_2) = w_in.chunk(2, 0), w_out.chunk(2, 1)
+    in_1, in_2 = w_in.chunk(2, 0)
+    out_1, out_2 = w_out.chunk(2, 1)
     A = eye + (out_1 + out_2) @ (in_1 + in_2) / 2
     return (in_1 - in_2) / 2**0.5, A, (out_1 - out_2) / 2**0.5, size
 
 
-# ==== Transformers without norm layers: how far the end moves if all embeddings move ==============
-# A block is x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x). A sequence is measured by its
-# largest token, max_t rms(x_t): bounds do not depend on its length. Attention has no bound on all of space,
-# as larger tokens move its pattern more. So embeddings are in the ball rms(x_t) <= R, which is convex: a
-# bound on derivatives is one on differences. sigma(.) is the largest singular value, C_h = o_h v_h. Attention
-# is out_t = beta sum_h C_h sum_(j <= t) P^h_tj x_j, P^h_t the softmax over j of s q_t^h . k_j^h + bias.
-#
-# THE PRODUCT: how long a movement gets in a sublayer. Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
-#   1. Head h moves by C_h a_h + C_h u_h: a_h averages moved tokens, |a_h| <= 1; u_h is the moved pattern
-#      applied to tokens. If no logit of a row moves by more than e_h, the softmax moves by at most e_h in l1
-#      (over sets of probability p: 4 p (1 - p) e_h <= e_h). So |u_h| <= e_h r.
-#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
-#   3. o is applied to the v_h a_h of the heads side by side: beta sum_h C_h a_h is at most value long, with
-#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
-#   4. All queries of a token come from one vector. Let Q be q with the rows of head h times sigma(v_h)
-#      sigma(k_h): sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, |Q dx_t| <= sigma(Q) and |Q x_t|
-#      <= sigma(Q) r. So beta sum_h C_h u_h is at most pattern R^2 long, with pattern = beta 2 s D sigma(o)
-#      sigma(Q), and attention's derivative is value + pattern R^2. For one head this is the paper's formula,
-#      with norms of whole matrices. For H heads that is too small by up to sqrt(H) in the value and H in the
-#      pattern: attacks exceed it.
-#   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
-#   6. MLP: with n = sigma(w_out) sigma(w_in), MaxMin has derivative n and output n R. GeLU's slopes are in [1
-#      - g, g] and |gelu(z)| <= |z|: divided by a scale, derivative n g / scale, output n R / scale.
-#   7. Residual: R starts as the largest RMS of an embedding, and is multiplied by (1 - a) + a output / R of
-#      step 5 or 6; the constant by (1 - a) + a derivative, last by the head's norm.
-#
-# THE ELLIPSOID (ellipsoid_blocks): what one sublayer stretches most, the next does not.
-#   8. GeLU has slopes 1/2 +- (g - 1/2) and values z/2 +- |z|/2 (mlp_slopes).
-#   9. If tokens move in E(S), logits U x move by at most sqrt(sigma(U S U^T) / V) in RMS.
-def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None):
-    """What transformer_bounds takes of a block. W: {role: matrix in float64}; logits are s q . k, with
-    s = logit_scale / (D / H); p_H: see ellipsoid_blocks; gelu: (g, scale) of step 6.
+def ellipsoid_norm(S, log, U_KD):
+    """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
+    largest = eigvalsh(gram(U_KD @ root_of(S)))[-1] + rounding(U_KD.square().sum(), S)
+    return (largest.clamp(min=1e-300).log() + log) / 2 + 2e-9
+
+
+def ellipsoid_pairs(S, log, U_KD):
+    """(K, K): logarithm of the largest |(u_i - u_j) z|, u_i the rows of U, rounded up.
+
+    -inf where two rows agree.
     """
-    H, D, up = heads, len(W["v"]), 1 + 1e-9
-    v_HED, o_HDE = W["v"].view(H, -1, D), W["o"].unflatten(1, (H, -1)).transpose(0, 1)
-    beta_o, v_H = beta * sigma(W["o"]).item() * up, sigma(v_HED)
-    block = dict(stream=1 - a, C_HDD=a * beta * o_HDE @ v_HED, p_H=p_H, pattern=0.0,
-                 value=beta_o * v_H.norm().item())
-    if p_H is None:
-        q_HED, k_HED = W["q"].view(H, -1, D), W["k"].view(H, -1, D)
-        Q_HED = (v_H * sigma(k_HED))[:, None, None] * q_HED
-        pattern = beta_o * 2 * logit_scale * H * sigma(Q_HED.flatten(0, 1)).item()
-        block.update(pattern=pattern, q_HED=logit_scale * H / D * q_HED, k_HED=k_HED, rotates=rotates)
-    (g, scale), spreads = gelu or (1.0, 1.0), (gelu[0] - 0.5, 0.5) if gelu else (None, None)
-    gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
-    moves, values = (mlp_slopes(1 - a, W["in"], a * W["out"] / scale, spread) for spread in spreads)
-    return dict(block, mlp=gain * g, mlp_gain=gain, moves=moves, values=values)
+    rows_KD = U_KD @ root_of(S)
+    distance_KK = torch.cdist(rows_KD, rows_KD, compute_mode="donot_use_mm_for_euclid_dist")
+    # Two rows, each off by at most the d of ellipsoid_image.
+    up = 2e-13 * max(1, len(S) / 900) * (U_KD.square().sum(1).max() * trace(S)).sqrt()
+    return torch.where(distance_KK > 0, distance_KK + up, distance_KK).log() + log / 2 + 1e-9
 
 
-def transformer_bounds(blocks, R, U_VD, free=None):
-    """How far logits U x move (max-token RMS) if embeddings of RMS at most R do by RMS 1: logarithms to base
-    10, rounded up. free: what `tune` found; None: untuned.
+def tune(goal, free, steps, lr=0.1):
+    """Make goal(free), the logarithm of a bound, small by Adam. Every bound on the way is valid.
 
-    log10, the smaller of product_log10 and ellipsoid_log10; body_log10 and radius_log10, product and R after
-    the last block; end, its (S, log); rows, one a block: constants of steps 3 to 6, R before each sublayer,
-    and the factor of attention.
-    """
-    rows, body, radius = [], 0.0, log10(R * (1 + 1e-9))
-    for block in blocks:
-        a, row = 1 - block["stream"], {name: block[name] for name in ("value", "pattern", "mlp", "mlp_gain")}
-        still, moved = log10((1 - a) + a * row["value"]), log10(a * row["pattern"]) + 2 * radius
-        row.update(radius_log10=radius, radius_mlp_log10=radius + still,
-                   attention_log10=np.logaddexp(still * LN10, moved * LN10).item() / LN10)
-        radius += still + log10((1 - a) + a * row["mlp_gain"])
-        body += row["attention_log10"] + log10((1 - a) + a * row["mlp"]) + 1e-9
-        rows.append(row)
-    product = body + log10(exact_norm(U_VD).item())
-    S, log = ellipsoid_blocks(blocks, R, {} if free is None else free)[-1]
-    end = (ellipsoid_norm(S, log, U_VD).item() - math.log(len(U_VD)) / 2) / LN10
-    return dict(log10=min(product, end), product_log10=product, ellipsoid_log10=end, body_log10=body,
-                radius_log10=radius, end=(S, log), rows=rows)
-
-
-def log10(x: float) -> float:
-    return math.log10(x) if x > 0 else -math.inf
-
-
-def power(exponent: float) -> str:
-    """10^exponent, to read, also where it overflows; rounded up, as it is a bound."""
-    plain = abs(exponent) < 6 or math.isinf(exponent)
-    return f"{10**exponent * 1.0005:.4g}" if plain else f"10^{exponent + 0.05:.1f}"
-
-
-def tune(goal, free: dict, steps: int, lr: float = 0.1):
-    """Make goal(free), the logarithm of a bound, small by Adam. Any `free` is true; the best seen is kept.
-
-    free, a dictionary of tensors, is filled by goal at its first call, changed in place, and returned.
+    free: {name: trainable weights of the bound}. goal fills it at its first call. It is changed in
+    place to the best weights that were seen, and returned.
     """
     goal(free)
     if not free or not steps:
         return free
-    optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in free.values()])
-    least, best = math.inf, copy.deepcopy(free)
+    optimizer = torch.optim.Adam([weights.requires_grad_() for weights in free.values()])
+    least = math.inf
+    best = free
     for step in range(steps + 1):
         value = goal(free)
         if value < least:
-            least, best = value.item(), copy.deepcopy(free)
+            least = value.item()
+            best = copy.deepcopy(free)
         optimizer.zero_grad()
         value.backward()
-        for tensor in free.values():
-            if tensor.grad is not None:  # (the last block's tokens move nothing)
-                tensor.grad.nan_to_num_(0, 0, 0)  # (a zero matrix gives NaN)
+        for weights in free.values():
+            if weights.grad is not None:  # the last block's ellipsoid of tokens is not used
+                weights.grad.nan_to_num_(0, 0, 0)  # a zero matrix gives NaN
         optimizer.param_groups[0]["lr"] = lr * (1 - step / (steps + 1))
         optimizer.step()
-    free.update({name: tensor.detach().requires_grad_(False) for name, tensor in best.items()})
+    for name, weights in best.items():
+        free[name] = weights.detach()
     return free
+
+
+def log10(x):
+    return math.log10(x) if x > 0 else -math.inf
+
+
+def power(exponent, down=False):
+    """10^exponent, to read, also where it overflows.
+
+    Rounded up, by up to 0.1 % or a tenth in the exponent, as it is a bound. down: rounded down, for
+    lower bounds, such as what an attack found.
+    """
+    up = -1 if down else 1
+    if abs(exponent) < 6 or math.isinf(exponent):
+        return f"{10**exponent * (1 + up * 0.0005):.4g}"
+    return f"10^{exponent + up * 0.05:.1f}"
+
+
+# ==== PART III: transformers without norm layers ==================================================
+# How far do the logits get apart, if all embeddings change? A block is
+#
+#   x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x)
+#   attention(x)_t = beta sum_h o_h v_h sum_(j <= t) P^h_tj x_j,   mlp(x) = w_out f(w_in x) / scale
+#   P^h_t = softmax over j of s q_h x_t . k_h x_j + bias,   q_h and k_h with or without RoPE
+#
+# A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
+# length. Attention has no bound on all of space, as larger tokens move its pattern more (Kim,
+# Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex, so a bound
+# on derivatives is a bound on differences. dx is a difference, C_h = o_h v_h, and sigma(.) the
+# largest singular value.
+@dataclass
+class Block:
+    """What the bounds need of a block. Matrices are in float64."""
+    # The product: constants of steps 3 to 6.
+    value: float  # attention's constant where the pattern does not change, and its gain
+    pattern: float  # what the changed pattern adds, divided by R^2
+    mlp: float  # the MLP's constant
+    mlp_gain: float  # its largest output, divided by R
+    # The ellipsoid: x_t <- stream x_t + sum_h C_h sum_j P^h_tj x_j, then x_t <- mlp(x_t).
+    stream: float  # 1 - a
+    C_HDD: Tensor  # a beta o_h v_h
+    mlp_differences: tuple  # mlp_slopes of the MLP and its stream, for differences of tokens
+    mlp_tokens: tuple  # and for tokens themselves
+    # By position: what head h gives a token of itself, at least. By content it is None.
+    p_H: Tensor | None = None
+    # By content: logits are q_h x_t . k_h x_j, with s in q_h.
+    q_HED: Tensor | None = None
+    k_HED: Tensor | None = None
+    rotates: bool = False  # with RoPE
+
+
+# ---- THE PRODUCT: how long a difference gets in a sublayer ---------------------------------------
+# Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
+#   1. Head h's output changes by C_h y_h + C_h m_h. y_h averages changed tokens, |y_h| <= 1. m_h is
+#      the changed pattern, applied to tokens. If no logit of a row changes by more than e_h, the
+#      softmax changes by at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So
+#      |m_h| <= e_h r.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
+#   3. o is applied to the v_h y_h of the heads side by side. So |beta sum_h C_h y_h| <= value, with
+#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
+#   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
+#      sigma(v_h) sigma(k_h). Then sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, with
+#      |Q dx_t| <= sigma(Q) and |Q x_t| <= sigma(Q) r. So |beta sum_h C_h m_h| <= pattern R^2, with
+#      pattern = beta 2 s D sigma(o) sigma(Q). Attention's constant is value + pattern R^2.
+#      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
+#      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
+#   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
+#   6. MLP: let n = sigma(w_out) sigma(w_in). MaxMin has constant n and output n R. GeLU has slopes
+#      in [1 - g, g] and |gelu(z)| <= |z|. Divided by a scale, it has constant n g / scale and
+#      output n R / scale.
+#   7. Residual: R starts as the largest RMS of an embedding. Each sublayer multiplies it by
+#      (1 - a) + a output / R, with the output of step 5 or 6. It multiplies the network's constant
+#      by (1 - a) + a constant, with the constant of step 4 or 6. Last comes the norm of the head.
+def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None):
+    """What transformer_bounds takes of a block.
+
+    W            {role: matrix in float64}, roles q, k (by content), v, o, in, out
+    p_H          by position: as in Block; None: by content, with s = logit_scale / (D / H)
+    gelu         (g, scale) of step 6; None: MaxMin
+    """
+    D = len(W["v"])
+    v_HED = W["v"].view(heads, -1, D)
+    o_HDE = W["o"].unflatten(1, (heads, -1)).transpose(0, 1)
+    v_H = sigma(v_HED)
+    up = 1 + 1e-9  # for rounding
+    beta_o = beta * sigma(W["o"]).item() * up
+    value = beta_o * v_H.norm().item()
+
+    pattern = 0.0
+    q_HED = k_HED = None
+    if p_H is None:  # by content
+        q_HED = W["q"].view(heads, -1, D)
+        k_HED = W["k"].view(heads, -1, D)
+        Q_HED = (v_H * sigma(k_HED))[:, None, None] * q_HED
+        # s D = logit_scale H
+        pattern = beta_o * 2 * logit_scale * heads * sigma(Q_HED.flatten(0, 1)).item()
+        q_HED = logit_scale * heads / D * q_HED
+
+    g = scale = 1.0
+    spread = token_spread = None
+    if gelu:
+        g, scale = gelu
+        spread = g - 0.5
+        token_spread = 0.5
+    gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
+    w_out = a * W["out"] / scale
+    C_HDD = a * beta * o_HDE @ v_HED
+    differences = mlp_slopes(1 - a, W["in"], w_out, spread)
+    tokens = mlp_slopes(1 - a, W["in"], w_out, token_spread)
+    return Block(value, pattern, gain * g, gain,
+                 1 - a, C_HDD, differences, tokens,
+                 p_H, q_HED, k_HED, rotates)
+
+
+# ---- THE ELLIPSOID: what one sublayer stretches most, the next does not --------------------------
+# First the changed pattern, sum_h C_h m_h of step 1. Tokens are in E(X), their differences in E(S).
+# As before, derivatives are enough, as E(X) is convex.
+#   a. If no logit of a row changes by more than e_h, m_h is in e_h E(X), as in step 1.
+#   b. |c sum_h C_h m_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0,
+#      the sum is in the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
+#   c. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), k_h x_j is in
+#      E(k_h X k_h^T). So the first term is at most |root_h^T q_h dx_t|, where root_h root_h^T is
+#      k_h X k_h^T. Likewise the second, with S in place of X.
+#   d. RoPE turns queries against keys. So the keys' ellipsoid must be one that turning does not
+#      change: E(L d^-2) holds it with L = sigma(d k_h X k_h^T d), for any diagonal d > 0 that has
+#      one value for both coordinates that turn together. root_h is then sqrt(L) d^-1.
+#   e. All heads see one token. Let n_first be the largest norm of the stacked t_h root_h^T q_h dx_t
+#      for dx_t in E(S), and n_second that of the second terms. Then by Minkowski
+#      sum_h t_h^2 e_h^2 <= (n_first + n_second)^2.
+def seen_by_keys(q_HED, k_HED, S, rotates, weights_HE):
+    """root_h^T q_h (H, E, D) of c and d: |k_h z . q_h x| <= |root_h^T q_h x| for z in E(S)."""
+    keys_HEE = ellipsoid_image(k_HED, S)
+    if not rotates:
+        return root_of(keys_HEE).mT @ q_HED
+    pair_HE = keys_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2)
+    log_HE = pair_HE.clamp(min=1e-300).log()
+    d_HE = (weights_HE - (log_HE - log_HE.mean()) / 4).exp().repeat(1, 2)
+    L_H1 = eigvalsh(d_HE[:, :, None] * keys_HEE * d_HE[:, None])[:, -1:]
+    return (L_H1.clamp(min=1e-300).sqrt() / d_HE)[:, :, None] * q_HED
+
+
+def ellipsoid_pattern(S, X, q_HED, k_HED, C_HDD, rotates,
+                      weights_H=0.0, weights_S=0.0, weights_X=0.0):
+    """(S', log') that holds sum_h C_h m_h, for tokens in E(X) that change within E(S).
+
+    Logits are q_h x_t . k_h x_j. weights_H: for t_h. With RoPE, weights_S and weights_X: for d of
+    the two terms of c, of each head and pair of coordinates that turns (H, E / 2).
+    """
+    first_HED = seen_by_keys(q_HED, k_HED, X, rotates, weights_X)  # to be applied to dx_t
+    second_HED = seen_by_keys(q_HED, k_HED, S, rotates, weights_S)  # to be applied to x_t
+    CXC_HDD = ellipsoid_image(C_HDD, X)
+    # The start: t_h^4 is the size of C_h X C_h^T by that of e_h^2.
+    log_H = ellipsoid(CXC_HDD)[1]
+    log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
+    log_second_H = ellipsoid(second_HED @ X @ second_HED.mT)[1]
+    start_H = (log_H - torch.logaddexp(log_first_H, log_second_H)) / 4
+    t_H11 = (weights_H + start_H).exp()[:, None, None]
+    n_first = ellipsoid_norm(S, 0.0, (t_H11 * first_HED).flatten(0, 1)).exp()
+    n_second = ellipsoid_norm(X, 0.0, (t_H11 * second_HED).flatten(0, 1)).exp()
+    log = 2 * ((1 + 1e-6) * (n_first + n_second)).log()  # root_h^T q_h may cancel
+    return ellipsoid((CXC_HDD / t_H11**2).sum(0), log)
+
+
+# Then block after block, from dx_t in E(D I):
+#   8. E(S) is convex and symmetric: if all tokens change within E(S), so do their averages,
+#      whatever the pattern.
+#   9. The MLP with its stream is an ellipsoid_layer (mlp_slopes).
+#  10. Pattern by position, which does not change: head h gives a token at least p_h of itself, and
+#      an average y_h of the rest. So the token changes by the sum of G_0 dx_t and all G_h y_h, with
+#      G_0 = stream I + sum_h p_h C_h, and G_h = (1 - p_h) C_h.
+#  11. Pattern by content: p_h = 0, and the changed pattern is one more term of the sum. It depends
+#      on where tokens are: in E(X), from X = R^2 D I on by the same steps.
+#  12. The same difference lies in many ellipsoids, one for each choice of weights. Each term of the
+#      next sum may use the one that suits it best, so a block hands on as many as the next block
+#      has terms of step 10. A block by content takes a single one.
+#  13. In the end, logits U x change by at most sqrt(sigma(U S U^T) / V) in RMS.
+def attention_terms(block):
+    """(G, size): G_0, ..., G_H of step 10 (P, D, D), and `size` of ellipsoid_image for them."""
+    C_HDD = block.C_HDD
+    eye = eye_like(C_HDD)
+    p_H11 = torch.zeros(len(C_HDD), 1, 1).to(eye)
+    if block.p_H is not None:
+        p_H11 = block.p_H[:, None, None] * (1 - 1e-12)
+    G_0 = block.stream * eye + (p_H11 * C_HDD).sum(0)
+    size = block.stream * len(eye) ** 0.5 + matrix_norm(C_HDD).sum().item()
+    return torch.cat([G_0[None], (1 - p_H11) * C_HDD]), size
+
+
+def after_mlp(slopes, S_P, log_P, M, weights, kind):
+    """(S, log) (M, D, D) and (M,): behind the sum of these terms and the MLP, step 12."""
+    J, A, B, size = slopes
+    parts_MP = weights(f"{kind} parts", M, len(S_P))
+    neurons_MN = weights(f"{kind} neurons", M, len(J))
+    share_M = weights(f"{kind} share", M)
+    found = []
+    for m in range(M):
+        S, log = ellipsoid_sum(S_P, log_P, parts_MP[m])
+        found.append(ellipsoid_layer(S, log, J, A, B, neurons_MN[m], share_M[m], size))
+    S_M, log_M = zip(*found)
+    return torch.stack(S_M), torch.stack(log_M)
+
+
+def find_weights(free, i, like, name, *shape):
+    """The trainable weights of that name in block i. They start at zero."""
+    return free.setdefault(f"{name} {i}", torch.zeros(shape).to(like))
+
+
+def ellipsoid_blocks(blocks, R, free):
+    """[(S, log)]: after each block, tokens change within E(exp(log) S), if at first by RMS <= 1.
+
+    R       largest RMS of a token at the start
+    free    {name: trainable weights}; filled with zeros where there are none
+    """
+    eye = eye_like(blocks[0].C_HDD)
+    D = len(eye)
+    S_M, log_M = ellipsoid(eye[None], math.log(D))
+    X_M, log_XM = ellipsoid(eye[None], math.log(D) + 2 * math.log(max(R, 1e-300)) + 1e-9)
+    after = []
+    for i, block in enumerate(blocks):
+        weights = functools.partial(find_weights, free, i, eye)
+        G_P, size = attention_terms(block)
+        S_P, log_P = ellipsoid(ellipsoid_image(G_P, S_M, size), log_M)
+        if block.p_H is None:
+            H, E, _ = block.q_HED.shape
+            S, log = ellipsoid_pattern(
+                S_M[0], X_M[0], block.q_HED, block.k_HED, block.C_HDD, block.rotates,
+                weights("heads", H), weights("S", H, E // 2), weights("X", H, E // 2))
+            S_P = torch.cat([S_P, S[None]])
+            # S and X went in without their logs. e_h^2 scales as S X, and m_h is in e_h E(X).
+            log_P = torch.cat([log_P, log + log_M + 2 * log_XM])
+        if any(later.p_H is None for later in blocks[i:]):
+            X_P, log_XP = ellipsoid(ellipsoid_image(G_P, X_M, size), log_XM)
+            X_M, log_XM = after_mlp(block.mlp_tokens, X_P, log_XP, 1, weights, "token")
+        M = 1
+        if i + 1 < len(blocks) and blocks[i + 1].p_H is not None:
+            M = len(blocks[i + 1].C_HDD) + 1
+        S_M, log_M = after_mlp(block.mlp_differences, S_P, log_P, M, weights, "difference")
+        after.append((S_M[0], log_M[0]))
+    return after
+
+
+# ---- both ----------------------------------------------------------------------------------------
+def transformer_bounds(blocks, R, U_VD, free=None):
+    """How far logits U x change (max-token RMS) if embeddings of RMS at most R change by RMS 1.
+
+    All are logarithms to base 10, rounded up. free: the trainable weights that `tune` found; None:
+    zeros.
+    log10           the smaller of product_log10 and ellipsoid_log10
+    body_log10      the product before the head; radius_log10: R after the last block
+    end             its (S, log)
+    rows            one for each block: constants of steps 3 to 6, R before each sublayer, and the
+                    factor of attention
+    """
+    rows = []
+    body_log10 = 0.0
+    radius_log10 = log10(R * (1 + 1e-9))
+    for block in blocks:
+        a = 1 - block.stream
+        value_log10 = log10(block.stream + a * block.value)
+        pattern_log10 = log10(a * block.pattern) + 2 * radius_log10
+        attention_log10 = np.logaddexp(value_log10 * LN10, pattern_log10 * LN10).item() / LN10
+        rows.append(dict(value=block.value, pattern=block.pattern,
+                         mlp=block.mlp, mlp_gain=block.mlp_gain,
+                         radius_log10=radius_log10,
+                         radius_mlp_log10=radius_log10 + value_log10,
+                         attention_log10=attention_log10))
+        radius_log10 += value_log10 + log10(block.stream + a * block.mlp_gain)
+        body_log10 += attention_log10 + log10(block.stream + a * block.mlp) + 1e-9
+    product = body_log10 + log10(exact_norm(U_VD).item())
+    S, log = ellipsoid_blocks(blocks, R, free or {})[-1]
+    followed = (ellipsoid_norm(S, log, U_VD).item() - math.log(len(U_VD)) / 2) / LN10
+    return dict(log10=min(product, followed), product_log10=product, ellipsoid_log10=followed,
+                body_log10=body_log10, radius_log10=radius_log10, end=(S, log), rows=rows)

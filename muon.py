@@ -1,15 +1,21 @@
 """Muon: momentum, orthogonalised. A step of size `lr` moves a weight matrix by at most `lr`.
 
-Read this file first: the method rests on one fact that AdamW cannot offer. The size of an update is known
-*before* it is made. Muon replaces the momentum matrix by its orthogonal factor (all singular values 1). The
-RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in / fan_out), so in that norm the update
+Read this file first. The method rests on one fact that AdamW cannot offer: the size of an update is
+known *before* it is made. Muon replaces the momentum matrix by its orthogonal factor, whose
+singular values are all 1. The RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in /
+fan_out). So in that norm the update
 
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
-has size lr. From within its limit W gets at most lr beyond it, and constraints.py takes that back.
+has size lr. A matrix that was within its limit ends at most lr above it, and the maps of
+constraints.py take that back.
 
-Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon), its reading as steepest descent in
-a norm Bernstein and Newhouse (2024), minimax polynomials for msign Amsel et al. (2025, "Polar Express").
+The file has two parts: msign, which computes the orthogonal factor, and the optimizer, which also
+decides when a constraint has to run.
+
+Ancestry: Muon is Jordan et al. (2024, kellerjordan.github.io/posts/muon). Bernstein and Newhouse
+(2024) read it as steepest descent in a norm. Minimax polynomials for msign are Amsel et al. (2025,
+"Polar Express").
 """
 
 import contextlib
@@ -17,17 +23,28 @@ import math
 
 import torch
 
-# ==== msign: the orthogonal factor of a matrix, by matrix products alone ===========================
-# For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. An odd polynomial
-# a x + b x^3 + c x^5 acts on singular values as (a I + b A + c A^2) G with A = G G^T, so a few of them,
-# composed to send (0, 1] close to 1, need products alone. What they overshoot by goes straight into the
-# guarantee on the weights (Jordan's five quintics reach 1.20), so these never exceed 1:
-#   1. Let the singular values lie in [l, 1]. Take the odd quintic nearest to 1 in the worst case on
-#      [l, 1 + tau]: it is 1-e, 1+e, 1-e, 1+e in turn, at l, at two points between, at 1 + tau (Remez).
-#   2. Divide it by 1+e. It maps [l, 1] into [(1-e)/(1+e), 1], and rises from 0 on [0, l]: p <= 1.
-#   3. Repeat with (1-e)/(1+e) as the new l. From l = 0.003: 0.0118, 0.046, 0.173, 0.548, 0.956.
-#   4. tau = 0.08: beyond it the slope is 12, and what rounding takes there explodes. bfloat16 rounds by up to
-#      2^-9, a matrix of entries that all round alike by 2^-9 sqrt(m): 3 % for m = 256, 6 % for 1024.
+# ==== msign: the orthogonal factor of a matrix, by matrix products alone ==========================
+# For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. With A = G G^T, the
+# matrix (a I + b A + c A^2) G has the singular vectors of G, and a s + b s^3 + c s^5 as singular
+# values. So a few such quintics, which together send (0, 1] close to 1, need products alone. What
+# they overshoot by goes straight into the guarantee on the weights. Jordan's five quintics reach
+# 1.20, so these here are made never to exceed 1:
+#   1. Let the singular values lie in [l, 1]. Take the odd quintic that is nearest to 1 in the worst
+#      case on [l, 1 + tau]. It is 1 - e, 1 + e, 1 - e, 1 + e in turn, at l, at two points between,
+#      and at 1 + tau (Remez).
+#   2. Divide it by 1 + e. It then maps [l, 1] into [(1 - e) / (1 + e), 1], and rises from 0 on
+#      [0, l].
+#   3. Repeat with l = (1 - e) / (1 + e). From l = 0.003 that is 0.0118, 0.046, 0.173, 0.548, 0.956.
+#   4. tau = 0.08 is room for rounding. In low precision a singular value may land a little above 1.
+#      Beyond 1 + tau the quintic rises with slope 12, so the next steps would blow that value up.
+#
+# How far above 1 can rounding lead? bfloat16 has 8 significant bits and rounds an entry by up to a
+# relative 2^-8. The entries of an orthogonal factor of m x n, m <= n, are about 1 / sqrt(n). If all
+# errors have the same sign, they form a matrix of rank one whose norm is up to 2^-8 sqrt(m), 0.09
+# for 512 rows. Entries of two sizes, one for positive and one for negative entries, come near that.
+# The worst that was found are such Hadamard matrices: with 64 to 2048 rows and up to 10,240 columns
+# msign gave at most 1.056, for 512 x 2560 and sizes that differ by 40/256 (tests/test_muon.py). So
+# the bfloat16 value below is an observation, not a theorem.
 QUINTICS = (
     (3.9315793965075883, -9.961059610387684, 6.330758067286728),
     (3.9014935990598114, -9.746436633712356, 6.16886741692355),
@@ -35,13 +52,13 @@ QUINTICS = (
     (3.3527885714277708, -6.356417693343335, 3.665787153475924),
     (2.399582326380437, -2.5019688578112294, 1.0618535818890484),
 )
-# Of any G: in bfloat16 as seen, not proved (1.03 for the worst matrices of 512 rows, 1.06 of 1024).
+# {dtype: largest singular value of msign(G), whatever G is}
 MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.07}
 
 
 @contextlib.contextmanager
 def full_sums():
-    """On CUDA, add bfloat16 products up in float32: partial sums in bfloat16 would make msign explode."""
+    """On CUDA, add up bfloat16 products in float32: partial sums in bfloat16 make msign explode."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction
     matmul.allow_bf16_reduced_precision_reduction = False
@@ -55,168 +72,249 @@ def full_sums():
 def msign(G: torch.Tensor) -> torch.Tensor:
     """The orthogonal factor U V^T of G = U diag(s) V^T, approximately and never too large.
 
-    G (..., fan_out, fan_in): float64, float32 or bfloat16, any scale. Returns the same shape and dtype, with
-    singular values of at most MSIGN_MAX[dtype]. Relative to the largest, s = 0.1, 0.01, 0.001 become 0.96,
-    0.96, 0.45; less at high rank, as the largest is known only to rank^(1/8). Zero gives zero, NaN or
-    infinity NaN. Not for TF32, nor under autocast.
+    G (..., fan_out, fan_in): float64, float32 or bfloat16, of any scale. Returns the same shape and
+    dtype, with singular values of at most MSIGN_MAX[dtype]. Singular values of 0.1, 0.01 and 0.001
+    of the largest become 0.96, 0.96 and 0.45. At high rank they become less, as the largest one is
+    known only up to a factor rank^(1/8). Zero gives zero; NaN or infinity gives NaN. Not for TF32,
+    nor under autocast. ValueError for other dtypes and for vectors.
     """
     if G.ndim < 2 or G.dtype not in MSIGN_MAX:
-        raise ValueError(f"msign needs a float64, float32 or bfloat16 matrix, not {G.dtype} {tuple(G.shape)}")
-    tall, (m, n) = G.shape[-2] > G.shape[-1], sorted(G.shape[-2:])
+        raise ValueError(f"msign needs a float64, float32 or bfloat16 matrix, not {G.dtype} "
+                         f"{tuple(G.shape)}")
+    m, n = sorted(G.shape[-2:])
+    tall = G.shape[-2] > G.shape[-1]
     X = (G.mT if tall else G).reshape(-1, m, n)
-    # Entries into [-1, 1], so that no product over- or underflows. (Dividing: 1/1e-45 is infinite.)
+
+    # Bring the entries into [-1, 1], so that no product over- or underflows. A division, as the
+    # inverse of 1e-45 is infinite.
     largest = X.abs().amax((-2, -1), keepdim=True)
-    X = X / torch.where(largest == 0, torch.ones_like(largest), largest)
+    X = X / avoid_zero(largest)
+
+    # Bring the singular values to at most 1, by s_1^4 <= ||A^2||_F.
     A = square(X)
-    # Scale to at most 1, by s_1^4 <= ||A^2||_F. (1 for zero.)
     size = torch.linalg.matrix_norm(A @ A, keepdim=True).sqrt()
-    inverse = torch.where(size == 0, torch.ones_like(size), size).reciprocal()
-    X, A = X * inverse.sqrt(), A * inverse
+    inverse = avoid_zero(size).reciprocal()
+    X = X * inverse.sqrt()
+    A = A * inverse
+
     for i, (a, b, c) in enumerate(QUINTICS):
-        A = square(X) if i else A
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, P, X, beta=a)
+        if i > 0:
+            A = square(X)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
+        X = torch.baddbmm(X, P, X, beta=a)  # (a I + b A + c A^2) X
     return (X.mT if tall else X).reshape(G.shape)
 
 
-def square(X):
-    """X X^T, X (..., m, n). (Of a stack of one torch would copy X^T first: three times the time.)"""
-    return (X[0] @ X[0].mT)[None] if X.ndim == 3 and len(X) == 1 else X @ X.mT
+def avoid_zero(x):
+    """x to divide by: 1 where it is 0."""
+    return torch.where(x == 0, torch.ones_like(x), x)
+
+
+def square(X: torch.Tensor) -> torch.Tensor:
+    """X X^T of X (..., m, n)."""
+    if X.ndim == 3 and len(X) == 1:
+        # Of a stack of one, torch would copy X^T first: three times the time.
+        return (X[0] @ X[0].mT)[None]
+    return X @ X.mT
 
 
 def fast_dtype(device) -> torch.dtype:
-    """bfloat16 where its products are native, and 2 to 8 times as fast as float32's; else float32."""
-    native = dict(cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-                  cpu=torch.cpu._is_avx512_bf16_supported).get(torch.device(device).type, bool)
-    return torch.bfloat16 if native() else torch.float32
+    """bfloat16 where its products are native, 2 to 8 times as fast as float32's; else float32."""
+    kind = torch.device(device).type
+    native = False
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
 
 
 # ==== Muon ========================================================================================
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, and a constraint applied to each matrix after its update.
+
     lr            RMS->RMS norm of an update
-    momentum      M <- momentum * M + (1 - momentum) * gradient (msign does not see the scale)
-    constraint    a map (W, w_max, step_norm) -> W, yours or of constraints.py (weight_decay: w_max=1/decay)
-    w_max         the RMS->RMS limit it enforces, on float32 or float64 (bfloat16's rounding drifts)
-    dtype         precision of msign, None: the parameters'. A step in bfloat16 has norm up to 1.07 lr
-    every         a constraint that can wait (see _constrain) runs about every so many steps, 1 to 64
-    All can be set per group. Parameters are matrices (fan_out, fan_in) or stacks (count, fan_out, fan_in).
-    With a constraint that can wait the limit holds for each weight after its every step, wherever it starts.
-    Writing to it from outside breaks that for at most 64 steps, or until forget() is called. A gradient that
-    is not finite makes no update (constraints run all the same); its entries restart their momentum at 0.
+    momentum      M <- momentum * M + (1 - momentum) * gradient; msign does not see the scale
+    constraint    a map (W, w_max, step_norm) -> W, of constraints.py or yours, or None
+    w_max         the limit it enforces, RMS->RMS, on float32 or float64 weights (those in bfloat16
+                  drift by rounding); for weight_decay, 1 / decay
+    dtype         precision of msign; None: that of the parameters. In bfloat16 an update has a norm
+                  of up to 1.07 lr, which the constraint takes into account
+    every         a constraint that can wait runs at most about every so many steps, 1 to 64
+
+    Each can be set per group. Parameters are matrices (fan_out, fan_in) or stacks of matrices
+    (count, fan_out, fan_in); ValueError for anything else.
+
+    With a constraint that can wait (soft_cap, hard_cap, specnorm) the limit holds for each weight
+    after each of its steps, to a relative 1e-4, wherever the weights start. soft_cap in bfloat16
+    arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
+    limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
+    update, and its entries restart their momentum at 0.
     """
 
-    def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None, every=1):
+    def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,
+                 every=1):
         self.forget()
-        super().__init__(params, dict(lr=lr, momentum=momentum, constraint=constraint, w_max=w_max,
-                                      dtype=dtype, every=every))
+        super().__init__(params, dict(lr=lr, momentum=momentum, constraint=constraint,
+                                      w_max=w_max, dtype=dtype, every=every))
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        group, wrong = self.param_groups[-1], []
-        limits = dict(lr=(0, math.inf), momentum=(0, 1), every=(1, 65), w_max=(1e-300, math.inf))
-        for name, (low, high) in limits.items():
-            if not low <= (group[name] or 0) < high and (name != "w_max" or group["constraint"]):
-                wrong.append(f"{name} is {group[name]}, must be at least {low:g} and below {high:g}")
-        if not (group["constraint"] is None or callable(group["constraint"])):
-            wrong.append(f"constraint is {group['constraint']!r}, must be a function (or None)")
-        for p in group["params"]:
-            dtypes = {p.dtype, group["dtype"] or p.dtype}
-            if p.ndim not in (2, 3) or p.numel() == 0 or not dtypes <= MSIGN_MAX.keys():
-                wrong.append(f"a parameter is {tuple(p.shape)} in {dtypes}, must be a matrix or a stack, in "
-                             "float32, float64 or bfloat16. Give biases to Adam; a convolution as a matrix")
-        if wrong:
+        faults = find_faults(self.param_groups[-1])
+        if faults:
             self.param_groups.pop()
-            raise ValueError("Muon: " + "; ".join(wrong))
+            raise ValueError("Muon: " + "; ".join(faults))
 
     def forget(self):
-        """Take nothing for granted about norms. To be called after writing to weights from outside."""
-        self.bounds, self.steps = {}, 0  # {matrix: what its norm is at most}, steps counted since
+        """Take nothing for granted about norms. Call it after writing to weights from outside."""
+        self.bounds = {}  # {matrix: what its norm is at most}
+        self.steps = 0  # counted since
 
-    def __setstate__(self, state):  # after load_state_dict, copying, unpickling
+    def __setstate__(self, state):
+        """Called after load_state_dict, by copying and by unpickling."""
         super().__setstate__(state)
         self.forget()
 
     def state_dict(self):
         """As of any optimizer, with constraints by name: a checkpoint holds no code."""
-        self.forget()  # as loading does: so the run that goes on and the one that is loaded agree
+        self.forget()  # as loading does, so that a run that goes on and a run that is loaded agree
         state = super().state_dict()
         for group in state["param_groups"]:
             group["constraint"] = getattr(group["constraint"], "__name__", None)
         return state
 
     def load_state_dict(self, state_dict):
-        """Groups keep the constraints they were made with. ValueError if the state does not fit."""
-        groups, own = state_dict["param_groups"], [dict(group) for group in self.param_groups]
-        names = (i for group in groups for i in group["params"])
-        for i, p in zip(names, (p for group in self.param_groups for p in group["params"])):
-            saved = {k: getattr(v, "shape", ()) for k, v in state_dict["state"].get(i, {}).items()}
-            if saved not in ({}, {"momentum": p.shape}) or not all("every" in group for group in groups):
-                raise ValueError("Muon: this state is of another optimizer or model: needed is a momentum "
-                                 f"{tuple(p.shape)}, it has {saved}")
+        """Groups keep the constraints they were made with. ValueError if it is no state of Muon."""
+        for group in state_dict["param_groups"]:
+            if "every" not in group:
+                raise ValueError("Muon: this is a state of another optimizer, must be of Muon")
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, own):
-            group.update(constraint=before["constraint"], w_max=group.get("w_max") or before["w_max"])
+        for group, own in zip(self.param_groups, before):
+            group["constraint"] = own["constraint"]
+            group["w_max"] = group.get("w_max") or own["w_max"]
 
-    @torch._disable_dynamo  # (torch.compile runs it as it is)
+    @torch._disable_dynamo  # torch.compile leaves it as it is
     @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure else None
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
         self.steps += 1
-        if self.steps == 64:  # (someone may have written to the weights)
+        if self.steps == 64:  # someone may have written to the weights
             self.forget()
         for group in self.param_groups:
+            # Matrices of one shape are one batch: a stack takes less time than one after the other.
             batches = {}
             for p in group["params"]:
                 if p.grad is not None:
                     batches.setdefault((p.shape, p.dtype, p.device), []).append(p)
             for batch in batches.values():
                 with torch.autocast(batch[0].device.type, enabled=False):
-                    self._update(batch, group)
+                    step_norm = self._update(batch, group)
+                    if group["constraint"] is not None:
+                        self._constrain(batch, group, step_norm)
         return loss
 
     def _update(self, batch, group):
-        lr, momentum, updates = float(group["lr"]), float(group["momentum"]), []
-        if not 0 <= lr < math.inf:  # (a schedule that ran past its end)
+        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns what its norm is at most."""
+        lr = float(group["lr"])
+        momentum = float(group["momentum"])
+        if not 0 <= lr < math.inf:  # a schedule that ran past its end
             raise ValueError(f"Muon: lr is {lr}, must be finite and at least 0")
+
+        directions = []
         for p in batch:
+            gradient = p.grad.to_dense()  # that of an embedding may be sparse
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            M = state["momentum"].lerp_(p.grad.to_dense(), 1 - momentum)  # (an embedding's may be sparse)
-            updates.append(torch.lerp(p.grad.to_dense(), M, momentum).to(group["dtype"] or M.dtype))
-        update = msign(torch.stack(updates) if len(batch) > 1 else updates[0][None])
-        if update.device.type != "cpu" or not update[..., 0, 0].isfinite().all():  # (a look costs a GPU more)
-            for M in (update, *(self.state[p]["momentum"] for p in batch)):
-                M.nan_to_num_(0, 0, 0)
-        (fan_out, fan_in), step = batch[0].shape[-2:], lr * MSIGN_MAX[update.dtype]
-        for p, U in zip(batch, update):
-            p.add_(U, alpha=-lr * (fan_out / fan_in) ** 0.5)
-            self.bounds[p] = self.bounds.get(p, math.inf) + step
-        if group["constraint"] is not None:
-            self._constrain(batch, group, step)
+            M = state["momentum"].lerp_(gradient, 1 - momentum)
+            nesterov = torch.lerp(gradient, M, momentum)
+            directions.append(nesterov.to(group["dtype"] or M.dtype))
+        updates = msign(stack(directions))
 
-    def _constrain(self, batch, group, step):
-        # can_wait = True promises: any W of norm up to w_max + step_norm goes to at most w_max, and any W if
-        # step_norm is infinite. Then the constraint need not run at each step. No norm is measured:
-        #   1. bounds[W] grew by step. While it is at most w_max there is nothing to do. Where it is infinite
-        #      (nothing is known) W is first brought to w_max + step: one that is within stays as it is.
-        #   2. Then W is taken to a target so far below w_max that the next every - 1 steps cannot pass it:
-        #      w_max - (every - 1) step, in whole steps and not below 15/16 w_max. That is the new bound.
-        constraint, target, bound, told = group["constraint"], float(group["w_max"]), math.inf, step
-        waits, most = getattr(constraint, "can_wait", False), max(self.bounds[p] for p in batch)
-        if waits and most <= target * (1 + 1e-9):
+        # One entry that is not finite makes its whole update NaN: then no update, and momentum
+        # restarts. On a GPU, waiting for a look at the first entries would cost more than doing
+        # this always.
+        if updates.device.type != "cpu" or not updates[..., 0, 0].isfinite().all():
+            updates.nan_to_num_(0, 0, 0)
+            for p in batch:
+                self.state[p]["momentum"].nan_to_num_(0, 0, 0)
+
+        fan_out, fan_in = batch[0].shape[-2:]
+        step_norm = lr * MSIGN_MAX[updates.dtype]
+        for p, update in zip(batch, updates):
+            p.add_(update, alpha=-lr * (fan_out / fan_in) ** 0.5)
+            self.bounds[p] = self.bounds.get(p, math.inf) + step_norm
+        return step_norm
+
+    # A constraint need not run after each step, if the limit holds all the same. `can_wait = True`
+    # on a constraint promises: it takes any W of norm up to w_max + step_norm to at most w_max, and
+    # any W at all if step_norm is infinite. Then no norm is measured, as it is enough to count:
+    #   1. bounds[W] has grown by step_norm. While it is at most the limit, there is nothing to do.
+    #   2. Where nothing is known of W, its bound is infinite. It is first brought to at most
+    #      limit + step_norm. A weight that was within its limit stays as it is.
+    #   3. Then W is taken to a target below the limit, with room for the next every - 1 steps. Only
+    #      whole steps count, and the target is not below 15/16 of the limit. The target is the new
+    #      bound.
+    # For example: w_max 2, lr 0.1, every 4, with steps of 0.1001 in float32. Room for 3 steps would
+    # need a target of 1.70, but it may not go below 15/16 of 2 = 1.875. So there is room for one
+    # step: the target is 1.8999, and the constraint runs at every second step. In bfloat16 steps
+    # count 0.107, the target is 1.893, and it runs as often.
+    def _constrain(self, batch, group, step_norm):
+        constraint = group["constraint"]
+        limit = float(group["w_max"])
+        norm_at_most = max(self.bounds[p] for p in batch)
+        can_wait = getattr(constraint, "can_wait", False)
+        if can_wait and norm_at_most <= limit * (1 + 1e-9):
             return
-        stack = torch.stack(batch) if len(batch) > 1 else batch[0][None]
-        if waits:
-            reach = target + step
-            if most == math.inf:
-                stack, most = constraint(stack, reach, math.inf), reach
-            target -= max(0, min(group["every"] - 1, target // (16 * step))) * step if step else 0
-            bound, told = target, max(most, reach) - target
-        if getattr(new := constraint(stack, target, told), "shape", None) != stack.shape:
-            raise ValueError(f"Muon: a constraint must return a tensor {tuple(stack.shape)}, as it is given")
-        for p, W in zip(batch, new):
-            p.copy_(W)
+
+        W = stack(batch)
+        target = limit
+        overshoot = step_norm
+        bound = math.inf
+        if can_wait:
+            reach = limit + step_norm
+            if norm_at_most == math.inf:
+                W = constraint(W, reach, math.inf)
+                norm_at_most = reach
+            if step_norm > 0:
+                room = min(group["every"] - 1, limit // (16 * step_norm))  # in steps
+                target -= room * step_norm
+            overshoot = max(norm_at_most, reach) - target
+            bound = target
+        new = constraint(W, target, overshoot)
+        if getattr(new, "shape", None) != W.shape:
+            raise ValueError(f"Muon: a constraint must return a tensor {tuple(W.shape)}, as given")
+        for p, new_W in zip(batch, new):
+            p.copy_(new_W)
             self.bounds[p] = bound
+
+
+def stack(matrices):
+    """(count, ...): one tensor of all. One alone is not copied."""
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+
+
+def find_faults(group):
+    """What is wrong with the settings of a group, in words."""
+    faults = []
+    if not 0 <= group["lr"] < math.inf:
+        faults.append(f"lr is {group['lr']}, must be finite and at least 0")
+    if not 0 <= group["momentum"] < 1:
+        faults.append(f"momentum is {group['momentum']}, must be at least 0 and below 1")
+    if not 1 <= group["every"] <= 64:
+        faults.append(f"every is {group['every']}, must be from 1 to 64")
+    if group["constraint"] is not None:
+        if not callable(group["constraint"]):
+            faults.append(f"constraint is {group['constraint']!r}, must be a function or None")
+        if not 0 < (group["w_max"] or 0) < math.inf:
+            faults.append(f"w_max is {group['w_max']}, must be finite and above 0")
+    for p in group["params"]:
+        dtypes = {p.dtype, group["dtype"] or p.dtype}
+        if p.ndim not in (2, 3) or p.numel() == 0 or not dtypes <= MSIGN_MAX.keys():
+            faults.append(f"a parameter is {tuple(p.shape)} in {dtypes}, must be a matrix or stack "
+                          "in float32, float64 or bfloat16: no bias, no convolution")
+    return faults

@@ -1,4 +1,7 @@
-"""Every constraint against an SVD in float64: what the table in constraints.py promises, on spectra that break things."""
+"""Every constraint against an SVD in float64: what the table in constraints.py promises, on spectra that break things.
+
+The ellipsoids against support functions, enumeration, and attacks.
+"""
 
 import math
 from fractions import Fraction
@@ -9,11 +12,11 @@ import pytest
 import torch
 from matrices import SHAPES, sigma_limit, singular_values, spectra, with_spectrum
 
-from constraints import (CONSTRAINTS, after_unknown_step, cap_rows, ellipsoid, ellipsoid_blocks, ellipsoid_layer,
-                         ellipsoid_norm, ellipsoid_pairs, ellipsoid_pattern, ellipsoid_sum, exact_norm,
-                         find_constraint, hammer, hard_cap, image, log10, mlp_slopes, norm_bound, power, sigma, sigma_per_norm,
-                         soft_cap, soft_cap_alpha, soft_cap_map, specnorm, spectral_weight_decay, stiefel,
-                         tune, weight_decay)
+from constraints import (CONSTRAINTS, Block, after_unknown_step, cap_rows, ellipsoid, ellipsoid_blocks, ellipsoid_image,
+                         ellipsoid_layer, ellipsoid_norm, ellipsoid_pairs, ellipsoid_pattern, ellipsoid_sum, exact_norm,
+                         find_constraint, hammer, hard_cap, log10, mlp_slopes, norm_bound, power, sigma,
+                         sigma_per_norm, soft_cap, soft_cap_alpha, soft_cap_map, specnorm, spectral_weight_decay,
+                         stiefel, tune, weight_decay)
 from constraints import singular_values as rms_singular_values
 from muon import fast_dtype
 
@@ -111,7 +114,7 @@ def test_stiefel_keeps_what_it_promises():
     assert (s - 1).abs().max() <= 1e-4
 
 
-# ---- what is wrong with one matrix of a stack, and numbers of all sizes -------------------------------------------------
+# ---- what is wrong with one matrix of a stack, and numbers of all sizes ----------------------------------------------
 @pytest.mark.parametrize("name", ["hard_cap", "specnorm", "soft_cap", "stiefel"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30, 1e-30])
 def test_one_bad_matrix_does_not_spoil_the_others(name, bad):
@@ -193,8 +196,8 @@ def test_cap_rows():
 
 def test_singular_values_are_in_rms_units():
     W = with_spectrum(4, 9, torch.tensor([3.0, 2.0, 1.0, 0.0]))
-    torch.testing.assert_close(rms_singular_values(torch.stack([W, 2 * W])), torch.tensor([[3.0, 2, 1, 0], [6, 4, 2, 0]]).double() * 1.5,
-                               rtol=0, atol=1e-5)
+    expected = 1.5 * torch.tensor([[3.0, 2, 1, 0], [6, 4, 2, 0]]).double()
+    torch.testing.assert_close(rms_singular_values(torch.stack([W, 2 * W])), expected, rtol=0, atol=1e-5)
 
 
 # ---- soft cap --------------------------------------------------------------------------------------------------------
@@ -230,11 +233,14 @@ def test_soft_cap_holds_after_a_step_of_known_norm(shape, step):
         assert singular_values(capped).max() <= sigma_limit(W, W_MAX) * (1 + 1e-4), name
         if W_MAX + step <= 2.26 * W_MAX:
             alpha = soft_cap_alpha(W_MAX, W_MAX + step) / sigma_per_norm(W) ** 2
-            c = max(1.0, alpha * singular_values(W).pow(8).sum().item() ** 0.25)  # step 6: 1 but for large steps and flat spectra
+            # Steps 8 and 9: c is 1 but for large steps and flat spectra.
+            c = max(1.0, alpha * singular_values(W).pow(8).sum().item() ** 0.25)
             assert c == 1 or step > 0.25 * W_MAX
             expected = mapped(W, lambda s: cubics(s / c**0.5, alpha))
-            low = W_MAX + step <= 1.3 * W_MAX and fast_dtype("cpu") == torch.bfloat16  # then it aims lower by step / 16, and rounds
-            assert (capped - expected).norm() < (0.12 * step / W_MAX if low else 1e-5) * expected.norm(), name
+            # In bfloat16 it aims lower by step / 16, and rounds.
+            low = W_MAX + step <= 1.3 * W_MAX and fast_dtype("cpu") == torch.bfloat16
+            tolerance = 0.12 * step / W_MAX if low else 1e-5
+            assert (capped - expected).norm() < tolerance * expected.norm(), name
             assert (soft_cap_map(W, alpha) - expected).abs().max() < 1e-5, name
 
 
@@ -242,7 +248,7 @@ def test_soft_cap_holds_after_a_step_of_known_norm(shape, step):
 @pytest.mark.parametrize("step", [0.01, 0.05, 0.3])
 @pytest.mark.parametrize("norm", [1.5, 5.0, 791.0, 1e20, 3e37])
 def test_soft_cap_limits_itself_whatever_the_input(norm, step, shape):
-    """Step 6: a matrix written from outside comes out at no more than the peak, 1.3 limits for steps of 5 %, and never NaN."""
+    """Step 8: a matrix written from outside ends at no more than the peak, 1.3 limits for steps of 5 %. Never NaN."""
     peak = 62 / 81 / (3 * soft_cap_alpha(1.0, 1.0 + step)) ** 0.5
     for name, W in cases(shape, norm):
         assert singular_values(soft_cap(W, 1.0, step)).max() <= max(1.0, peak) * sigma_limit(W, 1.0) * 1.02, name
@@ -252,9 +258,10 @@ def test_soft_cap_limits_itself_whatever_the_input(norm, step, shape):
 @pytest.mark.parametrize("basis", ["identity", "cosines", "random"])
 @pytest.mark.parametrize("ratio", [1.005, 1.05, 1.15, 1.3])
 def test_soft_cap_in_bfloat16_holds(basis, ratio):
-    """Also where bfloat16 is not native. A multiple of the identity rounds alike everywhere, as a matrix of one entry."""
+    """Also where bfloat16 is not native. A multiple of the identity rounds alike everywhere, as one entry would."""
     i = torch.arange(64, dtype=torch.float64)
-    U = {"identity": torch.eye(64).double(), "cosines": torch.linalg.qr(torch.cos(torch.pi / 64 * i[:, None] * (i + 0.5)))[0],
+    cosines = torch.cos(torch.pi / 64 * i[:, None] * (i + 0.5))
+    U = {"identity": torch.eye(64).double(), "cosines": torch.linalg.qr(cosines)[0],
          "random": with_spectrum(64, 64, torch.ones(64)).double()}[basis]
     used = []
     for limit in np.linspace(1, 2, 40):
@@ -262,12 +269,16 @@ def test_soft_cap_in_bfloat16_holds(basis, ratio):
         alpha = soft_cap_alpha(limit - allowance, ratio * limit)
         for s in (torch.ones(64), torch.linspace(0.9, 1, 64), torch.linspace(2, 0, 64).clamp(max=1)):
             W = (U * s * ratio * limit).float()
-            used.append((singular_values(soft_cap_map(W, alpha, torch.bfloat16)).max().item() - limit + allowance) / allowance)
+            largest = singular_values(soft_cap_map(W, alpha, torch.bfloat16)).max().item()
+            used.append((largest - limit + allowance) / allowance)
     assert max(used) <= 13 / 16 * 17 / 16  # 13 roundings, of a correction that is step + allowance
 
 
 def test_what_breaks_soft_cap_in_bfloat16():
-    """Entries just beside the middle of two bfloat16 numbers, below where positive, above where negative: all round alike."""
+    """Entries just beside the middle of two bfloat16 numbers, below it where positive, above it where negative.
+
+    All errors then have the same sign.
+    """
     Q = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(8):
         Q = torch.cat([torch.cat([Q, Q], 1), torch.cat([Q, -Q], 1)])
@@ -275,7 +286,8 @@ def test_what_breaks_soft_cap_in_bfloat16():
     largest = singular_values(W).max().item()
     w = largest / 1.16
     capped = soft_cap_map(W, soft_cap_alpha(w - 0.16 * w / 16, largest), torch.bfloat16)
-    assert w < singular_values(capped).max() < 1.013 * w  # if this is ever below w: the docstring of soft_cap says otherwise
+    # If this is ever below w: the docstring of soft_cap says otherwise.
+    assert w < singular_values(capped).max() < 1.013 * w
     assert singular_values(hard_cap(W, w)).max() <= w * (1 + 1e-4)
 
 
@@ -289,9 +301,11 @@ def test_decays(shape):
             assert (spectral_weight_decay(W, W_MAX, 0.3) - expected).abs().max() < 2e-5, name
         assert torch.isfinite(spectral_weight_decay(W, W_MAX, 0.3)).all()
     assert W_MAX >= (W_MAX + 0.3) * (1 - 0.3 / W_MAX)  # weight decay under Muon, from the limit
-    W = with_spectrum(*shape, torch.linspace(1, 0.1, min(shape)))  # after a step beyond w_max: down to 0, not to the other side
+    # After a step beyond w_max: down to 0, not to the other side.
+    W = with_spectrum(*shape, torch.linspace(1, 0.1, min(shape)))
     assert not weight_decay(W, W_MAX, 2 * W_MAX).any()
-    assert (spectral_weight_decay(W, W_MAX, 2 * W_MAX) - mapped(W, lambda s: torch.cat([0 * s[:1], s[1:]]))).abs().max() < 2e-5
+    expected = mapped(W, lambda s: torch.cat([0 * s[:1], s[1:]]))
+    assert (spectral_weight_decay(W, W_MAX, 2 * W_MAX) - expected).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -325,7 +339,8 @@ def test_every_map_takes_batches_views_zeros_and_bfloat16(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(CONSTRAINTS) - {"none"}))
-@pytest.mark.parametrize("wrong", [(0.0, 0.1), (-1.0, 0.1), (math.nan, 0.1), (math.inf, 0.1), (1.0, -0.1), (1.0, math.nan)])
+@pytest.mark.parametrize("wrong", [(0.0, 0.1), (-1.0, 0.1), (math.nan, 0.1), (math.inf, 0.1), (1.0, -0.1),
+                                   (1.0, math.nan)])
 def test_every_map_refuses_wrong_limits(name, wrong):
     with pytest.raises(ValueError, match="w_max > 0 and step_norm >= 0"):
         CONSTRAINTS[name](torch.eye(3), *wrong)
@@ -333,7 +348,7 @@ def test_every_map_refuses_wrong_limits(name, wrong):
         CONSTRAINTS[name](torch.ones(3), 1.0)
 
 
-# ---- parity with outputs of the authors' functions (recorded; hard cap, normalization and msign there are approximate) --
+# ---- parity with outputs of the authors' functions (recorded; hard cap, normalization, msign there are approximate) --
 def test_parity_with_the_reference():
     M = REFERENCE["M"]
     unit = 1 / sigma_per_norm(M)  # the reference's limits are on singular values here
@@ -362,7 +377,8 @@ def test_parity_of_the_soft_cap_coupling():
 
 # ---- one's own -------------------------------------------------------------------------------------------------------
 def test_a_constraint_of_ones_own(tmp_path):
-    (tmp_path / "mine.py").write_text("def halve(W, w_max, step_norm=0.0):\n    return W / 2\n\ndef flat(W, w_max, step_norm):\n    return W.sum()\n")
+    (tmp_path / "mine.py").write_text("def halve(W, w_max, step_norm=0.0):\n    return W / 2\n\n"
+                                      "def flat(W, w_max, step_norm):\n    return W.sum()\n")
     assert find_constraint("soft_cap") is soft_cap
     assert torch.equal(find_constraint(f"{tmp_path}/mine.py:halve")(torch.ones(2, 2), 1.0), torch.full((2, 2), 0.5))
     for wrong, says in (("clip", "one of none, weight_decay"), (f"{tmp_path}/mine.py:flat", "another shape"),
@@ -381,7 +397,7 @@ def shape_matrix(D, rank, seed):
 
 
 def inside(S, z_KD, tolerance=1e-9):
-    """Whether rows z lie in E(S): |u z| <= sqrt(u S u^T) for the u that is worst for z, S^-1 z, where S is lifted to have one."""
+    """Whether rows z lie in E(S): |u z| <= sqrt(u S u^T) for the u that is worst for z, S^-1 z, with S lifted."""
     S = S + 1e-12 * S.trace() * torch.eye(len(S), dtype=S.dtype)
     return bool(((torch.linalg.solve(S, z_KD.T).T * z_KD).sum(1) <= 1 + tolerance).all())
 
@@ -420,40 +436,44 @@ def test_ellipsoid_of_a_sum(free, rank):
 @pytest.mark.parametrize("rank", [2, 6])
 @pytest.mark.parametrize("seed", range(4))
 def test_ellipsoid_behind_a_layer(seed, rank):
-    """Never left by any slopes (vertices of the cube of slopes, random points), for any free weights."""
+    """Never left by any slopes (vertices of the cube of slopes, random points), whatever its weights."""
     D, N, O = 6, 4, 5
-    S, F, A, B = shape_matrix(D, rank, seed), randn(N, D, seed=10 + seed), randn(O, D, seed=20 + seed), randn(O, N, seed=30 + seed)
-    for free_N, free_share in ((0.0, 0.0), (2 * randn(N, seed=seed), 2.0), (randn(N, seed=seed), 30.0)):
-        after = whole(ellipsoid_layer(*ellipsoid(S), F, A, B, free_N, free_share))
+    S, J = shape_matrix(D, rank, seed), randn(N, D, seed=10 + seed)
+    A, B = randn(O, D, seed=20 + seed), randn(O, N, seed=30 + seed)
+    for weights_N, weight in ((0.0, 0.0), (2 * randn(N, seed=seed), 2.0), (randn(N, seed=seed), 30.0)):
+        after = whole(ellipsoid_layer(*ellipsoid(S), J, A, B, weights_N, weight))
         z = on_the_border(S, 500, seed)
         for corner in range(2**N):
             slopes = torch.tensor([1.0 if corner >> i & 1 else -1.0 for i in range(N)], dtype=torch.float64)
-            assert inside(after, z @ (A + B @ (slopes[:, None] * F)).T, 1e-6)
+            assert inside(after, z @ (A + B @ (slopes[:, None] * J)).T, 1e-6)
         slopes = 2 * torch.rand(500, N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
-        assert inside(after, z @ A.T + (z @ F.T * slopes) @ B.T, 1e-6)
+        assert inside(after, z @ A.T + (z @ J.T * slopes) @ B.T, 1e-6)
 
 
 def test_ellipsoid_behind_a_layer_is_exact_for_one_neuron():
-    """With one slope the free choice of share suffices (the S-procedure loses nothing): the exact norm, by its two extreme slopes."""
+    """With one slope the choice of share suffices (the S-procedure loses nothing): the norm, by its extreme slopes."""
     for seed in range(5):
-        S, F, A, B = shape_matrix(4, 4, seed), randn(1, 4, seed=seed + 10), randn(3, 4, seed=seed + 20), randn(3, 1, seed=seed + 30)
-        C = torch.linalg.cholesky(S)
-        exact = max(torch.linalg.matrix_norm((A + sign * B @ F) @ C, ord=2).item() for sign in (-1, 1))
-        found = [torch.linalg.eigvalsh(whole(ellipsoid_layer(*ellipsoid(S), F, A, B, 0.0, share)))[-1].sqrt().item()
+        S, J = shape_matrix(4, 4, seed), randn(1, 4, seed=seed + 10)
+        A, B = randn(3, 4, seed=seed + 20), randn(3, 1, seed=seed + 30)
+        root = torch.linalg.cholesky(S)
+        exact = max(torch.linalg.matrix_norm((A + sign * B @ J) @ root, ord=2).item() for sign in (-1, 1))
+        found = [torch.linalg.eigvalsh(whole(ellipsoid_layer(*ellipsoid(S), J, A, B, 0.0, share)))[-1].sqrt().item()
                  for share in np.linspace(-8, 8, 999)]
         assert exact <= min(found) * (1 + 1e-9) and min(found) <= exact * 1.001
 
 
 def test_tuned_ellipsoid_of_two_neurons_against_enumeration():
-    """relu networks 2-2-1: the exact constant is reached at one of the four patterns of slopes; tuned, the bound comes near it."""
+    """relu networks 2-2-1: one of the four patterns of slopes has the exact constant; tuned, the bound comes near."""
     ratios = []
     for seed in range(8):
         W1, W2 = randn(2, 2, seed=seed), randn(1, 2, seed=seed + 50)
-        exact = max(torch.linalg.matrix_norm(W2 * torch.tensor([a, b]).double() @ W1, ord=2).item() for a in (0, 1) for b in (0, 1))
+        slopes = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]).double()
+        exact = max(torch.linalg.matrix_norm(W2 * pattern @ W1, ord=2).item() for pattern in slopes)
 
         def goal(free):
-            free_N, share = free.setdefault("n", torch.zeros(2).double()), free.setdefault("share", torch.zeros(()).double())
-            after = ellipsoid_layer(*ellipsoid(W1 @ W1.T), torch.eye(2).double(), W2 / 2, W2 / 2, free_N, share)
+            weights_N = free.setdefault("n", torch.zeros(2).double())
+            weight = free.setdefault("share", torch.zeros(()).double())
+            after = ellipsoid_layer(*ellipsoid(W1 @ W1.T), torch.eye(2).double(), W2 / 2, W2 / 2, weights_N, weight)
             bound = ellipsoid_norm(*after, torch.eye(1).double())
             assert bound.exp() >= exact * (1 - 1e-9)
             return bound
@@ -475,7 +495,8 @@ def test_ellipsoids_of_relu_layers_are_eclipse_fast(sizes):
         theirs = W @ torch.linalg.solve(lam * torch.eye(len(theirs)).double() - lam**2 * theirs / 4, W.T)
     torch.testing.assert_close(whole(ours), theirs, rtol=1e-8, atol=0)
     eye = torch.eye(sizes[-1]).double()
-    assert ellipsoid_norm(*ours, eye).exp().item() == pytest.approx(torch.linalg.eigvalsh(theirs)[-1].sqrt().item(), rel=5e-9)
+    norm = torch.linalg.eigvalsh(theirs)[-1].sqrt().item()
+    assert ellipsoid_norm(*ours, eye).exp().item() == pytest.approx(norm, rel=5e-9)
     u = eye[0] - eye[1]
     assert ellipsoid_pairs(*ours, eye)[0, 1].exp().item() == pytest.approx((u @ theirs @ u).sqrt().item(), rel=5e-9)
 
@@ -499,22 +520,25 @@ def test_largest_values_over_an_ellipsoid(rank):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_cancels_is_held_all_the_same(seed):
-    """Against differences and products without rounding errors: of two close rows, and of a stream that an MLP takes away."""
+    """Against exact differences and products: of two close rows, and of a stream that an MLP takes away."""
     S, U = shape_matrix(4, 4, seed), randn(2, 4, seed=seed + 100)
     U[1] = U[0] + 1e-9 * randn(4, seed=seed + 200)  # (so U[0] - U[1] is exact)
     assert ellipsoid_pairs(S, 0.0, U)[0, 1] >= support(S, (U[0] - U[1])[None])[0].log()
     w_in = randn(4, 4, seed=seed)
     w_out = -2 * torch.linalg.inv(w_in)
     _, A, _, size = mlp_slopes(1.0, w_in, w_out, 0.5)
-    exact = torch.tensor([[float((i == j) + sum(Fraction(w_out[i, k].item()) * Fraction(w_in[k, j].item()) for k in range(4)) / 2)
-                           for j in range(4)] for i in range(4)], dtype=torch.float64)
-    assert inside(image(A, S, size), on_the_border(S, 50, seed) @ exact.T)
+    exact = torch.zeros(4, 4, dtype=torch.float64)
+    for i in range(4):
+        for j in range(4):
+            product = sum(Fraction(w_out[i, k].item()) * Fraction(w_in[k, j].item()) for k in range(4))
+            exact[i, j] = float((i == j) + product / 2)
+    assert inside(ellipsoid_image(A, S, size), on_the_border(S, 50, seed) @ exact.T)
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("rotates", [False, True])
 def test_ellipsoid_of_a_moved_pattern_where_it_is_known(rotates, heads):
-    """Heads that agree, and RoPE of one pair of coordinates, which turns the worst case of any q onto that of any k: exact."""
+    """Exact for heads that agree. RoPE of one pair of coordinates turns the worst case of any q onto that of any k."""
     E, D = 2 if rotates else 4, 5
     q, k, C = randn(E, D, seed=1), randn(E, D, seed=2), randn(D, D, seed=3)
     S, X = shape_matrix(D, D, 4), shape_matrix(D, D, 5)
@@ -526,21 +550,28 @@ def test_ellipsoid_of_a_moved_pattern_where_it_is_known(rotates, heads):
     torch.testing.assert_close(whole(found), (heads * e) ** 2 * C @ X @ C.T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("content", [False, True])
-def test_ellipsoids_of_blocks_where_they_are_balls(content):
-    """All matrices multiples of the identity, no MLP: every part of the sum is a ball, and lengths add up. Two heads, two blocks."""
-    D, R, a, b, c, p = 4, 1.5, 0.3, 0.7, (-0.4, 0.25), (0.6, 0.1)
+@pytest.mark.parametrize("by_content", [(False, False), (True, True), (False, True), (True, False, True)])
+def test_ellipsoids_of_blocks_where_they_are_balls(by_content):
+    """Multiples of the identity, no MLP: each part of the sum is a ball, and lengths add up. Two heads."""
+    D, R, a, b, stream = 4, 1.5, 0.3, 0.7, 0.8
+    c, p = (-0.4, 0.25), (0.6, 0.1)
     eye = torch.eye(D, dtype=torch.float64)
-    stream, still = 0.8, mlp_slopes(1.0, 0 * eye, 0 * eye, 0.5)
-    block = dict(stream=stream, C_HDD=torch.stack([x * eye for x in c]), p_H=None if content else torch.tensor(p, dtype=torch.float64),
-                 q_HED=torch.stack([a * eye] * 2), k_HED=torch.stack([b * eye] * 2), rotates=False, moves=still, values=still)
+    still = mlp_slopes(1.0, 0 * eye, 0 * eye, 0.5)
+    blocks = [Block(value=0.0, pattern=0.0, mlp=0.0, mlp_gain=0.0,
+                    stream=stream, C_HDD=torch.stack([x * eye for x in c]), mlp_differences=still, mlp_tokens=still,
+                    p_H=None if content else torch.tensor(p, dtype=torch.float64),
+                    q_HED=torch.stack([a * eye] * 2), k_HED=torch.stack([b * eye] * 2)) for content in by_content]
     length, largest = 1.0, R
-    for S, log in ellipsoid_blocks([block] * 2, R, {}):
-        if content:  # each logit moves by at most 2 a b (R sqrt D) (length sqrt D), and with it tokens of length R sqrt D
+    for content, (S, log) in zip(by_content, ellipsoid_blocks(blocks, R, {}), strict=True):
+        if content:
+            # Each logit changes by at most 2 a b (R sqrt D) (length sqrt D), and with it tokens of length R sqrt D.
             length *= stream + sum(map(abs, c)) * (1 + 2 * a * b * largest**2 * D)
             largest *= stream + sum(map(abs, c))
-        else:  # what a head surely gives its own token adds up with the stream, signs and all
-            length *= abs(stream + c[0] * p[0] + c[1] * p[1]) + abs(c[0]) * (1 - p[0]) + abs(c[1]) * (1 - p[1])
+        else:
+            # What a head surely gives its own token adds up with the stream, signs and all.
+            gain = abs(stream + c[0] * p[0] + c[1] * p[1]) + abs(c[0]) * (1 - p[0]) + abs(c[1]) * (1 - p[1])
+            length *= gain
+            largest *= gain
         found = ellipsoid_norm(S, log, eye).item() - math.log(D) / 2
         assert math.log(length) <= found <= math.log(length) + 1e-5
 
@@ -548,7 +579,7 @@ def test_ellipsoids_of_blocks_where_they_are_balls(content):
 @pytest.mark.parametrize("rotates", [False, True])
 @pytest.mark.parametrize("kind", ["random", "rank 1", "orthogonal", "same heads"])
 def test_ellipsoid_of_a_moved_attention_pattern(kind, rotates):
-    """Derivatives of softmax attention by its pattern, at random and adversarial tokens and movements; any free weights."""
+    """Derivatives of softmax attention by its pattern, at random and adversarial tokens and differences."""
     H, E, D, T = 3, 4, 6, 5
     q, k, C = (randn(H, E, D, seed=s) for s in (1, 2)), None, randn(H, D, D, seed=3)
     q, k = q
@@ -577,8 +608,10 @@ def test_ellipsoid_of_a_moved_attention_pattern(kind, rotates):
         return torch.einsum("hcd,ht,td->c", C, dP, x_TD)
 
     root_S, root_X = torch.linalg.cholesky(S), torch.linalg.cholesky(X)
-    frees = [(0.0, 0.0, 0.0)] + [(randn(H, seed=s), randn(H, E // 2, seed=s + 1), randn(H, E // 2, seed=s + 2)) for s in (6, 9)]
-    bounds = [whole(ellipsoid_pattern(S, X, q, k, C, rotates, *free)) for free in frees]
+    all_weights = [(0.0, 0.0, 0.0)]
+    for seed in (6, 9):
+        all_weights.append((randn(H, seed=seed), randn(H, E // 2, seed=seed + 1), randn(H, E // 2, seed=seed + 2)))
+    bounds = [whole(ellipsoid_pattern(S, X, q, k, C, rotates, *weights)) for weights in all_weights]
     largest = 0.0
     for seed in range(6):
         y = randn(2, T, D, seed=seed).requires_grad_()
@@ -599,9 +632,11 @@ def test_ellipsoid_of_a_moved_attention_pattern(kind, rotates):
 def test_ellipsoids_of_nothing():
     """Zero shapes, zero layers: zero or next to it, not NaN, and gradients are finite."""
     zero, eye = torch.zeros(4, 4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
-    assert torch.equal(ellipsoid(zero)[0], zero) and torch.equal(ellipsoid_sum(*ellipsoid(torch.stack([zero, zero])))[0], zero)
+    assert torch.equal(ellipsoid(zero)[0], zero)
+    assert torch.equal(ellipsoid_sum(*ellipsoid(torch.stack([zero, zero])))[0], zero)
     assert whole(ellipsoid_layer(*ellipsoid(zero), eye, eye, eye)).abs().max() < 1e-250
-    assert torch.linalg.eigvalsh(whole(ellipsoid_layer(*ellipsoid(eye), zero, eye, eye)))[-1] == pytest.approx(1)  # F = 0: v = 0
+    blind = whole(ellipsoid_layer(*ellipsoid(eye), zero, eye, eye))  # J = 0, so v = 0
+    assert torch.linalg.eigvalsh(blind)[-1] == pytest.approx(1)
     free = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     gradient, = torch.autograd.grad(ellipsoid_norm(*ellipsoid_layer(*ellipsoid(zero), eye, eye, eye, free), eye), free)
     assert gradient.isfinite().all()
@@ -627,9 +662,12 @@ def test_tuning_keeps_the_best_that_it_saw():
     assert goal(tune(goal, {}, 5, lr=10.0)) == pytest.approx(0.03)
 
 
-def test_powers_are_rounded_up():
-    for exponent in (-5.5, 0.0, 1.23456, 5.99, 11.127, 300.0, 5000.0):
-        text = power(exponent)
+@pytest.mark.parametrize("down", [False, True])
+def test_powers_are_rounded(down):
+    """Up, as bounds; down, as what an attack found."""
+    for exponent in (-5.5, 0.0, 1e-9, 1.23456, 2.0, 5.99, 11.127, 300.0, 5000.0):
+        text = power(exponent, down)
         value = float(text[3:]) if text.startswith("10^") else math.log10(float(text))
-        assert exponent <= value <= exponent + 0.11
-    assert power(-math.inf) == "0" and log10(0) == -math.inf
+        error = exponent - value if down else value - exponent
+        assert -1e-12 <= error <= (0.1001 if exponent > 6 else 5e-4)
+    assert power(-math.inf, down) == "0" and power(math.inf, down) == "inf" and log10(0) == -math.inf
