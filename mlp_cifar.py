@@ -1,219 +1,284 @@
 """Tutorial 1: an MLP on CIFAR-10 whose Lipschitz constant is enforced at every step of training.
 
-Muon moves each weight matrix by a known amount and a constraint takes back what exceeds its limit,
-so the network is as Lipschitz as the limits say, at every step. That certifies images: one of large
-margin keeps its class under *every* perturbation up to a radius.
+WHAT IT SHOWS. Muon moves each weight matrix by a known amount, and a constraint takes back what
+exceeds its limit. So the network is as Lipschitz as the limits say, after every step. That
+certifies images: one with a large margin keeps its class under *every* perturbation up to a radius.
 
 COMMANDS
     python mlp_cifar.py                                      # a minute, once CIFAR-10 is there
     python mlp_cifar.py --preset paper                       # the paper's settings; --help has more
     python mlp_cifar.py --optimizer adamw --constraint none  # no constraint: see how the norms grow
-    python mlp_cifar.py --out DIR                            # DIR holds a stopped run: it goes on
+    python mlp_cifar.py --out DIR                            # stopped, the same command goes on
+
 RESULT (seeds 0 to 2; CIFAR-10 re-encoded as JPEG; 30 s on one core of an Intel Xeon with AMX)
     58.4 +- 0.2 % right at a bound of 68.2 +- 0.1 (RMS->RMS), 41.4 +- 0.1 % certified at 36/255.
-ANCESTRY. Experiments of arXiv 2507.13338 (its code is in JAX); certification of Tsuzuku et al. (2018).
+
+ANCESTRY. The experiments are those of arXiv 2507.13338, whose code is in JAX. Certification by
+margins is Tsuzuku et al. (2018), the margin in the loss Prach and Lampert (2022), MaxMin Anil et
+al. (2019).
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import io
 import json
 import math
 import os
-import pickle
-import shutil
+import re
+import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-from constraints import (CONSTRAINTS, after_unknown_step, ellipsoid, ellipsoid_layer,
+from constraints import (LN10, after_unknown_step, ellipsoid, ellipsoid_layer,
                          ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10,
-                         maxmin, mlp_slopes, power, sigma_per_norm, singular_values, tune)
+                         maxmin, mlp_slopes, power, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "mlp_cifar"
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels
-# Shapes: B images in a batch, N in a set, P = 3072 pixel values, K classes, F frequencies.
+
+# Shapes: B images in a batch, N images in a set, P = 3072 pixel values, K classes, X columns or
+# rows of an image, F frequencies, M and N neurons of a certificate.
 
 
-# ==== Config: every field is a flag ===============================================================
-def flag(default, text, low=None, high=math.inf, choices=None):
-    """A field: its default, its help, and the range or the choices that it is checked against."""
-    return dataclasses.field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
-
-
+# ==== Settings (the same text in the three tutorials) =============================================
+# How a config becomes flags. On a first reading go on with Config.
 class UserError(Exception):
     """What the user can mend, in one line: what was given, what is needed, how. Exit status 2."""
 
 
-@dataclasses.dataclass
-class Config:
-    preset: str = flag("default", "named settings, see the end of this help; other flags override")
-    data: str = flag("auto", "auto, stand-in, a folder of pictures or parquet files, or a Hub name")
-    label: str = flag("", "column of labels, if it is not label, labels or fine_label")
-    holdout: int = flag(0, "for tuning: evaluate on so many training images, taken out", 0)
-    augment: bool = flag(False, "flip training images at random, and shift them by up to 2 pixels")
-    depth: int = flag(3, "number of weight matrices", 1, 1000)
-    width: int = flag(256, "hidden width (neurons)", 1, 65536)
-    activation: str = flag("relu", "relu, or maxmin: sorts pairs of neurons", choices=("relu", "maxmin"))
-    bias: bool = flag(True, "biases in all layers; they do not enter the Lipschitz constant")
-    center: bool = flag(True, "subtract the mean training image; nor does that")
-    lowpass: int = flag(12, "use only the K x K lowest frequencies of an image; 32: all", 1, 32)
-    mirror: bool = flag(False, "average the logits of each image and its mirror image")
-    w_max: str = flag("3.4", "limit on each layer's RMS->RMS norm: one for all, or 3,4,5")
-    optimizer: str = flag("muon", "muon or adamw, of the matrices", choices=("muon", "adamw"))
-    constraint: str = flag("soft_cap", f"{', '.join(CONSTRAINTS)}, or yours as FILE.py:NAME")
-    constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
-    steps: int = flag(2000, "training steps", 1, 10**9)
-    batch: int = flag(512, "images a step", 1)
-    lr: float = flag(0.0, "falls to 0; Muon: divided by the depth; 0: 0.2 for Muon, 0.0013 for AdamW", 0)
-    momentum: float = flag(0.9, "Muon's momentum, or AdamW's first beta", 0, 0.9999)
-    adamw_wd: float = flag(0.0, "AdamW's own weight decay, besides the constraint", 0)
-    loss_temperature: float = flag(1.0, "factor on the logits in the loss, not in bounds", 1e-30)
-    margin: float = flag(0.0, "taken from the right logit, times its temperature, in the loss", 0)
-    seed: int = flag(0, "of initialisation, data order, augmentation", 0, 2**31 - 1)
-    dtype: str = flag("auto", "or float32, bfloat16", choices=("auto", "float32", "bfloat16"))
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one")
-    evals: int = flag(10, "evaluations on the whole test set, each with a checkpoint", 1, 10**6)
-    out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
+@contextlib.contextmanager
+def explain(what, remedy):
+    """Whatever a library raises, as a UserError. Files, devices and networks fail in many ways."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as problem:
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+        raise UserError(f"{what} ({reason}); {remedy}") from problem
+
+
+class Settings:
+    """Every field of a config is a flag, and the comment behind it is its help."""
+
+    def __post_init__(self):
+        """Give each value the type of its field, be it a number of numpy. Counts are at least 1."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (list, tuple)):
+                value = ",".join(map(str, value))  # w_max=[3, 4, 5]
+            choices = CHOICES.get(field.name, [value])
+            least = 1 if field.type is int and field.default else 0
+            with explain(f"--{field.name} {value!r:.80}", f"give {field.type.__name__}"):
+                converted = field.type(value)
+                if field.type is not str and not (converted == value and least <= value < math.inf):
+                    raise ValueError(f"must be of that type, finite and at least {least}")
+                if value not in choices:
+                    raise ValueError(f"must be one of {', '.join(choices)}")
+            setattr(self, field.name, converted)
 
     @classmethod
-    def of(cls, preset=None, **given):
-        """A preset with changes. `given` is kept: a run that goes on must not contradict it."""
-        given = {"preset": preset, **given} if preset else given
-        if preset and preset not in PRESETS:
+    def of(cls, preset=None, **changes):
+        """The settings of a preset, with changes."""
+        preset = preset or cls.preset
+        if preset not in PRESETS:
             raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        config = cls(**{**PRESETS[preset or "default"], **given})
-        config.given = given
-        return config
+        return cls(**{**PRESETS[preset], **changes, "preset": preset})
+
+
+def parse_arguments(argv=None):
+    """The command line as a Config: the settings of a preset, then the flags given."""
+    presets = ["presets:"]
+    for name, settings in PRESETS.items():
+        words = [f"{key}={value}" for key, value in settings.items()]
+        presets.append(f"  {name:14} {' '.join(words)}")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("RESULT")[0], epilog="\n".join(presets), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", inspect.getsource(Config)))
+    for field in dataclasses.fields(Config):
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        names = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"}, reverse=True)
+        parser.add_argument(*names, help=f"{comments[field.name]} [{field.default}]", **kind)
+    return Config.of(**vars(parser.parse_args(argv)))
+
+
+@dataclasses.dataclass
+class Config(Settings):
+    preset: str = "default"  # named settings, listed below; other flags override them
+    # data
+    data: str = "auto"  # auto, stand-in, a folder (pictures or parquet), or a name on the Hub
+    label: str = ""  # column of the labels, if it is not label, labels or fine_label
+    holdout: int = 0  # for tuning: evaluate on so many training images, taken out
+    augment: bool = False  # flip training images at random, and shift them by up to 2 pixels
+    # model
+    depth: int = 3  # number of weight matrices
+    width: int = 256  # hidden width (neurons)
+    activation: str = "relu"  # relu, or maxmin, which sorts pairs of neurons
+    bias: bool = True  # biases in all layers; they do not enter the Lipschitz constant
+    center: bool = True  # subtract the mean training image; nor does that
+    lowpass: int = 12  # use only the K x K lowest frequencies of an image; 32: all
+    mirror: bool = False  # average the logits of each image and its mirror image
+    w_max: str = "3.4"  # limit on the RMS->RMS norm of each layer: one for all, or 3,4,5
+    # training
+    optimizer: str = "muon"  # of the matrices: muon or adamw
+    constraint: str = "soft_cap"  # a name in constraints.py, or a function of yours: FILE.py:NAME
+    constrain_every: int = 4  # at most so many steps between two uses of a constraint that can wait
+    steps: int = 2000  # training steps
+    batch: int = 512  # images a step
+    lr: float = 0.0  # peak learning rate; 0: 0.2 for Muon, shared by the layers, 0.0013 for AdamW
+    momentum: float = 0.9  # Muon's momentum, or AdamW's first beta
+    adamw_wd: float = 0.0  # AdamW's own weight decay, besides the constraint
+    loss_temperature: float = 1.0  # factor on the logits in the loss; bounds are without it
+    margin: float = 0.0  # taken from the right class's logit in the loss, after the temperature
+    # run
+    seed: int = 0  # of initialisation, order of the data, augmentation
+    dtype: str = "auto"  # of the products in training: auto, float32, bfloat16
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps; auto: cuda if there is one
+    evals: int = 10  # evaluations on the whole test set, each with a checkpoint
+    out: str = ""  # run folder, in which a stopped run goes on; default: a new one in runs/
 
     def limits(self):
-        """w_max of each layer. UserError if a setting is out of its range."""
-        for f in dataclasses.fields(self):
-            value, kind = getattr(self, f.name), (int, float) if f.type is float else f.type
-            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise UserError(f"--{f.name} {value!r:.99}: must be of type {f.type.__name__}")
-            if choices and value not in choices:
-                raise UserError(f"--{f.name} {value}: must be one of {', '.join(choices)}")
-            if low is not None and not (low <= value <= high and value < math.inf):
-                raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
+        """w_max of each layer. UserError where settings do not fit each other."""
+        limits = self.w_max.split(",")
+        if len(limits) == 1:
+            limits = limits * self.depth
+        with explain(f"--w_max {self.w_max}", f"give a number above 0, or {self.depth} of them"):
+            limits = [float(limit) for limit in limits]
+            if len(limits) != self.depth or not all(0 < limit < math.inf for limit in limits):
+                raise ValueError(f"it is {limits}")
         if self.activation == "maxmin" and self.width % 2:
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
-        try:
-            find_constraint(self.constraint)
-            limits = [float(w) for w in self.w_max.split(",")] * (1 if "," in self.w_max else self.depth)
-        except ValueError as problem:
-            raise UserError(f"--constraint {self.constraint}, --w_max {self.w_max}: {problem}") from problem
-        if len(limits) != self.depth or not all(0 < w < math.inf for w in limits):
-            raise UserError(f"--w_max {self.w_max}: must be a number above 0, or {self.depth} with commas")
+        if self.lowpass > 32:
+            raise UserError(f"--lowpass {self.lowpass}: must be at most 32, the size of an image")
         return limits
 
 
+CHOICES = dict(optimizer=("muon", "adamw"), activation=("relu", "maxmin"),
+               dtype=("auto", "float32", "bfloat16"))
+CERTIFIED = dict(activation="maxmin", augment=True, w_max="1", batch=2048, loss_temperature=30.0,
+                 margin=5.66)
 PRESETS = {
     "default": dict(),
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", adamw_wd=0.08,
                         constraint="none"),
-    "accurate": dict(mirror=True, width=512, lowpass=9, w_max="3.4"),
-    "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512, w_max="1.465",
-                  batch=1024, steps=3000),
-    "certified": dict(activation="maxmin", augment=True, depth=7, width=512, w_max="1", batch=2048,
-                      steps=3000, loss_temperature=30.0, margin=5.66),
-    # The size of AOL-FC (Prach and Lampert 2022), which certifies 58.5 % at 36/255. For a GPU; not run.
-    "certified_gpu": dict(activation="maxmin", augment=True, depth=8, width=4096, w_max="1", batch=2048,
-                          steps=12_000, loss_temperature=30.0, margin=5.66),
+    "accurate": dict(mirror=True, width=512, lowpass=9),
+    "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512,
+                  w_max="1.465", batch=1024, steps=3000),
+    "certified": dict(CERTIFIED, depth=7, width=512, steps=3000),
+    # The size of AOL-FC (Prach and Lampert 2022), which certifies 58.5 % at 36/255. Not run.
+    "certified_gpu": dict(CERTIFIED, depth=8, width=4096, steps=12_000),
 }
-
-
-def parse_arguments(argv=None):
-    """The command line as a Config: defaults, then the preset, then the flags given."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(f"preset {name}: {settings}" for name, settings in PRESETS.items()),
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
-    return Config.of(**vars(parser.parse_args(argv)))
 
 
 # ==== Model: matrices and an activation, nothing else =============================================
 class MLP(torch.nn.Module):
     """logits = W_d relu(... relu(W_1 T (x - mean) + b_1) ...) + b_d, for pixels x in [0, 1].
 
-    The mean and the biases cancel in differences: neither enters a Lipschitz constant. T keeps the
-    lowest frequencies of each colour by an orthonormal cosine transform: a projection, constant 1.
-    With `mirror` the logits are the average of those of x and of its mirror image.
+    The mean and the biases cancel in differences, so neither enters a Lipschitz constant. T takes
+    the lowest frequencies of each colour by a cosine transform: its rows are orthonormal, so that
+    |T dx| <= |dx|. With `mirror` the logits are the average of those of x and of its mirror image.
     """
 
     def __init__(self, config, mean_P=None, classes=10):
         super().__init__()
+        if mean_P is None or not config.center:
+            mean_P = torch.zeros(3072)
+        self.register_buffer("mean_P", mean_P)
+        self.mirror = config.mirror
+        self.activation = F.relu if config.activation == "relu" else maxmin
+        self.rms_per_l2 = (3072 / classes) ** 0.5  # an l2->l2 constant times this is RMS->RMS
+        frequency_F1 = torch.arange(config.lowpass).double()[:, None]
+        x_X = torch.arange(32).double()
+        length_F1 = (16 + 16 * (frequency_F1 == 0).double()).sqrt()
+        self.cosines_FX = torch.cos(math.pi * frequency_F1 * (2 * x_X + 1) / 64) / length_F1
         sizes = [3 * config.lowpass**2] + [config.width] * (config.depth - 1) + [classes]
-        self.rms_per_l2 = (3072 / classes) ** 0.5  # a constant l2->l2, times this, is RMS->RMS
-        self.weights = torch.nn.ParameterList(torch.zeros(m, n) for n, m in zip(sizes, sizes[1:]))
-        self.biases = torch.nn.ParameterList(torch.zeros(m) for m in sizes[1:] if config.bias)
-        self.register_buffer("mean_P", torch.zeros(3072) if mean_P is None or not config.center else mean_P)
-        self.mirror, self.activation = config.mirror, F.relu if config.activation == "relu" else maxmin
-        x, f = torch.arange(32).double(), torch.arange(config.lowpass).double()[:, None]
-        self.cosines_FX = torch.cos(math.pi * f * (2 * x + 1) / 64) / (16 + 16 * (f == 0).double()).sqrt()
+        self.weights = torch.nn.ParameterList()
+        self.biases = torch.nn.ParameterList()
         generator = torch.Generator().manual_seed(config.seed)
-        for W, w_max in zip(self.weights, config.limits()):
-            # All singular values equal: norm 1 if that is within the limit; the limit for stiefel.
-            torch.nn.init.orthogonal_(W, generator=generator)
-            if config.activation == "maxmin" and W.shape[0] == W.shape[1]:
-                torch.nn.init.eye_(W)  # (as Prach and Lampert (2022) start theirs)
-            norm = w_max if config.constraint == "stiefel" else min(1.0, w_max)
-            W.data.mul_(sigma_per_norm(W) * norm)
+        for fan_in, fan_out, limit in zip(sizes, sizes[1:], config.limits()):
+            # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is
+            # the limit.
+            W = torch.nn.init.orthogonal_(torch.zeros(fan_out, fan_in), generator=generator)
+            if config.activation == "maxmin" and fan_in == fan_out:
+                torch.nn.init.eye_(W)  # as Prach and Lampert (2022) start theirs
+            norm = limit if config.constraint == "stiefel" else min(1.0, limit)
+            self.weights.append(W * (sigma_per_norm(W) * norm))
+            if config.bias:
+                self.biases.append(torch.zeros(fan_out))
 
     def forward(self, x_BP):
-        """Logits (B, K) of pixels in [0, 1], in the precision of x_BP (certificates: float64)."""
+        """Logits (B, K) of pixels in [0, 1], in the precision of x_BP; certificates use float64."""
         h = x_BP - self.mean_P.to(x_BP.dtype)
         if self.mirror:
-            h = torch.cat([h, h.view(-1, 32, 32, 3).flip(2).reshape(h.shape)])
+            mirrored = h.view(-1, 32, 32, 3).flip(2).reshape(h.shape)
+            h = torch.cat([h, mirrored])
         if len(self.cosines_FX) < 32:
             cosines_XF = self.cosines_FX.to(h).T
             h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
             h = (h.reshape(len(h), 32, -1).mT @ cosines_XF).flatten(1)  # and columns
         for i, W in enumerate(self.weights):
+            if i > 0:
+                h = self.activation(h)
             bias = self.biases[i].to(h.dtype) if self.biases else None
-            h = F.linear(h if i == 0 else self.activation(h), W.to(h.dtype), bias)
-        return (h[:len(x_BP)] + h[len(x_BP):]) / 2 if self.mirror else h
+            h = F.linear(h, W.to(h.dtype), bias)
+        if self.mirror:
+            h = (h[:len(x_BP)] + h[len(x_BP):]) / 2
+        return h
+
+
+def build_model(config, state):
+    """The model of a checkpoint, before its weights are loaded."""
+    return MLP(config, classes=state["classes"])
 
 
 # ==== Certificate: numbers that no pair of images can exceed, from the weights alone ==============
-# Let two images differ by dx, |dx| <= 1 (l2), and the vectors before activation i by dz_i, after it
-# by dh_i, so that dz_{i+1} = W_{i+1} dh_i. Slopes of ReLU are in [0, 1], and sorting pairs brings
-# none further apart, so |dh| <= |dz|: the constant is at most the product, prod_i sigma(W_i).
-# Tight: follow an ellipsoid E(S) = {z : z^T S^-1 z <= 1} (constraints.py) instead of a length.
-#   1. dz_1 = W_1 T dx lies in E(W_1 W_1^T), as T is a projection.
+# Let two images differ by dx with |dx| <= 1 (l2). Let dz_i be the difference before activation i,
+# and dh_i the one after it, so that dz_{i+1} = W_{i+1} dh_i. ReLU has slopes in [0, 1], and sorting
+# pairs brings none further apart, so |dh_i| <= |dz_i|. So the constant is at most the product,
+# prod_i sigma(W_i).
+#
+# The tight certificate follows an ellipsoid E(S) = {z : z^T S^-1 z <= 1} in place of a length; see
+# part II of constraints.py.
+#   1. dz_1 = W_1 T dx lies in E(W_1 W_1^T), as |T dx| <= 1.
 #   2. ReLU: dh = dz / 2 + v / 2 with |v_i| <= |dz_i|. MaxMin of a pair is ((a + b) +- |a - b|) / 2,
-#      and |a - b| moves by at most |d(a - b)|.
-#   3. With W' behind it, dz' = A dz + B v with |v_i| <= |(F dz)_i| (mlp_slopes, ellipsoid_layer).
-#   4. In the end |dz_d| <= sqrt(sigma(S_d)).
-#   5. f_y - f_j, two logits, moves by at most L_yj, the largest |(e_y - e_j) z| in E(S_d), and by
-#      the product, |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}) with rows of W_d.
-#   6. If f_y(x) - f_j(x) > eps L_yj for all j != y, all images within eps (l2) of x have class y.
-#   7. A mirror image is a permutation of pixels, and the average of two functions has at most the larger
-#      of their constants: 4 to 6 stand with `mirror`.
-#   8. Neurons have free multipliers in 3: equal at first, then `tune` goes on by descent.
+#      and |a - b| changes by at most |d(a - b)|.
+#   3. With the next matrix behind it, dz' = A dz + B v with |v_i| <= |(G dz)_i| for known A, B, G
+#      (mlp_slopes), which lies in another ellipsoid (ellipsoid_layer).
+#   4. At the end |dz_d| <= sqrt(sigma(S_d)).
+#   5. The difference of two logits, f_y - f_j, changes by at most L_yj, the largest
+#      |(e_y - e_j) z| in E(S_d). Nor by more than |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}), with
+#      the rows w of W_d.
+#   6. If f_y(x) - f_j(x) > r L_yj for all j != y, all images within r (l2) of x have class y.
+#   7. A mirror image is a permutation of pixels, and the average of two functions has at most the
+#      larger of their constants. So 4 to 6 hold with `mirror`.
+#   8. Each neuron has a multiplier in 3. Any positive one gives a valid bound. They start equal,
+#      and `tune` improves them by gradient descent on the bound.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
-def follow(model, free):
-    """(S, log): dz_d lies in E(exp(log) S), steps 1 to 3. `free` is filled with zeros."""
-    first, *weights = [W.detach().cpu().double() for W in model.weights]
+def follow_ellipsoid(model, multipliers):
+    """(S, log) with dz_d in E(exp(log) S), by steps 1 to 3. Multipliers are logs, at first 0."""
+    first, *later = [W.detach().cpu().double() for W in model.weights]
+    spread = None if model.activation is maxmin else 0.5
     S, log = ellipsoid(first @ first.T)
-    for i, W in enumerate(weights):
-        eye, spread = torch.eye(W.shape[1]).double(), None if model.activation is maxmin else 0.5
-        F_NM, A, B, _ = mlp_slopes(0.0, eye, W, spread)
-        free_N = free.setdefault(f"neurons {i}", torch.zeros(len(F_NM)).double())
-        S, log = ellipsoid_layer(S, log, F_NM, A, B, free_N, free.setdefault(f"share {i}", torch.zeros(())))
+    for i, W in enumerate(later):
+        eye = torch.eye(W.shape[1]).double()
+        G_NM, A, B, _ = mlp_slopes(0.0, eye, W, spread)
+        neurons_N = multipliers.setdefault(f"neurons {i}", torch.zeros(len(G_NM)).double())
+        share = multipliers.setdefault(f"share {i}", torch.zeros(()))
+        S, log = ellipsoid_layer(S, log, G_NM, A, B, neurons_N, share)
     return S, log
 
 
@@ -225,376 +290,542 @@ def certificate(model, steps=0):
     tight_log10       the certificate used, l2->l2; pairs_log10_KK: L_yj of step 5
     Argument steps: of the descent of step 8, for the bound and again for the pairs; 0: untuned.
     """
-    if not all(p.isfinite().all() for p in model.state_dict().values()):
-        raise UserError("the model has weights that are not finite: there is nothing to certify")
-    norms, free = [exact_norm(W).item() for W in model.weights], {}
-    steps = steps if len(model.weights[0]) <= 1024 else 0  # (the descent of wide networks takes hours)
-    eye = torch.eye(len(model.weights[-1])).double()
-    logs = [log10(norm * sigma_per_norm(W)) for norm, W in zip(norms, model.weights)]
-    tune(lambda free: ellipsoid_norm(*follow(model, free), eye), free, steps)
-    tight = ellipsoid_norm(*follow(model, free), eye).item() / math.log(10)
-    tune(lambda free: ellipsoid_pairs(*follow(model, free), eye).clamp(min=-700).mean(), free, steps)
-    pairs_KK = ellipsoid_pairs(*follow(model, free), eye) / math.log(10)
+    for name, values in model.state_dict().items():
+        if not values.isfinite().all():
+            raise UserError(f"{name} of the model is not finite: there is nothing to certify")
+    norms = [exact_norm(W).item() for W in model.weights]
+    sigmas_log10 = [log10(norm * sigma_per_norm(W)) for norm, W in zip(norms, model.weights)]
+    product = sum(sigmas_log10)
+    if len(model.weights[0]) > 1024:
+        steps = 0  # the descent of wide networks takes hours
+    eye_KK = torch.eye(len(model.weights[-1])).double()
+    multipliers = {}
+
+    def bound(multipliers):
+        return ellipsoid_norm(*follow_ellipsoid(model, multipliers), eye_KK)
+
+    def pairs(multipliers):
+        return ellipsoid_pairs(*follow_ellipsoid(model, multipliers), eye_KK)
+
+    def mean_pair(multipliers):
+        return pairs(multipliers).clamp(min=-700).mean()  # a class and itself: log 0
+
+    tune(bound, multipliers, steps)
+    tight = bound(multipliers).item() / LN10
+    tune(mean_pair, multipliers, steps)
+    pairs_KK = pairs(multipliers) / LN10
     last = model.weights[-1].detach().cpu().double()
-    apart_KK = ellipsoid_pairs(torch.eye(last.shape[1]).double(), 0.0, last) / math.log(10)  # |w_y - w_j|
-    return dict(norms=norms, product_log10=sum(logs), tight_log10=min(sum(logs), tight),
-                pairs_log10_KK=torch.minimum(pairs_KK, apart_KK + sum(logs[:-1])))
+    apart_KK = ellipsoid_pairs(torch.eye(last.shape[1]).double(), 0.0, last) / LN10  # |w_y - w_j|
+    return dict(norms=norms, product_log10=product, tight_log10=min(product, tight),
+                pairs_log10_KK=torch.minimum(pairs_KK, apart_KK + sum(sigmas_log10[:-1])))
 
 
 @torch.no_grad()
 def certified_radii(model, pairs_log10_KK, images_NP, labels_N):
-    """l2 radius in which an image keeps its class (step 6, less rounding); < 0 if wrong or tied."""
+    """l2 radius in which an image keeps its class, by step 6; < 0 if it is wrong or tied."""
     model = copy.deepcopy(model).cpu()  # float64 is not on every device
     logits_NK = torch.cat([model(x.double() / 255) for x in images_NP.split(2000)])
-    margin_NK = logits_NK.gather(1, labels_N[:, None]) - logits_NK
-    margin_NK -= 1e-9 * max(p.detach().abs().max().item() for p in (logits_NK, *model.biases))
-    return (margin_NK / 10 ** pairs_log10_KK[labels_N]).scatter(1, labels_N[:, None], math.inf).amin(1)
+    right_N1 = labels_N[:, None]
+    margin_NK = logits_NK.gather(1, right_N1) - logits_NK
+    largest = max(p.detach().abs().max().item() for p in (logits_NK, *model.biases))
+    margin_NK -= 1e-9 * largest  # for rounding
+    # The nearest decision boundary: the smallest margin / constant over the other classes.
+    radius_NK = margin_NK / 10 ** pairs_log10_KK[labels_N]
+    return radius_NK.scatter(1, right_N1, math.inf).amin(1)
 
 
 # ==== Data: pictures from a folder or the Hub, or drawn here ======================================
 def load_data(config):
-    """((train images_NP, labels_N), the same of the test set, name): uint8 images, int64 labels."""
-    name, local = config.data, Path(os.environ.get("DATA_DIR", "")) / "cifar10"
+    """((images_NP, labels_N) to train, the same to test, name): uint8 images, int64 labels."""
+    name = config.data
     if name == "auto":
-        name = str(local) if "DATA_DIR" in os.environ and local.is_dir() else "uoft-cs/cifar10"
+        local = Path(os.environ.get("DATA_DIR", "nowhere"), "cifar10")
+        name = str(local) if local.is_dir() else "uoft-cs/cifar10"
     try:
-        sets = stand_in() if name == "stand-in" else load_images(name, config.label)
+        train, test = stand_in() if name == "stand-in" else load_images(name, config.label)
     except UserError as problem:
         if config.data != "auto":
             raise
-        print(f"{'!' * 98}\n!!  CIFAR-10 is not here (see DATA_DIR): {problem}\n!!  TRAINING ON A STAND-IN: "
-              f"drawings made by this script. Its accuracy compares with nothing.\n{'!' * 98}", flush=True)
-        sets, name = stand_in(), "stand-in"
-    h, N = config.holdout, len(sets[0][1])
-    if h >= N or not sets[0][1].any():
-        raise UserError(f"--data {name}: needed are at least 2 classes and more than {h} (--holdout) images")
-    if h:  # the same images for every seed
-        held, rest = torch.randperm(N, generator=torch.Generator().manual_seed(2025)).split([h, N - h])
-        sets = [[part[index] for part in sets[0]] for index in (rest, held)]
-        name += f", evaluated on {h} training images held out"
-    return *sets, name
+        print(f"{problem}\nTRAINING ON A STAND-IN, drawings made by this script. The default "
+              "settings are right on about 73 % of them.", flush=True)
+        train, test = stand_in()
+        name = "stand-in"
+    if config.holdout:  # the same images for every seed
+        images_NP, labels_N = train
+        generator = torch.Generator().manual_seed(2025)
+        order_N = torch.randperm(len(labels_N), generator=generator)
+        held_N, rest_N = order_N[:config.holdout], order_N[config.holdout:]
+        train = images_NP[rest_N], labels_N[rest_N]
+        test = images_NP[held_N], labels_N[held_N]
+        name += f", evaluated on {config.holdout} training images held out"
+    if not train[1].any():
+        raise UserError(f"--data {name}: needed are at least 2 classes of images to train on")
+    return train, test, name
 
 
-def load_images(source, label=""):
+def load_images(source, label):
     """[(images_NP, labels_N)] of the splits train and test of a folder or a data set on the Hub."""
     import datasets  # takes a second, so only where it is needed
     import huggingface_hub
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # (what it raises is said below)
-    folder, split, labels, sizes, sets = Path(source).expanduser(), "train", [], set(), []
-    names = [label] if label else ["label", "labels", "fine_label", "fine_labels"]
-    try:
-        options = dict(path=source)
-        if folder.exists():  # read as it is, as links without [brackets], which are patterns there
-            cache = tempfile.TemporaryDirectory()  # (the library's own need not be writable)
-            data = shutil.copytree(folder.resolve(), f"{cache.name}/x", copy_function=os.symlink)
-            options = dict(path=data, streaming=True, cache_dir=cache.name)
-        else:
+    folder = Path(source).expanduser()
+    sets = []
+    with explain(f"--data {source}: cannot be used",
+                 "see Your own data in the README for what is needed; or take --data stand-in"):
+        if not folder.exists():
             try:
                 huggingface_hub.HfApi().dataset_info(source, timeout=3)
-            except Exception:  # no network: look in the cache. load_dataset would wait a minute
+            except Exception:  # no network: look in the cache, as load_dataset would wait a minute
                 datasets.config.HF_HUB_OFFLINE = True
-        for split, files in ("train", ("data_batch_[1-5]", "train")), ("test", ("test_batch", "test")):
-            rows, images, labels = [], [], []
-            paths = [path for name in files for path in sorted(folder.glob(name)) if path.is_file()]
-            for path in paths:  # (the official archives, unpacked)
-                batch = NumpyOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-                column = next((name for name in names if name.encode() in batch), names[0]).encode()
-                arrays = (x.reshape(3, 1024).T.reshape(32, 32, 3) for x in batch[b"data"])
-                rows += zip(map(Image.fromarray, arrays), batch[column], strict=True)
-            if not paths:
-                table = datasets.load_dataset(split=split, **options)
-                columns = table.column_names or list(next(iter(table), {}))
-                column = next((name for name in names if name in columns), names[0])
-                image = "img" if "img" in columns else "image"
-                table = table.select_columns([image, column]).cast_column(image, datasets.Image())
-                rows = ((row[image], row[column]) for row in table)
-            for picture, y in rows:
-                if type(y) is not int or not 0 <= y < 1000:  # (certificates have all pairs)
-                    raise ValueError(f"label {y!r} is no whole number from 0 to 999")
-                images.append(pixels(picture))
-                sizes.add(picture.size)
-                labels.append(y)
-            sets.append((torch.from_numpy(np.stack(images)).view(-1, 3072), torch.tensor(labels)))
-    except Exception as problem:  # the libraries raise dozens of kinds: the data cannot be had
-        raise UserError(
-            f"--data {source}: cannot be used ({split}, row {len(labels)}: {problem!r:.200}); needed "
-            "are train and test: folders CLASS/x.png in each, or tables with pictures in img or image and "
-            "numbers in label, labels, fine_label or --label COLUMN") from problem
-    if sizes != {(32, 32)}:
-        print(f"{source}: pictures of {min(sizes)} to {max(sizes)} pixels are resized to 32 x 32")
+        for split in ("train", "test"):
+            table = datasets.load_dataset(str(folder), split=split, streaming=folder.exists())
+            columns = list(next(iter(table), {}))
+            picture = "img" if "img" in columns else "image"
+            names = [label] if label else ["label", "labels", "fine_label"]
+            number = next((name for name in names if name in columns), names[0])
+            table = table.cast_column(picture, datasets.Image())  # else they may come as bytes
+            images = []
+            labels = []
+            for row in table:
+                image = row[picture].convert("RGB").resize((32, 32))
+                images.append(np.asarray(image).reshape(3072))
+                labels.append(row[number])
+            if min(labels) < 0:
+                raise ValueError(f"a label of {split} is below 0")
+            sets.append((torch.from_numpy(np.stack(images)), torch.tensor(labels)))
     return sets
 
 
-def pixels(picture):
-    """(32, 32, 3), uint8: what a picture shows. Transparent is white, 16 bits are scaled."""
-    if picture is None or picture.mode in ("I", "F"):
-        raise ValueError("no picture, or one of 32 bits a colour")
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB").resize((32, 32)))
-
-
-class NumpyOnly(pickle.Unpickler):
-    """Builds numpy arrays and plain Python values. Whatever else a file names is refused."""
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise ValueError(f"it names {module}.{name}, and only arrays and plain values are read")
-
-
 def stand_in(train=20_000, test=4_000):
-    """Ten classes of drawings of random place, size, colour, in noise: hard for a linear model."""
-    n, generator = train + test, torch.Generator().manual_seed(20_250_713)
-    label_N = torch.arange(n) % 10
-    u_N = torch.rand(10, n, 1, 1, generator=generator)
-    axis = torch.linspace(-1, 1, 32)
-    x, y = axis - 0.8 * u_N[0] + 0.4, axis[:, None] - 0.8 * u_N[1] + 0.4  # (n, 1, 32), (n, 32, 1)
-    size, wave = 0.35 + 0.45 * u_N[2], 9 + 5 * u_N[3]
-    disc, box = (x * x + y * y).sqrt() / size, x.abs().maximum(y.abs()) / size
-    cross, stripes, bars = x.abs().minimum(y.abs()) / size, (x * wave).sin() + 0 * y, (y * wave).sin() + 0 * x
-    figures = torch.stack([disc < 1, (disc < 1) & (disc > 0.6), box < 1, (box < 1) & (box > 0.6),
-                           (y < size) & (y > 2 * x.abs() - size), (box < 1) & (cross < 0.25),
-                           stripes > 0, bars > 0, ((x + y) * wave).sin() > 0, stripes * bars > 0])
-    mask = figures[label_N, torch.arange(n), :, :, None].float()
-    ink, paper = u_N[4:7, :, 0].permute(1, 2, 0)[:, None], u_N[7:10, :, 0].permute(1, 2, 0)[:, None]
-    images = mask * ink + (1 - mask) * paper + 0.25 * torch.randn(n, 32, 32, 3, generator=generator)
-    images = (images.clamp(0, 1) * 255).round().to(torch.uint8).reshape(n, 3072)
-    return (images[:train], label_N[:train]), (images[train:], label_N[train:])
+    """Ten classes of drawings: five outlines, filled or hollow, of any place, size and colour."""
+    N = train + test
+    generator = torch.Generator().manual_seed(20_250_713)
+    label_N = torch.arange(N) % 10
+    place_2N11 = torch.rand(2, N, 1, 1, generator=generator) - 0.5
+    size_N11 = 0.35 + 0.45 * torch.rand(N, 1, 1, generator=generator)
+    ink_2N113 = torch.rand(2, N, 1, 1, 3, generator=generator)
+    axis_X = torch.linspace(-1, 1, 32)
+    x_NX1 = (axis_X[:, None] - 0.8 * place_2N11[0]).abs() / size_N11
+    y_N1X = (axis_X - 0.8 * place_2N11[1]).abs() / size_N11
+    outlines_5NXX = torch.stack([
+        (x_NX1**2 + y_N1X**2).sqrt(), x_NX1.maximum(y_N1X), x_NX1 + y_N1X,
+        x_NX1.maximum(2 * y_N1X), y_N1X.maximum(2 * x_NX1)])
+    radius_NXX = outlines_5NXX[label_N // 2, torch.arange(N)]
+    hollow_N11 = (label_N % 2 == 1)[:, None, None]
+    drawn_NXX = (radius_NXX < 1) & ~(hollow_N11 & (radius_NXX < 0.6))
+    images_NXX3 = ink_2N113[0].lerp(ink_2N113[1], drawn_NXX[..., None].float())
+    images_NXX3 += 0.25 * torch.randn(N, 32, 32, 3, generator=generator)
+    images_NP = (images_NXX3.clamp(0, 1) * 255).round().to(torch.uint8).reshape(N, 3072)
+    return (images_NP[:train], label_N[:train]), (images_NP[train:], label_N[train:])
 
 
-def augmented(images_BP, step, config):
-    """Each image flipped with probability 1/2 and shifted by up to 2 pixels, by seed and step."""
+@functools.lru_cache(maxsize=1)
+def shuffle(N, seed, epoch):
+    """A random order of N images. As it depends on nothing else, a run that goes on has it, too."""
+    return torch.randperm(N, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def choose_batch(step, N, config):
+    """(B,) numbers of the images of a step. Each epoch has an order of its own."""
+    batch = min(config.batch, N)
+    epoch, place = divmod(step, N // batch)
+    return shuffle(N, config.seed, epoch)[place * batch:(place + 1) * batch]
+
+
+def augment(images_BP, step, config):
+    """Each image flipped with probability 1/2, shifted by up to 2 pixels, its edge repeated."""
+    B = len(images_BP)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + 500_009 + step)
-    B, line = len(images_BP), torch.arange(32)
-    flip_B = torch.rand(B, generator=generator) < 0.5
-    dx, dy = torch.randint(-2, 3, (2, B, 1), generator=generator)
-    columns_BX = (torch.where(flip_B[:, None], 31 - line, line) + dx).clamp(0, 31)
-    pixel_BYX = 32 * (line + dy).clamp(0, 31)[:, :, None] + columns_BX[:, None, :]
-    pixel_BP = 3 * pixel_BYX.reshape(B, 1024, 1) + torch.arange(3)
-    return images_BP.gather(1, pixel_BP.reshape(B, 3072).to(images_BP.device))
+    line_X = torch.arange(32)
+    flip_B1 = torch.rand(B, generator=generator)[:, None] < 0.5
+    shift_2B1 = torch.randint(-2, 3, (2, B, 1), generator=generator)
+    columns_BX = torch.where(flip_B1, 31 - line_X, line_X) + shift_2B1[0]
+    rows_BX = line_X + shift_2B1[1]
+    pixel_BXX = 32 * rows_BX.clamp(0, 31)[:, :, None] + columns_BX.clamp(0, 31)[:, None, :]
+    value_BP = (3 * pixel_BXX[..., None] + torch.arange(3)).reshape(B, 3072)
+    return images_BP.gather(1, value_BP.to(images_BP.device))
 
 
-# ==== Run folders: one rule for starting and going on =============================================
-def load_checkpoint(folder, asked=None):
-    """(config, model, all that main saved); no code is run. `asked`: a Config that goes on."""
-    path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
-    try:
+# ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
+# On a first reading go on with Main.
+# What may change where a stopped run goes on: where things are, and what is for sampling only.
+PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
+
+
+def choose_device(config):
+    """(device, dtype that the model computes in)."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"--device {name}: cannot be used here", "try auto"):
+        device = torch.zeros(1, device=name).device
+    if config.dtype == "auto":
+        return device, fast_dtype(device)
+    return device, getattr(torch, config.dtype)
+
+
+def load_checkpoint(folder):
+    """(config, model, all that was saved) of a run. Tensors, numbers and text are read, no code."""
+    path = Path(folder).expanduser() / "checkpoint.pt"
+    with explain(f"{path}: is no checkpoint of {SCRIPT}.py", "give the folder of another run"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"it is of {state['script']}.py")
-        own, log, weights = Config(**state["config"]), state["log"], state["model"]
-        plain = dataclasses.replace(own, constraint="none")  # (its own may be code: it is not run)
-        plain.limits()
-        sizes = [3 * own.lowpass**2] + [own.width] * (own.depth - 1) + [state["classes"]]
-        count = 3072 + sum(m * (n + own.bias) for n, m in zip(sizes, sizes[1:]))
-        if count != sum(W.numel() for W in weights.values() if W.is_contiguous()):
-            raise ValueError(f"its weights are not {count} numbers")  # (before memory is taken)
-        model = MLP(plain, classes=state["classes"])
-        model.load_state_dict(weights)
-        momentum = [values for saved in state["optimizers"] for values in saved["state"].values()]
-        shapes = [{value.shape for value in values.values() if value.ndim} for values in momentum]
-        keys = ("step", "val_loss", "val_accuracy", "ms_per_step")
-        figures = torch.tensor([[record[key] for key in keys] + record["norms"] for record in log])
-        if (shapes != [{p.shape} for p in model.parameters()] or figures.shape[1] != 4 + own.depth
-                or (type(state["data"]), type(state["images"])) != (str, int)
-                or not state["step"] == log[-1]["step"] in range(1, own.steps + 1)):
-            raise ValueError("its parts do not fit each other")
-    except Exception as problem:  # truncated, no checkpoint at all, or with code in it
-        raise UserError(f"{path}: is no checkpoint of {SCRIPT}.py to be used ({problem!r:.200}); give "
-                        "another run folder") from problem
-    if asked is None:
-        return own, model, state
-    given = getattr(asked, "given", dataclasses.asdict(asked))
-    for name, value in given.items():
-        if name not in ("out", "data", "device") and value != getattr(own, name):
-            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; "
-                            "leave it out to go on with that run, or give another --out")
-    if ":" in str(own.constraint) and "constraint" not in given:  # (nobody's code runs unasked)
-        raise UserError(f"--out {folder}: was trained with code of yours; say that you trust it: "
-                        f"--constraint {own.constraint}")
-    own.out, own.device, own.data = asked.out, asked.device, given.get("data", own.data)
-    return own, model, state
+        config = Config(**state["config"])
+        model = build_model(config, state)
+        model.load_state_dict(state["model"])
+    return config, model, state
+
+
+def find_run(config):
+    """(model, all that was saved, summary) of the run in --out; None for what it does not have."""
+    folder = Path(config.out).expanduser()
+    if not config.out or not (folder / "checkpoint.pt").exists():
+        return None, None, None
+    own, model, state = load_checkpoint(folder)
+    for name, value in vars(own).items():
+        if name not in PLACES and value != getattr(config, name):
+            raise UserError(f"--out {folder}: its run has --{name} {value}, not "
+                            f"{getattr(config, name)}; give what it began with, or another --out")
+    if not (folder / "summary.json").exists():
+        return model, state, None
+    print(f"The run in {folder} is finished; start another with another --out.")
+    return model, state, json.loads((folder / "summary.json").read_text())
+
+
+def make_folder(config):
+    """The folder of a run, with its config.json: --out, or a new one that no other run shares."""
+    stem = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}"
+    out = Path(config.out or stem).expanduser()
+    number = 1
+    while out.exists() and not config.out:
+        number += 1
+        out = Path(f"{stem}_{number}")
+    out.mkdir(parents=True, exist_ok=bool(config.out))
+    write(out / "config.json", json.dumps(vars(config), indent=1))
+    return out
 
 
 def write(path, data):
     """Text or bytes, all of it or none: what is written beside takes the place of the old file."""
-    if isinstance(data, str):  # (JSON has no infinity: the logarithm of 0 is a word)
-        data = data.replace("-Infinity", '"-inf"').replace("Infinity", '"inf"').encode()
     beside = path.with_name(path.name + ".part")
     try:
-        beside.write_bytes(data)
+        beside.write_bytes(data if isinstance(data, bytes) else data.encode())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
 
+def finite(number):
+    """For JSON, which has no infinity: such a number as a word."""
+    return number if math.isfinite(number) else str(number)
+
+
+def save(out, config, step, log, **state):
+    """The checkpoint and the log of a run, each written whole."""
+    state.update(script=SCRIPT, config=vars(config), step=step, log=log)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(out / "checkpoint.pt", buffer.getvalue())
+    write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+
+
+# ==== Tools of a training loop (the same text in the three tutorials) =============================
+def count_steps(start, steps):
+    """The steps to come, with a sign of life every ten seconds."""
+    began = spoke = time.perf_counter()
+    for step in range(start, steps):
+        yield step
+        now = time.perf_counter()
+        if now - spoke > 10 and step + 1 < steps:
+            spoke = now
+            seconds = (now - began) / (step + 1 - start) * (steps - step - 1)
+            print(f"step {step + 1:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+
+
+@contextlib.contextmanager
+def catch_ctrl_c():
+    """A list that Ctrl-C fills, so that a run stops between two steps. A second one interrupts."""
+    stops = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number, frame):
+        stops.append(number)
+        signal.signal(number, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def set_learning_rates(optimizers, factor):
+    """Each group of parameters has a peak_lr of its own, and all follow one schedule."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def check_finite(model, losses, step, out):
+    """UserError if a loss or a weight is not finite. The last good checkpoint stays."""
+    for name, values in [("the loss", losses), *model.named_parameters()]:
+        if not values.isfinite().all():
+            raise UserError(f"step {step}: training has diverged, {name} is not finite; try a "
+                            f"smaller --lr. A last good checkpoint may be in {out}")
+
+
+def progress(record, steps):
+    """A line of the log in words."""
+    loss = record.get("val_loss_at_temperature", record["val_loss"])
+    bound = power(float(record["lipschitz_log10"]))
+    return (f"step {record['step']:5d}/{steps}  train loss {record['train_loss']:.3f}  validation "
+            f"loss {loss:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
+            f"largest norm {record['max_weight_norm']:.3f}  untuned bound {bound}  "
+            f"{record['ms_per_step']:.0f} ms/step")
+
+
+def summarize(config, model, record, dtype, **more):
+    """summary.json: the last line of the log, what was trained, and where."""
+    summary = {key: record[key] for key in record if key not in ("step", "train_loss", "losses")}
+    summary.update(
+        script=SCRIPT, preset=config.preset, steps=config.steps, seed=config.seed,
+        params=sum(p.numel() for p in model.parameters()),
+        w_max=None if config.constraint == "none" else config.limits(),
+        train_seconds=record["ms_per_step"] * config.steps / 1000,
+        device=str(next(model.parameters()).device), dtype=str(dtype).removeprefix("torch."),
+        torch=torch.__version__, **more)
+    return summary
+
+
+def print_norms(norms, limits):
+    """Each norm beside its limit. One that is above it is named, whoever wrote the constraint."""
+    for name, norm in norms.items():
+        limit = limits.get(name, math.inf)
+        verdict = "  ABOVE ITS LIMIT" if norm > limit * (1 + 1e-4) else ""
+        print(f"  {name:10} norm (RMS->RMS) {norm:9.4f}   limit {limit:g}{verdict}")
+
+
+def draw(path, title, log, norms, limits):
+    """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
+    from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    steps = [record["step"] for record in log]
+    left.plot(steps, [100 * record["val_accuracy"] for record in log], ".-")
+    left.set(title=title, xlabel="step", ylabel="predictions that are right, %")
+    middle.plot(steps, [list(each.values()) for each in norms], ".-", label=list(norms[0]))
+    for limit in set(limits):
+        middle.axhline(limit, color="grey", linestyle=":", label=f"limit {limit:g}")
+    middle.set(title="norms of the weights", xlabel="step", ylabel="RMS->RMS")
+    middle.legend()
+    right.plot(steps, [float(record["lipschitz_log10"]) for record in log], ".-")
+    right.set(title="Lipschitz bound, untuned", xlabel="step", ylabel="log10")
+    figure.savefig(path, dpi=110)
+
+
 # ==== Main ========================================================================================
+def main(config):
+    """Train, or go on; certify; report. Returns the summary."""
+    # ---- load
+    config = copy.copy(config)  # the caller's stays as it is
+    limits = config.limits()
+    with explain(f"--constraint {config.constraint}", "see --help"):
+        constraint = find_constraint(config.constraint)
+    model, state, summary = find_run(config)
+    if summary:
+        return summary
+    device, dtype = choose_device(config)
+    (images_NP, labels_N), test_set, data_name = load_data(config)
+    N = len(labels_N)
+    classes = 1 + max(labels_N.max(), test_set[1].max()).item()
+    if state and state["images"] != N:
+        raise UserError(f"--data {data_name}: has {N} images; the run began with {state['images']}")
+
+    # ---- build
+    if not model:
+        model = MLP(config, images_NP.sum(0) / (255 * N), classes)
+    model.to(device)
+    with explain("These settings of the optimizer cannot be used", "see --help"):
+        optimizers = build_optimizers(model, config, limits, constraint, dtype)
+    start = 0
+    log = []
+    if state:
+        start = state["step"]
+        log = state["log"]
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    out = make_folder(config)
+    print(f"device {device}, computing in {dtype}, from step {start}, run folder {out}\n"
+          f"data: {data_name}, {N} images to train, {len(test_set[1])} to test, {classes} classes")
+
+    # ---- train
+    images_NP = images_NP.to(device)
+    labels_N = labels_N.to(device)
+    eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
+    losses = []
+    began = time.perf_counter()
+    with catch_ctrl_c() as stops:
+        for step in count_steps(start, config.steps):
+            # A batch is the next slice of a random permutation of the training images.
+            index_B = choose_batch(step, N, config).to(device)
+            images_BP = images_NP[index_B]
+            labels_B = labels_N[index_B]
+            if config.augment:
+                images_BP = augment(images_BP, step, config)
+
+            # The loss multiplies the logits by a temperature. A network with a small Lipschitz
+            # constant has small logits; the factor lets it be confident all the same. The Lipschitz
+            # bound is for the unscaled logits. Subtracting a margin from the scaled logit of the
+            # right class asks that it lead by that margin, so that the answer survives a small
+            # change of the image.
+            logits_BK = config.loss_temperature * model(images_BP.to(dtype) / 255).float()
+            margins_BK = config.margin * F.one_hot(labels_B, classes)
+            loss = F.cross_entropy(logits_BK - margins_BK, labels_B)
+            loss.backward()
+
+            # The learning rate decays linearly to 0. A step of Muon does not become smaller by
+            # itself near an optimum, so only this averages the noise of the batches out.
+            fraction = 1 - step / config.steps
+            set_learning_rates(optimizers, fraction)
+
+            # Muon changes every W by an update of RMS->RMS norm lr, whatever the gradient. Then,
+            # still inside optimizer.step(), the constraint brings the norm of W back to at most
+            # w_max. So after this step each layer is within its limit, and the network's Lipschitz
+            # constant is at most the product of the limits.
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if config.optimizer == "adamw" and config.constraint != "none":
+                # The norm of an AdamW step is not known in advance. So the norm of W is measured
+                # after it, and the constraint starts from there. The decays need lr as well.
+                for W, limit in zip(model.weights, limits):
+                    lr = optimizers[0].param_groups[0]["lr"]
+                    W.data.copy_(after_unknown_step(constraint, W, limit, lr))
+
+            losses.append(loss.detach())
+            done = step + 1
+            if done % 10 and done not in eval_steps and not stops:
+                continue  # what follows forces a GPU to synchronise
+            check_finite(model, torch.stack(losses[-10:]), done, out)
+            if done in eval_steps:
+                ms_per_step = 1000 * (time.perf_counter() - began) / len(losses)
+                log.append(measure(model, test_set, done, losses, ms_per_step))
+                print(progress(log[-1], config.steps), flush=True)
+                losses = []
+            if done in eval_steps or stops:
+                save(out, config, done, log, classes=classes, images=N, data=data_name,
+                     model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+                began = time.perf_counter()
+            if stops:
+                raise KeyboardInterrupt(f"saved at step {done}; to resume, repeat the command with "
+                                        f"--out {out}")
+    return report(config, model, out, log, data_name, test_set, dtype)
+
+
+def build_optimizers(model, config, limits, constraint, dtype):
+    """The one of the matrices, and Adam for the biases if there are any."""
+    if config.optimizer == "muon":
+        # Each of the layers moves by lr / depth. So the product of their norms changes by a
+        # relative lr / w_max in a step, whatever the depth.
+        peak_lr = (config.lr or 0.2) / config.depth
+        groups = [dict(params=[W], w_max=limit, peak_lr=peak_lr)
+                  for W, limit in zip(model.weights, limits)]
+        matrices = Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
+                        every=config.constrain_every)
+    else:
+        groups = [dict(params=list(model.weights), peak_lr=config.lr or 0.0013)]
+        matrices = torch.optim.AdamW(groups, betas=(config.momentum, 0.95),
+                                     weight_decay=config.adamw_wd)
+    if not config.bias:
+        return [matrices]
+    groups = [dict(params=list(model.biases), peak_lr=0.01)]
+    return [matrices, torch.optim.Adam(groups, betas=(0.9, 0.99))]
+
+
 @torch.no_grad()
 def evaluate(model, images_NP, labels_N):
     """(mean cross-entropy of the logits, accuracy) over a whole set, in float32."""
-    logits_NK = torch.cat([model(x.to(model.mean_P.device) / 255).cpu() for x in images_NP.split(2000)])
+    device = model.mean_P.device
+    logits_NK = torch.cat([model(x.to(device) / 255).cpu() for x in images_NP.split(2000)])
     right_N = logits_NK.argmax(1) == labels_N
     return F.cross_entropy(logits_NK, labels_N).item(), right_N.double().mean().item()
 
 
-def main(config):
-    """Train, or go on; certify; report. Returns the summary."""
-    config, model, state = copy.copy(config), None, dict(step=0, log=[], optimizers=[])
-    if config.out and (Path(config.out) / "checkpoint.pt").exists():
-        config, model, state = load_checkpoint(config.out, config)
-        if (Path(config.out) / "summary.json").exists():
-            print(f"The run in {config.out} is finished: see summary.json, or give another --out.")
-            return json.loads((Path(config.out) / "summary.json").read_text())
-    limits, constraint = config.limits(), find_constraint(config.constraint)
-    try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
-    except Exception as problem:
-        raise UserError(f"--device {config.device}: cannot be used here; try auto") from problem
-    dtype = fast_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
-    (images_NP, labels_N), test_set, data_name = load_data(config)
-    N, classes = len(labels_N), 1 + torch.cat([labels_N, test_set[1]]).max().item()
-    if model and (state["images"], state["classes"]) != (N, classes):
-        raise UserError(f"--data {data_name}: {N} images, {classes} classes; the run in {config.out} had "
-                        f"{state['images']} and {state['classes']}, of {state['data']}")
-    model = (model or MLP(config, images_NP.sum(0) / (255 * N), classes)).to(device)
-    if config.optimizer == "muon":  # layers share the learning rate: the product moves by lr / w_max
-        groups = [dict(params=[W], w_max=w_max) for W, w_max in zip(model.weights, limits)]
-        optimizers = [(Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
-                            every=config.constrain_every), (config.lr or 0.2) / config.depth)]
-    else:
-        optimizers = [(torch.optim.AdamW(model.weights, betas=(config.momentum, 0.95),
-                                         weight_decay=config.adamw_wd), config.lr or 0.0013)]
-    if config.bias:
-        optimizers.append((torch.optim.Adam(model.biases, betas=(0.9, 0.99)), 0.01))
-    start, log, seconds = int(state["step"]), state["log"], 0.0
-    for (optimizer, _), saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(dict(saved, param_groups=optimizer.state_dict()["param_groups"]))
-    stem, number = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", 1
-    out = Path(config.out or stem)
-    while out.exists() and not config.out:
-        number += 1
-        out = Path(f"{stem}_{number}")
-    out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
-    settings, kept = json.dumps(dataclasses.asdict(config), indent=1), out / "config.json"
-    if start == 0 and kept.exists() and kept.read_text() != settings:  # (it has no checkpoint yet)
-        raise UserError(f"--out {out}: holds a run begun with other settings; give them, or another")
-    write(kept, settings)
-    print(f"device {device}, computing in {dtype} with float32 weights, data: {data_name} ({N} to train, "
-          f"{len(test_set[1])} to test, {classes} classes), run folder {out}, from step {start}", flush=True)
-    # ---- train
-    batch, images_NP, labels_N = min(config.batch, N), images_NP.to(device), labels_N.to(device)
-    eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
-    order_N, losses, began = None, [], time.perf_counter()
-    for step in range(start, config.steps):
-        # Each epoch has its own random order, a function of seed and epoch: nothing of it is saved.
-        epoch, position = divmod(step, N // batch)
-        if position == 0 or order_N is None:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-            order_N = torch.randperm(N, generator=generator).to(device)
-        index_B = order_N[position * batch:(position + 1) * batch]
-        images_BP, labels_B = images_NP[index_B], labels_N[index_B]
-        if config.augment:
-            images_BP = augmented(images_BP, step, config)
-        logits_BK = config.loss_temperature * model(images_BP.to(dtype) / 255).float()
-        loss = F.cross_entropy(logits_BK - config.margin * F.one_hot(labels_B, classes), labels_B)
-        loss.backward()
-        fraction = 1 - step / config.steps
-        for optimizer, lr in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * fraction
-            optimizer.step()
-            optimizer.zero_grad()
-        if config.optimizer == "adamw" and config.constraint != "none":  # (Muon does it by itself)
-            for W, w_max in zip(model.weights, limits):
-                W.data.copy_(after_unknown_step(constraint, W, w_max, optimizers[0][1] * fraction))
-        losses.append(loss.detach())
-        done = step + 1
-        if done % 10 == 0 or done in eval_steps:  # (not at each step: a GPU would have to wait)
-            if not all(t.isfinite().all() for t in (torch.stack(losses[-10:]), *model.weights)):
-                raise UserError(f"step {done}: training has diverged: loss or weights are not finite; "
-                                f"a last good checkpoint may be in {out}; try a smaller --lr")
-        if done in eval_steps:
-            seconds += time.perf_counter() - began
-            val_loss, val_accuracy = evaluate(model, *test_set)
-            bound, ms = certificate(model), 1000 * seconds / (done - start)  # (report tunes it)
-            constant, largest = bound["tight_log10"] + math.log10(model.rms_per_l2), max(bound["norms"])
-            log.append(dict(
-                step=done, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
-                val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=largest,
-                lipschitz_log10=constant, ms_per_step=ms))
-            buffer = io.BytesIO()
-            torch.save(dict(
-                script=SCRIPT, config=dataclasses.asdict(config), classes=classes, step=done,
-                log=log, data=data_name, images=N, model=model.state_dict(),
-                optimizers=[optimizer.state_dict() for optimizer, _ in optimizers]), buffer)
-            write(out / "checkpoint.pt", buffer.getvalue())
-            write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            print(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  test "
-                  f"loss {val_loss:.3f}  accuracy {100 * val_accuracy:5.2f} %  largest norm "
-                  f"{largest:.3f}  untuned bound (RMS->RMS) {power(constant)}  {ms:.1f} ms/step  "
-                  f"{ms / 1000 * (config.steps - done):.0f} s left", flush=True)
-            losses, began = [], time.perf_counter()
-    return report(config, model, out, log, data_name, test_set, dtype)
+def measure(model, test_set, step, losses, ms_per_step):
+    """A record of the log. Its bound is untuned, which is quicker."""
+    val_loss, val_accuracy = evaluate(model, *test_set)
+    bound = certificate(model)
+    return dict(
+        step=step, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
+        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=max(bound["norms"]),
+        lipschitz_log10=finite(bound["tight_log10"] + math.log10(model.rms_per_l2)),
+        ms_per_step=ms_per_step)
 
 
 def report(config, model, out, log, data_name, test_set, dtype):
-    """summary.json, the table and the picture at the end of a run. Returns the summary."""
-    last, bound, limits = log[-1], certificate(model, steps=30), config.limits()
+    """The end of a run: tuned certificate, summary.json, table, picture. Returns the summary."""
+    bound = certificate(model, steps=30)
     radius_N = certified_radii(model, bound["pairs_log10_KK"], *test_set)
     certified = {name: (radius_N > r).double().mean().item() for name, r in RADII.items()}
-    network, K = copy.deepcopy(model).cpu(), len(bound["pairs_log10_KK"])
-    x_NP = test_set[0][:5000 // K].double() / 255
-    jacobians_NKP = torch.func.vmap(torch.func.jacrev(lambda x_P: network(x_P[None])[0]))(x_NP)
-    jacobian = torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item()  # a bound from below
-    tight, product, to_rms = bound["tight_log10"], bound["product_log10"], math.log10(model.rms_per_l2)
-    summary = dict(
-        {key: last[key] for key in last if key not in ("step", "train_loss")}, script=SCRIPT,
-        preset=config.preset, params=sum(p.numel() for p in model.parameters()), steps=config.steps,
-        lipschitz_log10=tight + to_rms, lipschitz_product_log10=product + to_rms,
-        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits", largest_jacobian_l2=jacobian,
-        certified_accuracy=certified, loss_temperature=config.loss_temperature, seed=config.seed,
-        w_max=None if config.constraint == "none" else limits, data=data_name,
-        train_seconds=last["ms_per_step"] * config.steps / 1000, device=str(model.mean_P.device),
-        dtype=str(dtype).removeprefix("torch."), torch=torch.__version__)
+    product = bound["product_log10"]
+    tight = bound["tight_log10"]
+    slope = steepest_slope(model, test_set[0])
+    to_rms = math.log10(model.rms_per_l2)
+    summary = summarize(
+        config, model, log[-1], dtype, data=data_name, loss_temperature=config.loss_temperature,
+        lipschitz_log10=finite(tight + to_rms), lipschitz_product_log10=finite(product + to_rms),
+        lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits", certified_accuracy=certified,
+        largest_jacobian_l2=slope)
     write(out / "summary.json", json.dumps(summary, indent=1))
-    print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, seed "
-          f"{config.seed}, data: {data_name}\n  test accuracy {100 * last['val_accuracy']:.2f} %, "
-          f"cross-entropy {last['val_loss']:.3f} (loss temperature {config.loss_temperature:g})")
-    for i, (norm, limit) in enumerate(zip(bound["norms"], summary["w_max"] or ["none"] * len(limits))):
-        print(f"  layer {i + 1} norm (RMS->RMS)     {norm:8.4f}     limit {limit}")
-    print("  Lipschitz constant               l2->l2     RMS->RMS")
-    for name, L in (("product", product), ("tight", tight), ("found: Jacobians", log10(jacobian))):
-        print(f"    {name:25} {power(L):>12} {power(L + to_rms):>12}")
-    print("  certified accuracy at l2 radius", *(f" {r}: {100 * p:.2f} %" for r, p in certified.items()))
-    from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-    figure, steps = Figure(figsize=(11, 7), layout="tight"), [record["step"] for record in log]
-    a, b, c, d = figure.subplots(2, 2).flat
-    a.plot(steps, [100 * record["val_accuracy"] for record in log], "o-")
-    a.set(title="test accuracy", xlabel="step", ylabel="%")
-    b.plot(steps, [record["norms"] for record in log], "o-")
-    b.hlines(summary["w_max"] or [], 0, config.steps, "grey", ":")
-    b.set(title="norms and limits (dotted)", xlabel="step", ylabel="RMS->RMS", ylim=(0, None))
-    for W in model.weights:
-        c.plot(np.linspace(0, 1, min(W.shape)), singular_values(W))
-    c.set(title="singular values", xlabel="rank, share", ylabel="RMS->RMS", ylim=(0, None))
-    d.plot(radius_N.sort(descending=True).values, np.linspace(0, 100, len(radius_N)))
-    d.set(title="certified accuracy", xlabel="l2 radius", ylabel="%", xlim=(0, 1), ylim=(0, None))
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
-    write(out / "curves.png", buffer.getvalue())
+
+    print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, "
+          f"seed {config.seed}, data: {data_name}\n"
+          f"  test accuracy {100 * summary['val_accuracy']:.2f} %, cross-entropy "
+          f"{summary['val_loss']:.3f} (loss temperature {config.loss_temperature:g})")
+    names = [f"layer {i + 1}" for i in range(config.depth)]
+    limits = summary["w_max"] or []
+    print_norms(dict(zip(names, bound["norms"])), dict(zip(names, limits)))
+    print(f"  Lipschitz constant               l2->l2     RMS->RMS (times {10**to_rms:.2f})")
+    found = "found: steepest slope"
+    # Bounds are rounded up. What was found is a bound from below, and rounded down.
+    constants = {"product of sigmas": product, "tight certificate": tight, found: log10(slope)}
+    for name, L in constants.items():
+        down = name == found
+        print(f"    {name:25} {power(L, down):>12} {power(L + to_rms, down):>12}")
+    shares = [f"{name}: {100 * share:.2f} %" for name, share in certified.items()]
+    print("  certified accuracy at l2 radius ", "  ".join(shares))
+    norms = [dict(zip(names, record["norms"])) for record in log]
+    draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits)
     print(f"\nPicture, log, checkpoint: {out}. Attack its claims: python verify_lipschitz.py {out}")
     return summary
 
 
-if __name__ == "__main__":
+def steepest_slope(model, images_NP):
+    """The largest norm (l2) of a Jacobian at 5000 / K images, which no valid bound is below."""
+    model = copy.deepcopy(model).cpu()
+    x_NP = images_NP[:5000 // len(model.weights[-1])].double() / 255
+
+    def logits_of(x_P):
+        return model(x_P[None])[0]
+
+    jacobians_NKP = torch.func.vmap(torch.func.jacrev(logits_of))(x_NP)
+    return torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item()
+
+
+# ==== On the command line (the same text in the three tutorials) ==================================
+def run_script():
+    """main on the command line. What the user can mend is one line, without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters of a text
+        sys.stdout.reconfigure(errors="replace")
+    torch.set_flush_denormal(True)  # a softmax has many such numbers, which are slow on a CPU
     try:
         main(parse_arguments())
     except (UserError, OSError) as problem:
         print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{SCRIPT}.py: interrupted; with a checkpoint it goes on by --out FOLDER", file=sys.stderr)
-        sys.exit(130)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{SCRIPT}.py: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script())

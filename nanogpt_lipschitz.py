@@ -1,36 +1,41 @@
 """Tutorial 3: a GPT on web text, within a Lipschitz constant at every step, on any number of GPUs.
 
 WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338): 162M weights on FineWeb, no layer
-norm, QK norm or softcapping, on processes that own shares of the matrices.
+norm, QK norm or softcapping. Each matrix belongs to one process, which alone updates and constrains
+it: so the constraint costs the less the more GPUs there are.
 
 COMMANDS
     python nanogpt_lipschitz.py                                    # minutes on a laptop, no network
     torchrun --standalone --nproc_per_node 8 nanogpt_lipschitz.py --preset cap1   # the paper's run
     python nanogpt_lipschitz.py --sample runs/NAME --prompt "def " --temperature 0.8
     python results/prepare.py SOURCE --data DIR                    # token shards of a text of yours
-    With --out DIR a stopped run goes on, on any number of processes, and torchrun's --max-restarts
-    revives what was killed (on several nodes with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    python nanogpt_lipschitz.py --out DIR                # stopped, the same command goes on
+    It goes on with any number of processes (--micro_batch may change). torchrun's --max-restarts
+    revives what was killed; on several nodes with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
 
 RESULT (bytes of Python's library; two cores of a CPU, one seed, a minute each). CUDA is unmeasured.
     tiny, the default: 61.7 % right, loss 1.483, bound 10^9.5; tiny_tight: 60.8 %, 1.550, 12.37.
 
 ANCESTRY. The experiment is the authors', its shape modded-nanogpt's (Jordan et al.), the shards are
 Karpathy's; none of their code is used. Different on purpose: softmax and limit of the head are over
-50257 real tokens, not 50304 rows; embeddings have an RMS of at most 1. tight and tiny_tight are ours.
+50257 real tokens, not 50304 rows; embeddings have an RMS of at most 1. tight and tiny_tight are
+ours.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import io
-import itertools
 import json
 import math
 import os
+import re
+import signal
 import sys
+import sysconfig
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -39,149 +44,172 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from constraints import (CONSTRAINTS, block_bounds, cap_rows, ellipsoid_blocks, ellipsoid_norm,
-                         exact_norm, find_constraint, in_float64, maxmin, power, sigma_per_norm,
+from constraints import (block_bounds, cap_rows, ellipsoid_blocks, ellipsoid_norm, exact_norm,
+                         find_constraint, in_float64, maxmin, power, sigma_per_norm,
                          transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 BLOCK = 128  # positions that attention takes or skips together
-EPS = 8e-10  # Adam's, for sums over the tokens of a step; the authors': 1e-10 for an eighth of them
+CHUNK = 8192  # tokens whose logits are computed together: those of all would fill the memory
+LONGEST = 8192  # tokens of a sequence for which attention may hold a mask of T x T
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
-# V tokens in the vocabulary, X something wide, N positions, C a chunk of them, Q blocks of them.
-
-
-# ==== Config: every field is a flag ===============================================================
-def flag(default, text, low=None, high=math.inf):
-    """A field: its default, its help, and the range that it is checked against."""
-    return dataclasses.field(default=default, metadata=dict(help=text, range=(low, high)))
-
-
+# V tokens in the vocabulary, N positions, C a chunk of them, Q blocks of them, X rows of the head.
+# ==== Settings (the same text in the three tutorials) =============================================
+# How a config becomes flags. On a first reading go on with Config.
 class UserError(Exception):
     """What the user can mend, in one line: what was given, what is needed, how. Exit status 2."""
 
 
 @contextlib.contextmanager
-def told(what, remedy):
-    """Errors of dozens of kinds, of files and libraries, as a UserError."""
+def explain(what, remedy):
+    """Whatever a library raises, as a UserError. Files, devices and networks fail in many ways."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as problem:
-        reason = (str(problem).strip() or "no reason given").splitlines()[0][:160]
-        raise UserError(f"{what} ({type(problem).__name__}: {reason}); {remedy}") from problem
+        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+        raise UserError(f"{what} ({reason}); {remedy}") from problem
 
 
-@dataclasses.dataclass
-class Config:
-    preset: str = flag("tiny", "named settings, see the end; flags override; brackets show cap1's")
-    # data
-    data: str = flag("fineweb", "fineweb, stand-in (Python's library), or a folder (train_1.bin, val_0.bin)")
-    vocab: int = flag(50257, "different tokens V; the last one begins a document", 2, 2**16)
-    val_tokens: int = flag(10_485_760, "validation tokens, the first of the validation shards", 1)
-    holdout: bool = flag(False, "for tuning: validate on the end of the training tokens, held out")
-    # model
-    width: int = flag(768, "dimension D of a token's vector", 1, 2**14)
-    blocks: int = flag(12, "blocks, each of attention and an MLP", 1, 1000)
-    heads: int = flag(6, "attention heads H, each of dimension D / H", 1, 2**10)
-    hidden: int = flag(3072, "neurons of an MLP", 1, 2**17)
-    window: int = flag(1792, "tokens that attention sees at the end, in most layers half", 1, 2**20)
-    activation: str = flag("gelu", "gelu / 1.1289, or maxmin on pairs")
-    logit_scale: float = flag(24.0, "on q.k / (D / H); for the baseline, whose q and k have RMS 1, the largest "
-                              "attention logit; 0: attention by position alone, learned", 0)
-    attention_scale: float = flag(1 / 3, "factor on the output of attention; 0: 1 / sqrt(H)", 0)
-    residual_scale: float = flag(1.0, "2 * blocks * a in x <- (1 - a) x + a block(x)", 0)
-    final_scale: float = flag(1.0, "fixed factor on the logits, counted in bounds", 0)
-    w_max: str = flag("1", "limit on RMS->RMS norms: one number, or 7: " + ",".join(ROLES))
-    baseline: bool = flag(False, "unconstrained, with RMSNorm, QK norm, softcap, whole residuals")
-    # training
-    constraint: str = flag("soft_cap", ", ".join(CONSTRAINTS) + ", or yours as FILE.py:NAME")
-    constrain_every: int = flag(4, "about how many steps a constraint waits that can", 1, 64)
-    steps: int = flag(6200, "training steps", 1)
-    batch: int = flag(8, "sequences a step, over all processes", 1, 2**20)
-    seq_len: int = flag(49_152, "tokens of a sequence; it holds parts of many documents", 1, 2**20)
-    micro_batch: int = flag(1, "sequences a process takes at once: memory, not the result", 1)
-    lr: float = flag(0.05, "Muon's, in the blocks: RMS->RMS norm of a step; falls to a tenth", 0)
-    head_lr: float = flag(0.005, "the same for the head", 0)
-    embed_lr: float = flag(0.1, "learning rate of the embedding (Adam)", 0)
-    bias_lr: float = flag(0.02, "learning rate of attention by position (Adam)", 0)
-    momentum: float = flag(0.95, "Muon's momentum, after a rise from 0.85", 0, 0.9999)
-    momentum_warmup: int = flag(300, "steps of that rise", 0)
-    # run
-    seed: int = flag(0, "of initialisation, order of the data, samples", 0, 2**31 - 1)
-    dtype: str = flag("auto", "auto (what is fast), float32, bfloat16, float64 (weights too)")
-    device: str = flag("auto", "auto, cpu, cuda, mps; auto: cuda if there is one, a GPU a process")
-    evals: int = flag(10, "evaluations on the validation tokens, each with a checkpoint", 1)
-    out: str = flag("", "run folder, a stopped run goes on; default: a new one in runs/")
-    sample: str = flag("", "a run folder: only sample from it")
-    prompt: str = flag("", "text that the sample continues; default: the start of a document")
-    length: int = flag(300, "tokens to sample", 1)
-    temperature: float = flag(0.8, "of the sample; 0: always the most probable token", 0)
+class Settings:
+    """Every field of a config is a flag, and the comment behind it is its help."""
+
+    def __post_init__(self):
+        """Give each value the type of its field, be it a number of numpy. Counts are at least 1."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (list, tuple)):
+                value = ",".join(map(str, value))  # w_max=[3, 4, 5]
+            choices = CHOICES.get(field.name, [value])
+            least = 1 if field.type is int and field.default else 0
+            with explain(f"--{field.name} {value!r:.80}", f"give {field.type.__name__}"):
+                converted = field.type(value)
+                if field.type is not str and not (converted == value and least <= value < math.inf):
+                    raise ValueError(f"must be of that type, finite and at least {least}")
+                if value not in choices:
+                    raise ValueError(f"must be one of {', '.join(choices)}")
+            setattr(self, field.name, converted)
 
     @classmethod
-    def of(cls, preset=None, **given):
-        """A preset with changes. `given` is kept: a run that goes on must not contradict it."""
-        if preset not in (None, *PRESETS):
+    def of(cls, preset=None, **changes):
+        """The settings of a preset, with changes."""
+        preset = preset or cls.preset
+        if preset not in PRESETS:
             raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-        config = cls(**{**PRESETS[preset or "tiny"], **given, "preset": preset or "tiny"})
-        config.given = dict(given, preset=preset) if preset else given
-        return config
-
-    def limits(self):
-        """w_max of each role of matrix. UserError if a setting is out of its range."""
-        for f in dataclasses.fields(self):
-            value, (low, high) = getattr(self, f.name), f.metadata["range"]
-            if not isinstance(value, (int, float) if f.type is float else f.type):
-                raise UserError(f"--{f.name} {value!r:.80}: must be of the type {f.type.__name__}")
-            if low is not None and not (low <= value <= high and value < math.inf):
-                raise UserError(f"--{f.name} {value}: must be a finite number from {low} to {high}")
-        dtypes = ("auto", "float32", "bfloat16", "float64")
-        for name, wrong, requirement in (
-                ("dtype", self.dtype not in dtypes, f"one of {', '.join(dtypes)}"),
-                ("activation", self.activation not in ("gelu", "maxmin"), "one of gelu, maxmin"),
-                ("heads", self.width % (4 * self.heads), f"a divisor of width / 4 = {self.width / 4}"),
-                ("residual_scale", self.residual_scale > 2 * self.blocks, "at most 2 * blocks"),
-                ("hidden", self.hidden % 2 and self.activation == "maxmin", "even for maxmin"),
-                ("constraint", self.baseline and self.constraint != "none", "none for the baseline")):
-            if wrong:
-                raise UserError(f"--{name} {getattr(self, name)}: must be {requirement}")
-        with told(f"--w_max {self.w_max}: must be a number above 0, or 7", "give, say, 1,1,1,1,1,1,2"):
-            limits = [float(w) for w in self.w_max.split(",")]
-            if len(limits) not in (1, 7) or not all(0 < w < math.inf for w in limits):
-                raise ValueError(f"it is {limits}")
-        return dict(zip(ROLES, limits * 7))
-
-
-POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, final_scale=40.0)
-TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
-            seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0, lr=0.1,
-            head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
-PRESETS = {
-    "tiny": TINY,
-    "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
-    # The same shape with norm layers. QK norm keeps q.k / (D / H) within 1, so the logit scale is the largest
-    # attention logit: at 1 no token could get more than e^2 times the share of another. modded-nanogpt: 15.4.
-    "tiny_baseline": {**TINY, "baseline": True, "constraint": "none", "w_max": "1", "logit_scale": 12.0,
-                      "lr": 0.05, "head_lr": 0.05},
-    "cap1": {},  # the paper's run with spectral cap at 1: the defaults above are its settings
-    "specnorm8": dict(constraint="specnorm", w_max="8", steps=1770, logit_scale=128**0.5 / 64),
-    "tight": dict(POSITION, hidden=3840, residual_scale=12.0),
-    "baseline": dict(baseline=True, constraint="none"),  # cap1 with norm layers and without limits
-}
+        return cls(**{**PRESETS[preset], **changes, "preset": preset})
 
 
 def parse_arguments(argv=None):
-    """The command line as a Config: defaults, then the preset, then the flags given."""
-    presets = "".join(f"\n  {name:12} " + " ".join(f"{k}={v}" for k, v in settings.items())
-                      for name, settings in PRESETS.items())
+    """The command line as a Config: the settings of a preset, then the flags given."""
+    presets = ["presets:"]
+    for name, settings in PRESETS.items():
+        words = [f"{key}={value}" for key, value in settings.items()]
+        presets.append(f"  {name:14} {' '.join(words)}")
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="presets:" + presets, allow_abbrev=False,
+        description=__doc__.split("RESULT")[0], epilog="\n".join(presets), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
+    comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", inspect.getsource(Config)))
+    for field in dataclasses.fields(Config):
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        names = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"}, reverse=True)
+        parser.add_argument(*names, help=f"{comments[field.name]} [{field.default}]", **kind)
     return Config.of(**vars(parser.parse_args(argv)))
+
+
+@dataclasses.dataclass
+class Config(Settings):
+    preset: str = "tiny"  # named settings, listed below; flags override; brackets show cap1's
+    # data
+    data: str = "fineweb"  # fineweb, stand-in (Python's library), or a folder of token shards
+    vocab: int = 50257  # different tokens V, at most 65536; the last one begins a document
+    val_tokens: int = 10_485_760  # validation tokens, the first of the validation shards
+    holdout: bool = False  # for tuning: validate on the end of the training tokens, taken out
+    # model
+    width: int = 768  # dimension D of a token's vector
+    blocks: int = 12  # blocks, each of attention and an MLP
+    heads: int = 6  # attention heads H, each of dimension D / H
+    hidden: int = 3072  # neurons of an MLP
+    window: int = 1792  # tokens that attention sees at the end of training; in most blocks half
+    activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
+    logit_scale: float = 24.0  # on q.k / (D / H). The baseline has no larger logit. 0: by position
+    attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
+    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
+    final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
+    w_max: str = "1"  # limit on RMS->RMS norms: one for all, or 7, of q,k,v,o,in,out,head
+    baseline: bool = False  # without limits, with RMSNorm, QK norm, softcap, whole residuals
+    # training
+    constraint: str = "soft_cap"  # a name in constraints.py, or a function of yours: FILE.py:NAME
+    constrain_every: int = 4  # at most so many steps between two uses of a constraint that can wait
+    steps: int = 6200  # training steps
+    batch: int = 8  # sequences a step, over all processes
+    seq_len: int = 49_152  # tokens of a sequence; it holds parts of many documents
+    micro_batch: int = 1  # sequences that a process takes at once: memory, not the result
+    lr: float = 0.05  # peak learning rate of Muon in the blocks, the RMS->RMS norm of a step
+    head_lr: float = 0.005  # the same for the head
+    embed_lr: float = 0.1  # peak learning rate of the embedding (Adam)
+    bias_lr: float = 0.02  # peak learning rate of attention by position (Adam)
+    momentum: float = 0.95  # Muon's momentum, after a rise from 0.85
+    momentum_warmup: int = 300  # steps of that rise
+    # run
+    seed: int = 0  # of initialisation, order of the data, samples
+    dtype: str = "auto"  # of the products: auto, float32, bfloat16, float64 (then weights as well)
+    device: str = "auto"  # auto, cpu, cuda or mps; auto: cuda if there is one, a GPU for a process
+    evals: int = 10  # evaluations on the validation tokens, each with a checkpoint
+    out: str = ""  # run folder, in which a stopped run goes on; default: a new one in runs/
+    # sample
+    sample: str = ""  # a run folder: do not train, only sample from its model
+    prompt: str = ""  # text that the sample continues; default: the start of a document
+    length: int = 300  # tokens to sample
+    temperature: float = 0.8  # of the sample; 0: always the most probable token
+
+    def limits(self):
+        """{role of a matrix: its w_max}. UserError where settings do not fit each other."""
+        limits = self.w_max.split(",")
+        if len(limits) == 1:
+            limits = limits * len(ROLES)
+        with explain(f"--w_max {self.w_max}", "give a number above 0, or 7 of them with commas"):
+            limits = [float(limit) for limit in limits]
+            if len(limits) != len(ROLES) or not all(0 < limit < math.inf for limit in limits):
+                raise ValueError(f"it is {limits}")
+        if self.width % (4 * self.heads):
+            raise UserError(f"--heads {self.heads}: 4 * heads must divide the width, {self.width}, "
+                            "as RoPE turns half of the pairs in a head")
+        if self.residual_scale > 2 * self.blocks:
+            raise UserError(f"--residual_scale {self.residual_scale}: must be at most 2 * blocks")
+        if self.activation == "maxmin" and self.hidden % 2:
+            raise UserError(f"--hidden {self.hidden}: must be even for maxmin, which takes pairs")
+        if self.baseline and self.constraint != "none":
+            raise UserError(f"--constraint {self.constraint}: must be none for the baseline, whose "
+                            "norm layers have no bound")
+        return dict(zip(ROLES, limits))
+
+
+CHOICES = dict(activation=("gelu", "maxmin"), dtype=("auto", "float32", "bfloat16", "float64"))
+POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, final_scale=40.0)
+TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
+            seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0,
+            lr=0.1, head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
+PRESETS = {
+    "tiny": TINY,
+    "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
+    # The same shape with norm layers. QK norm gives q and k an RMS of 1, so q.k / (D / H) is within
+    # 1, and no attention logit is above logit_scale. At a scale of 1 no token could get more than
+    # e^2 times the share of another. modded-nanogpt has 15.4. The scale and the three learning
+    # rates were searched on text held out (--holdout, seed 0): loss 1.330, neighbours 1.335 to
+    # 1.374.
+    "tiny_baseline": dict(TINY, baseline=True, constraint="none", w_max="1", logit_scale=12.0,
+                          lr=0.05, head_lr=0.05, embed_lr=0.1),
+    "cap1": dict(),  # the paper's run with spectral cap at 1: the defaults above are its settings
+    "specnorm8": dict(constraint="specnorm", w_max="8", steps=1770, logit_scale=128**0.5 / 64),
+    "tight": dict(POSITION, hidden=3840, residual_scale=12.0),
+    "baseline": dict(baseline=True, constraint="none"),  # cap1 with norm layers, without limits
+}
 
 
 # ==== Model: attention and MLP, each mixed into the residual stream, and no norm layer ============
@@ -189,39 +217,68 @@ GELU_SLOPE = 1.1289041452  # the steepest slope of GeLU, rounded up
 GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its slope
 
 
-def rotate(x_BHTE, speeds=None):
-    """RoPE: at t turn the pair (i, i + E/2) by t speeds[i] radians, in float32 at least."""
-    (T, E), low, device = x_BHTE.shape[-2:], x_BHTE.dtype, x_BHTE.device
-    x_BHTE = x_BHTE.to(torch.promote_types(low, torch.float32))
-    if speeds is None:  # modded-nanogpt's: 1 to 1/1024 for half of the pairs, 0 for the others
-        i = torch.arange(E // 2, device=device, dtype=x_BHTE.dtype)
-        speeds = torch.where(i < E // 4, 1024 ** (-i / max(1, E // 4 - 1)), 0)
-    angle_TE = torch.arange(T, device=device, dtype=x_BHTE.dtype)[:, None] * speeds
-    cos, sin, (first, second) = angle_TE.cos(), angle_TE.sin(), x_BHTE.chunk(2, -1)
-    return torch.cat([cos * first + sin * second, cos * second - sin * first], -1).to(low)
+def rotate(x_BHTE, speeds):
+    """RoPE: the pair (i, i + E/2) of the token at t is turned by t speeds[i] radians.
+
+    It turns queries and keys, so q.k depends on the distance t - j only. In float32 at least: an
+    angle of 49,152 radians would be rounded to a multiple of 256 in bfloat16.
+    """
+    T = x_BHTE.shape[-2]
+    high = torch.promote_types(x_BHTE.dtype, torch.float32)
+    t = torch.arange(T, device=x_BHTE.device, dtype=high)
+    angle = t[:, None] * speeds
+    cos = angle.cos()
+    sin = angle.sin()
+    x, y = x_BHTE.to(high).chunk(2, -1)
+    return torch.cat([cos * x + sin * y, cos * y - sin * x], -1).to(x_BHTE.dtype)
+
+
+def rope_speeds(x_BHTE):
+    """modded-nanogpt's: half of the pairs from 1 down to 1/1024 radians a token, the rest at 0."""
+    E = x_BHTE.shape[-1]
+    high = torch.promote_types(x_BHTE.dtype, torch.float32)
+    i = torch.arange(E // 2, device=x_BHTE.device, dtype=high)
+    return torch.where(i < E // 4, 1024 ** (-i / max(1, E // 4 - 1)), 0)
 
 
 def dense_mask(docs_BT, blocks):
     """(B, T, T): t sees j <= t of its own document, in its own block and the blocks - 1 before."""
     t = torch.arange(docs_BT.shape[1], device=docs_BT.device)
-    near_TT = (t[:, None] >= t) & (t[:, None] // BLOCK - t // BLOCK < blocks)
+    back_TT = t[:, None] // BLOCK - t // BLOCK
+    near_TT = (t[:, None] >= t) & (back_TT < blocks)
     return near_TT & (docs_BT[:, :, None] == docs_BT[:, None])
 
 
 def block_mask(docs_BT, blocks):
     """The same for flex_attention, without ever looking at T x T positions."""
-    # Numbers of documents rise, so blocks have one in common only if their ranges overlap. `sees`
-    # decides within blocks. It knows no window: so a new one compiles nothing anew.
+    # flex_attention goes through blocks of 128 x 128 positions. Of each row of blocks it wants two
+    # lists: those with `some` positions to see, in which it asks `sees`, and those with the `whole`
+    # of them, in which it need not ask. With documents A, B and blocks = 3, for example:
+    #
+    #     document    A  A  AB B  B      s  some: on the diagonal, as later tokens are not seen, or
+    #                 s                     where a document ends within one of the two blocks
+    #                 w  s               w  whole: one document, the same in both blocks
+    #                 s  s  s            .  none: later, or of another document, or further back
+    #                 .  .  s  s            than the window reaches
+    #                 .  .  s  w  s
+    #
+    # Numbers of documents rise along a sequence. So two blocks have one in common only if their
+    # ranges overlap. `sees` knows no window: so a new window compiles nothing anew.
     B, T = docs_BT.shape
-    low_BQ, high_BQ = docs_BT.view(B, -1, BLOCK)[..., 0], docs_BT.view(B, -1, BLOCK)[..., -1]
+    docs_BQ = docs_BT.view(B, -1, BLOCK)
+    first_BQ = docs_BQ[..., 0]
+    last_BQ = docs_BQ[..., -1]
     q = torch.arange(T // BLOCK, device=docs_BT.device)
     back_QQ = q[:, None] - q
-    some_BQQ = (back_QQ >= 0) & (back_QQ < blocks) & (low_BQ[:, :, None] <= high_BQ[:, None])
-    whole_BQQ = some_BQQ & (back_QQ > 0) & (low_BQ[:, None] == high_BQ[:, :, None])
+    inside_QQ = (back_QQ >= 0) & (back_QQ < blocks)
+    seen_BQQ = inside_QQ & (first_BQ[:, :, None] <= last_BQ[:, None])
+    whole_BQQ = seen_BQQ & (back_QQ > 0) & (first_BQ[:, None] == last_BQ[:, :, None])
+    some_BQQ = seen_BQQ & ~whole_BQQ
     lists = []
-    for x_BQQ in (some_BQQ & ~whole_BQQ, whole_BQQ):  # how many blocks of keys, and which
-        order_BQQ = torch.argsort(x_BQQ.int(), dim=-1, descending=True, stable=True)
-        lists += [x_BQQ.sum(-1, dtype=torch.int32)[:, None], order_BQQ.int()[:, None]]
+    for chosen_BQQ in (some_BQQ, whole_BQQ):
+        count_BQ = chosen_BQQ.sum(-1, dtype=torch.int32)
+        chosen_first_BQQ = torch.argsort(chosen_BQQ.int(), dim=-1, descending=True, stable=True)
+        lists += [count_BQ[:, None], chosen_first_BQQ.int()[:, None]]  # the same for all heads
 
     def sees(b, h, t, j):
         return (t >= j) & (docs_BT[b, t] == docs_BT[b, j])
@@ -229,73 +286,113 @@ def block_mask(docs_BT, blocks):
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(T, T))
 
 
+def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
+    """Averages of values. mask: of dense_mask or block_mask, or None: all tokens up to t."""
+    if isinstance(mask, BlockMask):
+        # torch 2.13, compiled for a CPU, is wrong if v is a view into a longer tensor.
+        parts = [x.contiguous() for x in (q_BHTE, k_BHTE, v_BHTE)]
+        return flex_attention(*parts, block_mask=mask, scale=scale)
+    if mask is None:
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True, scale=scale)
+    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask[:, None], scale=scale)
+
+
 class Block(torch.nn.Module):
-    """x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x), with a = mix. No biases."""
+    """x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x), with a = mix. No biases.
+
+    An average of x and f(x), and not their sum: where f makes no difference of two vectors longer,
+    neither does the average. The baseline adds, and has a norm layer before each of the two.
+    """
 
     def __init__(self, config, index):
         super().__init__()
         self.config = config
         self.mix = config.residual_scale / (2 * config.blocks)
         self.attention_scale = config.attention_scale or config.heads**-0.5
-        D, Parameter = config.width, torch.nn.Parameter
+        D = config.width
         if config.logit_scale > 0:
-            self.q = Parameter(torch.zeros(D, D))
-            self.k = Parameter(torch.zeros(D, D))
-        self.v = Parameter(torch.zeros(D, D))
-        self.o = Parameter(torch.zeros(D, D))
-        self.w_in = Parameter(torch.zeros(config.hidden, D))
-        self.w_out = Parameter(torch.zeros(D, config.hidden))
+            self.q = torch.nn.Parameter(torch.zeros(D, D))
+            self.k = torch.nn.Parameter(torch.zeros(D, D))
+        self.v = torch.nn.Parameter(torch.zeros(D, D))
+        self.o = torch.nn.Parameter(torch.zeros(D, D))
+        self.w_in = torch.nn.Parameter(torch.zeros(config.hidden, D))
+        self.w_out = torch.nn.Parameter(torch.zeros(D, config.hidden))
         if config.logit_scale == 0:
-            # Attention by position: logits of a head are a sum of waves in the distance x = t - j,
-            # sum_i a_i cos(speed_i x) + b_i sin(speed_i x), at first with its peak at x = h step.
-            n, step = D // config.heads // 2, 2 ** min(index, 5)
-            speeds = 2 * (4 * config.window) ** (-torch.arange(n) / n)
-            phase_HE = step * torch.arange(config.heads)[:, None] * speeds
+            # Attention by position: the logits of a head are a sum of n waves in the distance d to
+            # a token, sum_i a_i cos(speed_i d) + b_i sin(speed_i d). The fastest turns by 2 radians
+            # a token, a wave of 3 tokens. The slowest is longer than the window, so that the sum
+            # can tell all distances apart. At the start all waves of head h have their peak at the
+            # same distance: h * 2^i in block i, from i = 5 on h * 32. The logit there is 12, so a
+            # token at the peak gets e^12 times the share of one where the waves cancel.
+            n = D // config.heads // 2
+            fastest = 2
+            fastest_per_slowest = 4 * config.window
+            peak_logit = 12
+            peak_H1 = 2 ** min(index, 5) * torch.arange(config.heads)[:, None]
+            speeds = fastest * fastest_per_slowest ** (-torch.arange(n) / n)
+            phase = peak_H1 * speeds
             self.register_buffer("speeds", speeds, persistent=False)
-            self.query_HE = Parameter(12 / n * torch.cat([phase_HE.cos(), phase_HE.sin()], -1))
+            waves_HE = torch.cat([phase.cos(), phase.sin()], -1)
+            self.query_HE = torch.nn.Parameter(peak_logit / n * waves_HE)
+
+    def matrices(self):
+        """[(role, matrix)]"""
+        parameters = self.named_parameters()
+        return [(name.removeprefix("w_"), W) for name, W in parameters if name != "query_HE"]
 
     def own_share_H(self):
         """The least that a head by position gives a token of itself: where it sees T tokens."""
-        angle_TE = torch.arange(self.config.seq_len)[:, None] * self.speeds.double().cpu()
-        wave_TE = torch.cat([angle_TE.cos(), angle_TE.sin()], -1)
-        return (in_float64(self.query_HE).cpu() @ wave_TE.T).softmax(-1)[:, 0].to(in_float64(self.query_HE))
-
-    def matrices(self):
-        named = self.named_parameters()
-        return [(name.removeprefix("w_"), W) for name, W in named if name != "query_HE"]
+        query_HE = in_float64(self.query_HE)
+        t = torch.arange(self.config.seq_len).to(query_HE)
+        angle = t[:, None] * self.speeds.to(query_HE)
+        waves_TE = torch.cat([angle.cos(), angle.sin()], -1)
+        return (query_HE @ waves_TE.T).softmax(-1)[:, 0]
 
     def attention(self, x_BTD, mask=None):
-        """beta sum_h o_h sum_j softmax_j(s q_t^h . k_j^h) v_j^h over all j that t sees."""
+        """out_t = beta sum_h o_h sum_j P^h_tj v_h x_j over all j that t sees, with the pattern
+        P^h_t = softmax over j of s q_h x_t . k_h x_j with RoPE, or of waves in t - j.
+        """
+        average = self.by_content if self.config.logit_scale > 0 else self.by_position
+        y_BTD = average(x_BTD, mask).transpose(1, 2).reshape(x_BTD.shape)
+        return F.linear(y_BTD, (self.attention_scale * self.o).to(x_BTD.dtype))
+
+    def by_content(self, x_BTD, mask):
+        """sum_j P^h_tj v_h x_j (B, H, T, E), where queries and keys depend on tokens."""
         B, T, D = x_BTD.shape
-        H, dtype, content = self.config.heads, x_BTD.dtype, self.config.logit_scale > 0
-        matrices = [self.q, self.k, self.v] if content else [self.v]
-        parts_BTX = F.linear(x_BTD, torch.cat([W.to(dtype) for W in matrices]))
-        *qk, v_BHTE = (part.view(B, T, H, -1).transpose(1, 2) for part in parts_BTX.split(D, -1))
-        if content:
-            scale = self.config.logit_scale / (D // H)
-            qk = [rotate(F.rms_norm(x, x.shape[-1:]) if self.config.baseline else x) for x in qk]
-        else:
-            # Query (a, b) and key (1, 0) are the same for all tokens, turned by position. (Not a
-            # table by distance: its gradient would be 2e9 atomic additions in a step of cap1.)
-            scale, key_HE = 1.0, torch.zeros_like(self.query_HE)
-            key_HE[:, :len(self.speeds)].fill_(1)  # (= 1 would be a copy from the CPU)
-            qk = [rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(dtype).expand(B, H, T, -1)
-                  for x_HE in (self.query_HE, key_HE)]
-        if isinstance(mask, BlockMask):
-            # (torch 2.13, compiled for a CPU, is wrong if v is a view into a longer tensor)
-            y_BHTE = flex_attention(*(x.contiguous() for x in (*qk, v_BHTE)), block_mask=mask, scale=scale)
-        else:
-            causal, mask = mask is None, mask if mask is None else mask[:, None]
-            y_BHTE = F.scaled_dot_product_attention(*qk, v_BHTE, mask, is_causal=causal, scale=scale)
-        y_BTD = y_BHTE.transpose(1, 2).reshape(B, T, D)
-        return F.linear(y_BTD, (self.attention_scale * self.o).to(dtype))
+        H = self.config.heads
+        W = torch.cat([self.q, self.k, self.v]).to(x_BTD.dtype)
+        parts = F.linear(x_BTD, W).view(B, T, 3 * H, D // H).transpose(1, 2)
+        q_BHTE, k_BHTE, v_BHTE = parts.chunk(3, 1)
+        if self.config.baseline:
+            q_BHTE = F.rms_norm(q_BHTE, q_BHTE.shape[-1:])
+            k_BHTE = F.rms_norm(k_BHTE, k_BHTE.shape[-1:])
+        speeds = rope_speeds(q_BHTE)
+        s = self.config.logit_scale / (D // H)
+        return attend(rotate(q_BHTE, speeds), rotate(k_BHTE, speeds), v_BHTE, mask, s)
+
+    def by_position(self, x_BTD, mask):
+        """The same, with one query (a, b) and one key (1, 0) of a head for all tokens."""
+        # Each is turned by its position, and their product is the sum of waves. A table of logits
+        # by distance would be simpler, but its gradient is 2e9 atomic additions in a step of cap1's
+        # size.
+        B, T, D = x_BTD.shape
+        H = self.config.heads
+        v_BHTE = F.linear(x_BTD, self.v.to(x_BTD.dtype)).view(B, T, H, D // H).transpose(1, 2)
+        key_HE = torch.zeros_like(self.query_HE)
+        key_HE[:, :len(self.speeds)].fill_(1)  # on a GPU `= 1` would wait for a copy from the CPU
+        turned = []
+        for x_HE in (self.query_HE, key_HE):
+            x_HTE = rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(x_BTD.dtype)
+            turned.append(x_HTE.expand(B, H, T, -1))
+        return attend(*turned, v_BHTE, mask, 1.0)
 
     def mlp(self, x_BTD):
         """w_out maxmin(w_in x), or w_out gelu(w_in x) / 1.1289."""
-        gelu, h_BTX = self.config.activation == "gelu", F.linear(x_BTD, self.w_in.to(x_BTD.dtype))
-        h_BTX = F.gelu(h_BTX) if gelu else maxmin(h_BTX)
-        w_out = self.w_out / GELU_SCALE if gelu else self.w_out
-        return F.linear(h_BTX, w_out.to(x_BTD.dtype))
+        dtype = x_BTD.dtype
+        h = F.linear(x_BTD, self.w_in.to(dtype))
+        if self.config.activation == "maxmin":
+            return F.linear(maxmin(h), self.w_out.to(dtype))
+        return F.linear(F.gelu(h), (self.w_out / GELU_SCALE).to(dtype))
 
     def forward(self, x_BTD, mask=None):
         if self.config.baseline:
@@ -306,7 +403,7 @@ class Block(torch.nn.Module):
 
 
 class Transformer(torch.nn.Module):
-    """Embedding, blocks, head. Starts with o, w_out and head at 0: the first loss is ln V."""
+    """Embedding (V vectors of RMS at most 1), blocks, head: logits = final_scale * head x."""
 
     def __init__(self, config):
         super().__init__()
@@ -314,103 +411,160 @@ class Transformer(torch.nn.Module):
         self.mix = config.residual_scale / (2 * config.blocks)
         self.flex = False  # flex_attention, which CUDA can compile, in the place of a T x T mask
         generator = torch.Generator().manual_seed(config.seed)
-        table_VD = torch.randn(config.vocab, config.width, generator=generator)
-        self.embedding_VD = torch.nn.Parameter(table_VD if config.baseline else cap_rows(table_VD))
-        self.blocks = torch.nn.ModuleList(Block(config, i) for i in range(config.blocks))
-        rows = math.ceil(config.vocab / 128) * 128  # (a round number is faster; others stay 0)
+        embedding_VD = torch.randn(config.vocab, config.width, generator=generator)
+        if not config.baseline:
+            embedding_VD = cap_rows(embedding_VD)
+        self.embedding_VD = torch.nn.Parameter(embedding_VD)
+        self.blocks = torch.nn.ModuleList([Block(config, i) for i in range(config.blocks)])
+        rows = math.ceil(config.vocab / 128) * 128  # a round number is faster; the others stay 0
         self.head_XD = torch.nn.Parameter(torch.zeros(rows, config.width))
-        limits, stiefel = config.limits(), config.constraint == "stiefel"
+        limits = config.limits()
+        stiefel = config.constraint == "stiefel"
         for role, W in self.matrices():
-            # If blocks are half of the stream, zeros would lose the signal; stiefel allows none.
-            if role != "head" and (role not in ("o", "out") or stiefel or self.mix >= 0.4):
-                torch.nn.init.orthogonal_(W, generator=generator)
-                W.data.mul_(sigma_per_norm(W) * (limits[role] if stiefel else min(1.0, limits[role])))
+            # o and w_out start at 0: a block begins as (1 - a) x, and what it adds grows from
+            # there. Not with a large a, which would leave too little of x for the head. The head
+            # starts at 0 as well: so the first loss is ln V.
+            fades_in = role in ("o", "out") and not stiefel and self.mix < 0.4
+            if role == "head" or fades_in:
+                continue
+            # All singular values are equal: norm 1 if the limit allows it. Stiefel starts on its
+            # limit.
+            torch.nn.init.orthogonal_(W, generator=generator)
+            norm = limits[role] if stiefel else min(1.0, limits[role])
+            W.data.mul_(sigma_per_norm(W) * norm)
         if config.dtype == "float64":
             self.double()
 
     @property
     def head_VD(self):
-        return self.head_XD[:self.config.vocab]  # the rows of real tokens
+        """The rows of real tokens."""
+        return self.head_XD[:self.config.vocab]
 
     def matrices(self):
         """[(role, matrix)] of all that the constraint holds."""
-        pairs = [pair for block in self.blocks for pair in block.matrices()]
-        return pairs + [("head", self.head_XD)]
+        in_blocks = [pair for block in self.blocks for pair in block.matrices()]
+        return [*in_blocks, ("head", self.head_XD)]
 
     def embed(self, tokens_BT, dtype):
         """(x_BTD, docs_BT): embedded tokens, and the number of each token's document."""
         docs_BT = (tokens_BT == self.config.vocab - 1).cumsum(1)
         return F.embedding(tokens_BT, self.embedding_VD).to(dtype), docs_BT
 
-    def body(self, x_BTD, docs_BT=None, window=None, seen=None):
-        """The end of the stream. docs_BT None: one document; seen: list for the largest entries."""
-        docs_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.int64) if docs_BT is None else docs_BT
-        blocks, n = math.ceil((window or self.config.window) / BLOCK), len(self.blocks)
-        make = block_mask if self.flex else dense_mask
-        far, near = make(docs_BT, blocks), make(docs_BT, max(1, blocks // 2))
-        for i, block in enumerate(self.blocks):  # (of 12 blocks 0, 4, 7 and 11 see far)
-            x_BTD = block(x_BTD, far if i in (0, n // 3, n - 1 - n // 3, n - 1) else near)
-            if seen is not None:
-                seen.append(x_BTD.detach().abs().max().float())
-        return F.rms_norm(x_BTD, x_BTD.shape[-1:]) if self.config.baseline else x_BTD
+    def body(self, x_BTD, docs_BT=None, window=None, entries=None):
+        """The end of the stream. docs_BT None: one document. entries: a list to fill, or None."""
+        if docs_BT is None:
+            docs_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.int64)
+        window_blocks = math.ceil((window or self.config.window) / BLOCK)
+        build_mask = block_mask if self.flex else dense_mask
+        far = build_mask(docs_BT, window_blocks)
+        near = build_mask(docs_BT, max(1, window_blocks // 2))
+        n = len(self.blocks)
+        see_far = (0, n // 3, n - 1 - n // 3, n - 1)  # of 12 blocks 0, 4, 7 and 11
+        for i, block in enumerate(self.blocks):
+            mask = far if i in see_far else near
+            x_BTD = block(x_BTD, mask)
+            if entries is not None:
+                entries.append(x_BTD.detach().abs().max().float())
+        if self.config.baseline:
+            x_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+        return x_BTD
 
     def logits(self, x_ND):
         """(..., V) of the end of the stream, in float32 at least; the baseline's within 15."""
         head_XD = (self.config.final_scale * self.head_XD).to(x_ND.dtype)
         z_NV = F.linear(x_ND, head_XD)[..., :self.config.vocab]
         z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
-        return 15 * torch.tanh(z_NV / 15) if self.config.baseline else z_NV
+        if self.config.baseline:
+            z_NV = 15 * torch.tanh(z_NV / 15)
+        return z_NV
 
     def loss(self, x_ND, y_N):
         """Sum of the cross-entropies, over the real tokens alone."""
         return F.cross_entropy(self.logits(x_ND), y_N, reduction="sum")
 
     def forward(self, tokens_BT, dtype=torch.float32):
+        """Logits (B, T, V) in float32 or float64; all before them is computed in `dtype`."""
         return self.logits(self.body(*self.embed(tokens_BT, dtype)))
 
 
-# ==== Certificate: how far logits can move if all embeddings move, from the weights alone =========
-# constraints.py derives it, for up to seq_len tokens. Documents and windows only take tokens out of an
-# average. Logits by position do not move. Norm layers: no bound.
+def build_model(config, state):
+    """The model of a checkpoint, before its weights are loaded."""
+    return Transformer(config)
+
+
+# ==== Certificate: how far logits can move when embeddings do, from the weights alone =============
+# Two sequences of embeddings differ by RMS at most 1 at every token, and all embeddings are in a
+# ball. Part III of constraints.py derives how far the outputs of blocks like these can differ, as
+# for tutorial 2. What is this model's own:
+#   1. Documents and windows only take tokens out of an average. So the bounds hold with them.
+#   2. In attention by position the pattern does not differ. Ellipsoids use what a head gives a
+#      token of itself, at least. That is its share at the last of seq_len positions.
+#   3. The baseline has none: a norm layer stretches short vectors without limit.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
-    """transformer_bounds (constraints.py), embeddings to logits, and norms: {role: largest RMS->RMS norm}.
+    """Bounds of a model: what transformer_bounds in constraints.py returns, and norms.
 
-    rho: how far (RMS) embeddings may be from the table's. free: what `tuned` found; None: untuned.
+    log10     the certificate used, log10 of a constant from embeddings to logits (max-token RMS)
+    norms     {role: the largest RMS->RMS norm of its matrices, or RMS of an embedding}
+    Arguments: rho, how far (RMS) embeddings may be from the table's; free, the trainable weights of
+    the ellipsoids that `tuned` found, or None: untuned.
     """
     norms = {}
-    for role, W in [*model.matrices()[:-1], ("head", model.head_VD)]:
+    for role, W in model.matrices():
+        if role == "head":
+            W = model.head_VD
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
-    norms["embedding"] = R = in_float64(model.embedding_VD).square().mean(1).sqrt().max().item()
+    norms["embedding"] = largest_embedding(model)
     if model.config.baseline:
-        keys = ("log10", "product_log10", "ellipsoid_log10", "body_log10", "radius_log10")
-        return dict(dict.fromkeys(keys, math.inf), norms=norms, rows=[])
-    U = model.config.final_scale * in_float64(model.head_VD)
-    return dict(transformer_bounds(layers(model), R + rho, U, free), norms=norms)
+        return dict(log10=math.inf, product_log10=math.inf, ellipsoid_log10=math.inf, norms=norms)
+    U_VD = model.config.final_scale * in_float64(model.head_VD)
+    bounds = transformer_bounds(describe_blocks(model), norms["embedding"] + rho, U_VD, free)
+    return dict(bounds, norms=norms)
 
 
-def layers(model):
+def largest_embedding(model):
+    """The largest RMS of a token's vector: radius of the ball."""
+    return in_float64(model.embedding_VD).square().mean(1).max().sqrt().item()
+
+
+def describe_blocks(model):
     """Of each block what transformer_bounds takes."""
     config = model.config
-    gelu = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else None
-    return [block_bounds(
-        {role: in_float64(W) for role, W in block.matrices()}, config.heads, block.mix, block.attention_scale,
-        None if config.logit_scale > 0 else block.own_share_H(), config.logit_scale, True, gelu)
-        for block in model.blocks]
+    gelu = None
+    if config.activation == "gelu":
+        gelu = (GELU_SLOPE, GELU_SCALE)
+    described = []
+    for block in model.blocks:
+        own_share_H = None  # unknown, by content
+        if config.logit_scale == 0:
+            own_share_H = block.own_share_H()  # step 2
+        matrices = {role: in_float64(W) for role, W in block.matrices()}
+        described.append(block_bounds(
+            matrices, config.heads, block.mix, block.attention_scale, own_share_H,
+            config.logit_scale, True, gelu))
+    return described
 
 
 @torch.enable_grad()
 def tuned(model, steps=30):
-    """What is free, for the least bound; None, untuned, at widths for which that takes minutes."""
+    """Weights of the ellipsoids, trained for the bound. None, untuned, where that takes minutes."""
     if model.config.baseline or model.config.width > 256:
         return None
-    R, blocks = in_float64(model.embedding_VD).square().mean(1).max().sqrt().item(), layers(model)
-    U = model.config.final_scale * in_float64(model.head_VD)
-    return tune(lambda free: ellipsoid_norm(*ellipsoid_blocks(blocks, R, free)[-1], U), {}, steps)
+    blocks = describe_blocks(model)
+    R = largest_embedding(model)
+    U_VD = model.config.final_scale * in_float64(model.head_VD)
+
+    def goal(weights):
+        S, log = ellipsoid_blocks(blocks, R, weights)[-1]
+        return ellipsoid_norm(S, log, U_VD)
+
+    return tune(goal, {}, steps)
 
 
 # ==== Data: token shards, 256 int32 of header (magic, version, count, 0 ...), then uint16 tokens ==
-MAGIC, VERSION, HEADER = 20240520, 1, 256
+MAGIC = 20240520
+VERSION = 1
+HEADER = 256
 
 
 @dataclasses.dataclass
@@ -420,7 +574,7 @@ class Tokens:
     vocab: int
 
     def __len__(self):
-        return sum(len(tokens) for _, tokens in self.shards)
+        return sum(len(tokens) for name, tokens in self.shards)
 
     def read(self, start, count):
         """int64 tensor of `count` tokens, or of what is left."""
@@ -435,23 +589,27 @@ class Tokens:
 
     def sequences(self, step, rows, config):
         """(B, T + 1): sequences `rows` of a step, one after the other in the text."""
-        T, whole, windows = config.seq_len, (len(self) - 1) // config.seq_len, []
+        T = config.seq_len
+        places = (len(self) - 1) // T
+        sequences = []
         for row in rows:
-            epoch, place = divmod(step * config.batch + row, whole)
-            if config.data == "stand-in":  # (web text is shuffled already)
+            epoch, place = divmod(step * config.batch + row, places)
+            if config.data == "stand-in":  # web text is shuffled already
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-                place = torch.randperm(whole, generator=generator)[place].item()
-            windows.append(self.read(place * T, T + 1))
-        return torch.stack(windows)
+                place = torch.randperm(places, generator=generator)[place].item()
+            sequences.append(self.read(place * T, T + 1))
+        return torch.stack(sequences)
 
 
 def read_shard(path):
     """(name, uint16 tokens) of a shard, memory-mapped."""
-    with told(f"{path}: is no whole shard", f"one begins {MAGIC}, {VERSION}, count; see results/prepare.py"):
-        header, size = np.fromfile(path, dtype=np.int32, count=HEADER).tolist(), path.stat().st_size
-        if header[:2] != [MAGIC, VERSION] or not size == 4 * HEADER + 2 * header[2] > 4 * HEADER:
-            raise ValueError(f"it begins with {header[:3]} and has {size} bytes")
-        return str(path), np.memmap(path, np.uint16, "r", 4 * HEADER, (header[2],))
+    needed = f"one begins {MAGIC}, {VERSION}, count; results/prepare.py makes them of a text"
+    with explain(f"{path}: is no whole shard", needed):
+        magic, version, count = np.fromfile(path, dtype=np.int32, count=3).tolist()
+        size = path.stat().st_size
+        if (magic, version) != (MAGIC, VERSION) or count < 1 or size != 4 * HEADER + 2 * count:
+            raise ValueError(f"it begins {magic}, {version}, {count} and has {size} bytes")
+        return str(path), np.memmap(path, np.uint16, "r", 4 * HEADER, (count,))
 
 
 def load_data(config):
@@ -459,421 +617,735 @@ def load_data(config):
     name = config.data
     if name == "stand-in":
         text = np.frombuffer(stand_in().encode(), dtype=np.uint8).astype(np.uint16)
-        n = int(0.9 * len(text))
-        train, validation = [(name, text[:n])], [(name, text[n:])]
+        split = int(0.9 * len(text))
+        train = [(name, text[:split])]
+        validation = [(name, text[split:])]
     else:
-        files = fineweb(config) if name == "fineweb" else sorted(Path(name).glob("*.bin"))
-        words = {path: path.stem.replace("-", "_").split("_") for path in files}
-        train, validation = ([read_shard(path) for path in files if kind in words[path]]
-                             for kind in ("train", "val"))
+        if name == "fineweb":
+            files = find_fineweb(config)
+        else:
+            files = sorted(Path(name).expanduser().glob("*.bin"))
+        words = {path: re.split("[-_]", path.stem) for path in files}
+        train = [read_shard(path) for path in files if "train" in words[path]]
+        validation = [read_shard(path) for path in files if "val" in words[path]]
     if config.holdout and train:  # a tenth of the last training shard, at most val_tokens
         last_name, last = train.pop()
         cut = max(len(last) * 9 // 10, len(last) - config.val_tokens - 1)
         train.append((last_name, last[:cut]))
         validation = [(last_name, last[cut:])]
         name += ", validated on training text held out"
-    train, validation = Tokens(train, config.vocab), Tokens(validation, config.vocab)
-    for kind, tokens, needed, first in (("train", train, config.seq_len + 1, config.seq_len + 1),
-                                        ("val", validation, 2, config.val_tokens + 1)):
-        if len(tokens) < needed:
-            raise UserError(f"--data {name}: has {len(tokens)} tokens in {len(tokens.shards)} files *.bin "
-                            f"with the word {kind} in their names; give at least {needed} tokens")
-        tokens.read(0, first)  # (those beyond the vocabulary are found now, not after an hour)
+    train = Tokens(train, config.vocab)
+    validation = Tokens(validation, config.vocab)
+    check_tokens(name, "train", train, config.seq_len + 1)
+    check_tokens(name, "val", validation, 2)
+    # Tokens beyond the vocabulary are found now, not after an hour.
+    train.read(0, config.seq_len + 1)
+    validation.read(0, config.val_tokens + 1)
     return train, validation, name
 
 
-def fineweb(config):
+def check_tokens(name, kind, tokens, needed):
+    """UserError if a kind of shard is missing, or too short."""
+    if len(tokens) < needed:
+        raise UserError(f"--data {name}: has {len(tokens)} tokens in {len(tokens.shards)} files "
+                        f"*.bin with the word {kind} in their names, needs {needed}; make such a "
+                        "folder of a text by python results/prepare.py TEXT --data FOLDER")
+
+
+def find_fineweb(config):
     """Paths of the published shards that a run reads, from $DATA_DIR/fineweb10B or the Hub."""
     shards = min(103, math.ceil(config.steps * config.batch * config.seq_len / 1e8))
     names = [f"fineweb_train_{i + 1:06d}.bin" for i in range(shards)] + ["fineweb_val_000000.bin"]
-    local = [Path(os.environ.get("DATA_DIR", "nowhere")) / "fineweb10B" / name for name in names]
+    folder = Path(os.environ.get("DATA_DIR", "nowhere"), "fineweb10B")
+    local = [folder / name for name in names]
     if all(path.is_file() for path in local):
         return local
-    with told("--data fineweb: cannot be had from the Hub", "give a folder, or take --preset tiny"):
+    with explain("--data fineweb: cannot be had from the Hub", "give a folder, or --preset tiny"):
         from huggingface_hub import hf_hub_download  # takes a second, so only where it is needed
-        return [Path(hf_hub_download("kjj0/fineweb10B-gpt2", n, repo_type="dataset")) for n in names]
+        hub = "kjj0/fineweb10B-gpt2"
+        return [Path(hf_hub_download(hub, name, repo_type="dataset")) for name in names]
 
 
 def stand_in(characters=1_115_394):
     """Text that is on every machine: the source of Python's standard library, ASCII only."""
     other = bytes(set(range(256)) - {ord("\n"), *range(ord(" "), ord("~") + 1)})
-    files = (path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
-    return b"".join(text.translate(None, other) for text in files)[:characters].decode()
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = b"".join(path.read_bytes().translate(None, other) for path in paths)
+    return text[:characters].decode()
 
 
-def gpt2():
-    with told("GPT-2's tokens cannot be had", "they need tiktoken, and once the network"):
-        import tiktoken
+def load_gpt2():
+    """GPT-2's tokens, of tiktoken."""
+    with explain("GPT-2's tokens cannot be had", "they need the network once; set "
+                 "TIKTOKEN_CACHE_DIR to a folder that has them, or is to keep them"):
+        import tiktoken  # takes a second, so only where it is needed
         return tiktoken.get_encoding("gpt2")
 
 
 # ==== Distribution: who owns what, and how gradients and weights travel ===========================
+# torchrun starts the script once for each GPU: processes of rank 0 to world_size - 1, which all run
+# main. Each holds the whole model.
+#   1. Each takes its share of the batch. The gradient of a weight is the sum over all processes.
+#   2. Each weight has one owner, which alone needs that sum. It alone keeps the momentum, runs Muon
+#      and the constraint. So what costs most is done once, and different matrices at the same time.
+#   3. New weights go from their owners to all. So all copies of the model have the same bits.
+# Only rank 0 reads and writes run folders, and prints.
 class Exchange:
-    """Every parameter has an owner. Gradients are summed to it while backward still runs, it alone
-    updates and constrains, and new weights come from it. So replicas have the same bits."""
+    """Messages between the processes. Alone there are none: one process owns all."""
 
     def __init__(self, model, rank=0, world_size=1):
-        # Largest work first (FLOPs of msign, or 100 a number), each to the rank that has least.
-        work = {p: 100 * p.numel() for p in model.parameters()}
-        work.update({W: 10 * W.numel() * min(W.shape) for _, W in model.matrices()})
-        load, self.owner = [0] * world_size, {}
-        for p in sorted(work, key=work.get, reverse=True):
-            self.owner[p] = load.index(min(load))
-            load[self.owner[p]] += work[p]
+        self.rank = rank
+        self.world_size = world_size
+        self.device = model.head_XD.device
         self.names = {p: name for name, p in model.named_parameters()}
-        self.rank, self.world_size, self.last_micro_step, self.pending = rank, world_size, False, []
+        # Largest work first, each to the rank that has least: operations of msign, or 100 a number.
+        work = {p: 100 * p.numel() for p in model.parameters()}
+        for role, W in model.matrices():
+            work[W] = 10 * W.numel() * min(W.shape)
+        load = [0] * world_size
+        self.owner = {}
+        for p in sorted(work, key=work.get, reverse=True):
+            least = load.index(min(load))
+            self.owner[p] = least
+            load[least] += work[p]
+        # The backward pass calls send_gradient as soon as a gradient is complete: it travels while
+        # those of earlier layers are still computed.
+        self.last_part = False
+        self.sending = []
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(self.send_gradient)
 
+    def owns(self, p):
+        return self.owner[p] == self.rank
+
     def send_gradient(self, p):
-        """Called by the backward pass when p.grad is complete: in the same order on all ranks."""
-        if self.world_size > 1 and self.last_micro_step:
-            self.pending.append(dist.reduce(p.grad, self.owner[p], async_op=True))
+        """Begin to sum p.grad at its owner. All ranks do so in the order of the backward pass."""
+        if self.world_size > 1 and self.last_part:
+            self.sending.append(dist.reduce(p.grad, self.owner[p], async_op=True))
+
+    def finish_gradients(self):
+        """Wait for all sums."""
+        for message in self.sending:
+            message.wait()
+        self.sending = []
 
     def share_weights(self):
+        """Send each weight from its owner to all."""
         if self.world_size > 1:
-            for work in [dist.broadcast(p.data, i, async_op=True) for p, i in self.owner.items()]:
-                work.wait()
+            messages = []
+            for p, owner in self.owner.items():
+                messages.append(dist.broadcast(p.data, owner, async_op=True))
+            for message in messages:
+                message.wait()
 
-    def sum(self, x, op=dist.ReduceOp.SUM):
+    def all_reduce(self, x, op=dist.ReduceOp.SUM):
+        """The sum of a tensor over all processes, or its maximum, on all of them."""
         if self.world_size > 1:
+            x = x.to(self.device)
             dist.all_reduce(x, op)
         return x
 
     def gather_states(self, optimizers):
-        """On rank 0 {parameter's name: its optimizer's state}, of all ranks."""
+        """{name of a weight: its optimizer's state}, of all owners, on rank 0."""
+        own = {}
         for optimizer in optimizers:
-            optimizer.state_dict()  # (here Muon forgets norms, as in loading: both go on alike)
-        own = {self.names[p]: {key: value.cpu() for key, value in state.items()}
-               for optimizer in optimizers for p, state in optimizer.state.items()}
+            optimizer.state_dict()  # here Muon forgets norms, as in loading: so both go on alike
+            for p, state in optimizer.state.items():
+                own[self.names[p]] = {key: value.cpu() for key, value in state.items()}
         parts = [own] * self.world_size
         if self.world_size > 1:
             dist.gather_object(own, parts if self.rank == 0 else None)
         return {name: state for part in parts for name, state in part.items()}
 
+    def load_states(self, optimizers, states):
+        """What gather_states gave, whoever owned it then."""
+        for optimizer in optimizers:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            own = {i: states[self.names[p]] for i, p in enumerate(parameters)}
+            optimizer.load_state_dict(dict(optimizer.state_dict(), state=own))
 
-# ==== Run folders: one rule for starting and going on =============================================
-def go_on(config):
-    """(config, checkpoint, summary) of the run in config.out, if there is one: its own settings."""
-    folder = Path(config.out)
-    if not config.out or not (folder / "checkpoint.pt").exists():
-        return config, None, None
-    own, model, state = load_checkpoint(folder)
-    for name, value in getattr(config, "given", dataclasses.asdict(config)).items():
-        if name in ("out", "data", "micro_batch", "device", "prompt", "length", "temperature"):
-            setattr(own, name, value)
-        elif value != getattr(own, name):
-            raise UserError(f"--{name} {value}: the run in {folder} has {getattr(own, name)}; leave "
-                            "the flag out to go on with it, or give another --out")
-    if ":" in own.constraint and config.constraint != own.constraint:  # (no code runs unasked)
-        raise UserError(f"--out {folder}: has code; say that you trust it: --constraint {own.constraint}")
-    with told(f"{folder}: cannot be used as a checkpoint", "give another run folder"):
-        fits = [[type(state[key]) for key in ("step", "tokens", "data")] == [int, int, str]]
-        fits.append(0 < state["step"] == state["log"][-1]["step"] <= own.steps)
-        for name, p in model.named_parameters():
-            kept = {key: x.shape for key, x in state["optimizers"][name].items()}
-            fits.append(kept in (dict(momentum=p.shape), dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)))
-        for record in state["log"]:
-            numbers = [record[key] for key in ("train_loss", "val_loss", "val_accuracy", "ms_per_step")]
-            numbers += [*record["losses"], *record["activations"], *record["norms"].values()]
-            fits.append({type(x) for x in numbers} == {float})
-        if not all(fits):
-            raise ValueError("its step, data, optimizers or log are not those of such a run")
-        summary = folder / "summary.json"
-        return own, state, json.loads(summary.read_text()) if summary.exists() else None
+
+def connect(config):
+    """(rank, world_size, device, dtype) of this process, which then knows the others."""
+    rank = int(os.environ.get("RANK", "0"))  # this and the other names are torchrun's
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available() and config.device in ("auto", "cuda"):
+        with explain("--device cuda: lacks a GPU for each process", "start fewer, or try cpu"):
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device, dtype = choose_device(config)
+    if world_size > 1:
+        # Long enough for a process that downloads its data while the others wait.
+        patience = datetime.timedelta(hours=1)
+        with explain("The other processes cannot be found", "start the script by torchrun"):
+            store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            # On one node torchrun keeps its table over a restart, with the addresses of the dead.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        library = dict(backend="gloo")
+        if device.type == "cuda":
+            library = dict(backend="nccl", device_id=device)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=patience,
+                                **library)
+    return rank, world_size, device, dtype
+
+
+def share(thing):
+    """What rank 0 has, on all ranks."""
+    box = [thing]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def one_message():
+    """Under torchrun an error of one process ends all of them, with one message."""
+    # torchrun ends the others as soon as one process has ended. But they fail as well: they lost a
+    # partner, or they found the same. So rank 0 says at once what the user can mend. Whoever else
+    # fails waits five seconds, and is ended meanwhile if it has nothing new to say.
+    try:
+        yield
+    except Exception as problem:
+        if not dist.is_torchelastic_launched():
+            raise
+        rank = os.environ["RANK"]
+        plain = isinstance(problem, (UserError, OSError))
+        if rank != "0" or not plain:
+            time.sleep(5)
+        if plain:
+            raise UserError(f"rank {rank}: {problem}") from problem
+        raise
+
+
+# ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
+# On a first reading go on with Main.
+# What may change where a stopped run goes on: where things are, and what is for sampling only.
+PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
+
+
+def choose_device(config):
+    """(device, dtype that the model computes in)."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"--device {name}: cannot be used here", "try auto"):
+        device = torch.zeros(1, device=name).device
+    if config.dtype == "auto":
+        return device, fast_dtype(device)
+    return device, getattr(torch, config.dtype)
 
 
 def load_checkpoint(folder):
-    """(config, model, all that main saved). Only tensors, numbers and text are read, no code."""
-    path = Path(folder) / "checkpoint.pt" if Path(folder).is_dir() else Path(folder)
-    with told(f"{path}: cannot be used as a checkpoint of {SCRIPT}.py", "give another run folder"):
-        if any(file.compress_type for file in zipfile.ZipFile(path).infolist()):
-            raise ValueError("it is compressed")  # (and could fill any memory)
+    """(config, model, all that was saved) of a run. Tensors, numbers and text are read, no code."""
+    path = Path(folder).expanduser() / "checkpoint.pt"
+    with explain(f"{path}: is no checkpoint of {SCRIPT}.py", "give the folder of another run"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError(f"it is of {state['script']}.py")
         config = Config(**state["config"])
-        config.limits()
-        least = 8 * config.width * (config.vocab + config.blocks * (config.width + config.hidden))
-        if path.stat().st_size < least:
-            raise ValueError("its settings are those of a larger model")
-        model = Transformer(config)
+        model = build_model(config, state)
         model.load_state_dict(state["model"])
-        return config, model, state
+    return config, model, state
+
+
+def find_run(config):
+    """(model, all that was saved, summary) of the run in --out; None for what it does not have."""
+    folder = Path(config.out).expanduser()
+    if not config.out or not (folder / "checkpoint.pt").exists():
+        return None, None, None
+    own, model, state = load_checkpoint(folder)
+    for name, value in vars(own).items():
+        if name not in PLACES and value != getattr(config, name):
+            raise UserError(f"--out {folder}: its run has --{name} {value}, not "
+                            f"{getattr(config, name)}; give what it began with, or another --out")
+    if not (folder / "summary.json").exists():
+        return model, state, None
+    print(f"The run in {folder} is finished; start another with another --out.")
+    return model, state, json.loads((folder / "summary.json").read_text())
+
+
+def make_folder(config):
+    """The folder of a run, with its config.json: --out, or a new one that no other run shares."""
+    stem = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}"
+    out = Path(config.out or stem).expanduser()
+    number = 1
+    while out.exists() and not config.out:
+        number += 1
+        out = Path(f"{stem}_{number}")
+    out.mkdir(parents=True, exist_ok=bool(config.out))
+    write(out / "config.json", json.dumps(vars(config), indent=1))
+    return out
 
 
 def write(path, data):
     """Text or bytes, all of it or none: what is written beside takes the place of the old file."""
-    if isinstance(data, str):  # (JSON has no infinity: logarithms of 0 and of no bound are words)
-        data = data.replace("-Infinity", '"-inf"').replace("Infinity", '"inf"').encode()
     beside = path.with_name(path.name + ".part")
     try:
-        beside.write_bytes(data)
+        beside.write_bytes(data if isinstance(data, bytes) else data.encode())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def finite(number):
+    """For JSON, which has no infinity: such a number as a word."""
+    return number if math.isfinite(number) else str(number)
+
+
+def save(out, config, step, log, **state):
+    """The checkpoint and the log of a run, each written whole."""
+    state.update(script=SCRIPT, config=vars(config), step=step, log=log)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(out / "checkpoint.pt", buffer.getvalue())
+    write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
+
+
+# ==== Tools of a training loop (the same text in the three tutorials) =============================
+def count_steps(start, steps):
+    """The steps to come, with a sign of life every ten seconds."""
+    began = spoke = time.perf_counter()
+    for step in range(start, steps):
+        yield step
+        now = time.perf_counter()
+        if now - spoke > 10:
+            spoke = now
+            seconds = (now - began) / (step + 1 - start) * (steps - step - 1)
+            print(f"step {step + 1:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+
+
+@contextlib.contextmanager
+def catch_ctrl_c():
+    """A list that Ctrl-C fills, so that a run stops between two steps. A second one interrupts."""
+    stops = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number, frame):
+        stops.append(number)
+        signal.signal(number, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def set_learning_rates(optimizers, factor):
+    """Each group of parameters has a peak_lr of its own, and all follow one schedule."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def check_finite(model, losses, step, out):
+    """UserError if a loss or a weight is not finite. The last good checkpoint stays."""
+    for name, values in [("the loss", losses), *model.named_parameters()]:
+        if not values.isfinite().all():
+            raise UserError(f"step {step}: training has diverged, {name} is not finite; try a "
+                            f"smaller --lr. A last good checkpoint may be in {out}")
+
+
+def progress(record, steps):
+    """A line of the log in words."""
+    loss = record.get("val_loss_at_temperature", record["val_loss"])
+    bound = power(float(record["lipschitz_log10"]))
+    return (f"step {record['step']:5d}/{steps}  train loss {record['train_loss']:.3f}  validation "
+            f"loss {loss:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
+            f"largest norm {record['max_weight_norm']:.3f}  untuned bound {bound}  "
+            f"{record['ms_per_step']:.0f} ms/step")
+
+
+def summarize(config, model, record, dtype, **more):
+    """summary.json: the last line of the log, what was trained, and where."""
+    summary = {key: record[key] for key in record if key not in ("step", "train_loss", "losses")}
+    summary.update(
+        script=SCRIPT, preset=config.preset, steps=config.steps, seed=config.seed,
+        params=sum(p.numel() for p in model.parameters()),
+        w_max=None if config.constraint == "none" else config.limits(),
+        train_seconds=record["ms_per_step"] * config.steps / 1000,
+        device=str(next(model.parameters()).device), dtype=str(dtype).removeprefix("torch."),
+        torch=torch.__version__, **more)
+    return summary
+
+
+def print_norms(norms, limits):
+    """Each norm beside its limit. One that is above it is named, whoever wrote the constraint."""
+    for name, norm in norms.items():
+        limit = limits.get(name, math.inf)
+        verdict = "  ABOVE ITS LIMIT" if norm > limit * (1 + 1e-4) else ""
+        print(f"  {name:10} norm (RMS->RMS) {norm:9.4f}   limit {limit:g}{verdict}")
+
+
+def draw(path, title, log, norms, limits):
+    """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
+    from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    steps = [record["step"] for record in log]
+    left.plot(steps, [100 * record["val_accuracy"] for record in log], ".-")
+    left.set(title=title, xlabel="step", ylabel="predictions that are right, %")
+    middle.plot(steps, [list(each.values()) for each in norms], ".-", label=list(norms[0]))
+    for limit in set(limits):
+        middle.axhline(limit, color="grey", linestyle=":", label=f"limit {limit:g}")
+    middle.set(title="norms of the weights", xlabel="step", ylabel="RMS->RMS")
+    middle.legend()
+    right.plot(steps, [float(record["lipschitz_log10"]) for record in log], ".-")
+    right.set(title="Lipschitz bound, untuned", xlabel="step", ylabel="log10")
+    figure.savefig(path, dpi=110)
 
 
 # ==== Main ========================================================================================
 def schedule(config, step):
     """(factor on learning rates, momentum, tokens that attention sees) at a step."""
     done = step / config.steps
+    # Full learning rates first. Over the last 40 % they fall to a tenth: small steps average out
+    # the noise of the batches.
     left = min(1.0, (1 - done) / 0.4)
-    warm = min(1.0, step / config.momentum_warmup) if config.momentum_warmup else 1.0
-    blocks = max(1, math.ceil(done * (config.window / BLOCK - 0.5)))  # (all at 96 %, as theirs)
-    return 0.1 + 0.9 * left, 0.85 + warm * (config.momentum - 0.85), blocks * BLOCK
+    factor = 0.1 + 0.9 * left
+    # At first gradients change fast, and an average over few steps is the better one.
+    warm = min(1.0, step / config.momentum_warmup)
+    momentum = 0.85 + warm * (config.momentum - 0.85)
+    # The window grows by whole blocks: near tokens are learned first, and cost less. It reaches the
+    # full window at 96 % of training, as in modded-nanogpt.
+    blocks = max(1, math.ceil(done * (config.window / BLOCK - 0.5)))
+    return factor, momentum, blocks * BLOCK
+
+
+def build_optimizers(model, config, exchange, constraint, dtype):
+    """Muon for the matrices that this process owns, Adam for the rest of what it owns."""
+    limits = config.limits()
+    by_settings = {}  # who shares them is a group, in which Muon takes equal shapes at once
+    for role, W in model.matrices():
+        peak_lr = config.lr
+        limit = limits[role]
+        if role == "head":
+            peak_lr = config.head_lr
+            # The limit is meant for the V rows of real tokens, but Muon counts all X rows. A norm
+            # has the factor sqrt(fan_in / fan_out).
+            limit *= (config.vocab / len(W)) ** 0.5
+        if exchange.owns(W):
+            by_settings.setdefault((peak_lr, limit), []).append(W)
+    groups = []
+    for (peak_lr, limit), matrices in by_settings.items():
+        groups.append(dict(params=matrices, peak_lr=peak_lr, w_max=limit))
+
+    # Embeddings and waves are no matrices that multiply anything: Adam trains them.
+    others = [dict(params=[model.embedding_VD], peak_lr=config.embed_lr)]
+    if config.logit_scale == 0:
+        for block in model.blocks:
+            others.append(dict(params=[block.query_HE], peak_lr=config.bias_lr))
+    others = [group for group in others if exchange.owns(group["params"][0])]
+
+    optimizers = []
+    if groups:
+        optimizers.append(Muon(groups, constraint=constraint, dtype=dtype,
+                               every=config.constrain_every))
+    if others:
+        # Adam divides by a gradient's size + eps. A token that is seen once has a small gradient,
+        # and would hardly move with torch's eps of 1e-8. Gradients here are sums over all tokens of
+        # a step. The authors have 1e-10 for sums over an eighth of them.
+        cuda = exchange.device.type == "cuda"
+        optimizers.append(torch.optim.Adam(others, betas=(0.8, 0.95), eps=8e-10, fused=cuda))
+    return optimizers
 
 
 @torch.no_grad()
 def evaluate(model, validation, window, dtype, exchange):
     """(cross-entropy, accuracy, largest entry of the stream after each block) of val_tokens."""
-    config, device = model.config, model.head_XD.device
-    T, N = config.seq_len, min(config.val_tokens, len(validation) - 1)
-    sums, largest = torch.zeros(3, dtype=torch.float64), torch.zeros(config.blocks)
+    config = model.config
+    device = exchange.device
+    T = config.seq_len
+    N = min(config.val_tokens, len(validation) - 1)
+    sums = torch.zeros(3, dtype=torch.float64)  # of losses, of right predictions, of predictions
+    largest = torch.zeros(config.blocks)
     for start in range(exchange.rank * T, N, exchange.world_size * T):
-        tokens_N, seen = validation.read(start, min(T, N - start) + 1), []
-        fill = (0, T + 1 - len(tokens_N))  # (of the last sequence, and not counted)
-        x_N, y_N = F.pad(tokens_N[:-1], fill).to(device), F.pad(tokens_N[1:], fill, value=-100).to(device)
-        stream_ND = model.body(*model.embed(x_N[None], dtype), window, seen)[0]
-        largest = largest.maximum(torch.stack(seen).cpu())
-        for x_CD, y_C in zip(stream_ND.split(8192), y_N.split(8192)):
-            z_CV, counted = model.logits(x_CD), (y_C >= 0).sum()
-            loss = F.cross_entropy(z_CV, y_C, reduction="sum")
-            sums += torch.stack([loss, (z_CV.argmax(1) == y_C).sum(), counted]).cpu()
-    loss, right, count = exchange.sum(sums.to(device)).tolist()
-    return loss / count, right / count, exchange.sum(largest.to(device), dist.ReduceOp.MAX).tolist()
+        tokens_N = validation.read(start, min(T, N - start) + 1)
+        missing = T + 1 - len(tokens_N)  # the last sequence is filled up, and the rest not counted
+        x_N = F.pad(tokens_N[:-1], (0, missing)).to(device)
+        y_N = F.pad(tokens_N[1:], (0, missing), value=-100).to(device)
+        x_BTD, docs_BT = model.embed(x_N[None], dtype)
+        entries = []
+        x_ND = model.body(x_BTD, docs_BT, window, entries)[0]
+        largest = largest.maximum(torch.stack(entries).cpu())
+        for x_CD, y_C in zip(x_ND.split(CHUNK), y_N.split(CHUNK)):
+            logits_CV = model.logits(x_CD)
+            loss = F.cross_entropy(logits_CV, y_C, reduction="sum")
+            right = (logits_CV.argmax(1) == y_C).sum()
+            counted = (y_C >= 0).sum()
+            sums += torch.stack([loss, right, counted]).cpu()
+    loss, right, count = exchange.all_reduce(sums).tolist()
+    largest = exchange.all_reduce(largest, dist.ReduceOp.MAX)
+    return loss / count, right / count, largest.tolist()
 
 
+@one_message()
 def main(config):
-    """Train, go on or sample; certify; report. Returns the summary (on rank 0)."""
-    config.limits()  # (complains before anything is loaded)
-    with told("RANK, WORLD_SIZE, MASTER_ADDR: cannot be used", "unset them, or leave them to torchrun"):
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if not 0 <= rank < world_size:
-            raise ValueError(f"there is no RANK {rank} in a WORLD_SIZE of {world_size}")
-        if world_size > 1:
-            store, _, _ = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
-    local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    names = dict(auto=local if torch.cuda.is_available() else "cpu", cuda=local)
-    with told(f"--device {config.device}: cannot be used here", "try cpu, or fewer processes than GPUs"):
-        device = torch.zeros(1, device=names.get(config.device, config.device)).device
-    cuda = device.type == "cuda"
+    """Train, go on or sample; certify; report. Returns the summary, on rank 0, or the sample."""
+    # ---- load
+    config.limits()
     if config.sample:
-        model = load_checkpoint(config.sample)[1].to(device)
-        with told(f"--sample {config.sample}: cannot be sampled from", "give another run"):
-            return sample(model, config)
-
-    # ---- load: rank 0 the run that goes on, each rank its data
-    begun = [go_on(config) if rank == 0 else None]
-    if world_size > 1:
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-            # On one node torchrun keeps its store over a restart, with addresses of dead processes.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        if cuda:
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size,
-            device_id=device if cuda else None, timeout=datetime.timedelta(minutes=5))
-        dist.broadcast_object_list(begun)
-    config, state, summary = begun.pop()
-    if summary:
-        if rank == 0:
-            print(f"The run in {config.out} is finished; start another with another --out.")
-        return summary
+        return sample_from_run(config)
+    with explain(f"--constraint {config.constraint}", "see --help"):
+        constraint = find_constraint(config.constraint)
+    rank, world_size, device, dtype = connect(config)
+    cuda = device.type == "cuda"
     if config.batch % (world_size * config.micro_batch):
         raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} process(es) x "
                         f"--micro_batch {config.micro_batch}; change one of them")
-    with told(f"--constraint {config.constraint}: cannot be used", "see --help"):
-        constraint = find_constraint(config.constraint)
-    dtype = getattr(torch, config.dtype, None) or fast_dtype(device)
     flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
-    if not flex and config.seq_len > 8192:
-        raise UserError(f"--seq_len {config.seq_len}: must be at most 8192, or on CUDA a multiple of 128 "
-                        "with another --dtype than float64; give one, or --preset tiny")
+    if config.seq_len > LONGEST and not flex:
+        raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (a multiple "
+                        f"of {BLOCK}, and no --dtype float64); on a CPU give --preset tiny")
+    found = (None, None)
+    if rank == 0:
+        found = find_run(config)[1:]
+    state, summary = share(found)
+    if summary:
+        return summary
     train, validation, data_name = load_data(config)
     if state and state["tokens"] != len(train):
-        raise UserError(f"--data {data_name}: has {len(train)} tokens, not {state['tokens']}; give the same")
-    if world_size > 1:  # (a download may take long: whoever waits, waits at the store)
-        store.set(f"has data {rank}", "")
-        store.wait([f"has data {i}" for i in range(world_size)], datetime.timedelta(hours=2))
+        raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run began "
+                        f"with {state['tokens']}")
 
     # ---- build
     model = Transformer(config).to(device)
-    model.flex, loss_of, exchange = flex, model.loss, Exchange(model, rank, world_size)
-    if cuda:  # (block by block: the gradients of one travel while the next is computed)
+    model.flex = flex
+    loss_of = model.loss
+    if cuda:
+        # Block by block: so the gradients of one travel while those of the next are computed.
         loss_of = torch.compile(model.loss, dynamic=False)
         for block in model.blocks:
             block.compile(dynamic=False)
-    groups, optimizers, adam = {}, [], [(model.embedding_VD, config.embed_lr)]
-    for role, W in model.matrices():
-        if exchange.owner[W] == rank:  # (the limit on the head is one on the rows of real tokens)
-            real, lr = (config.vocab / len(W), config.head_lr) if role == "head" else (1, config.lr)
-            groups.setdefault((lr, config.limits()[role] * real**0.5), []).append(W)
-    if groups:
-        optimizers.append(Muon(
-            [dict(params=params, peak_lr=lr, w_max=w) for (lr, w), params in groups.items()],
-            constraint=constraint, every=config.constrain_every, dtype=dtype))
-    adam += [(block.query_HE, config.bias_lr) for block in model.blocks if config.logit_scale == 0]
-    if adam := [dict(params=[p], peak_lr=lr) for p, lr in adam if exchange.owner[p] == rank]:
-        optimizers.append(torch.optim.Adam(adam, betas=(0.8, 0.95), eps=EPS, fused=cuda))
-    start, log = (state["step"], state["log"]) if state else (0, [])
+    exchange = Exchange(model, rank, world_size)
+    optimizers = build_optimizers(model, config, exchange, constraint, dtype)
+    start = 0
+    log = []
     if state:
+        start = state["step"]
+        log = state["log"]
         model.load_state_dict(state["model"])
-        for optimizer in optimizers:
-            names = [exchange.names[p] for group in optimizer.param_groups for p in group["params"]]
-            saved = {i: state["optimizers"][name] for i, name in enumerate(names)}
-            optimizer.load_state_dict(dict(optimizer.state_dict(), state=saved))
+        exchange.load_states(optimizers, state["optimizers"])
+    out = None
+    steps = range(start, config.steps)
     if rank == 0:
-        stem, numbers = f"runs/{SCRIPT}_{config.preset}_seed{config.seed}", itertools.count(2)
-        out = Path(config.out or stem)
-        while out.exists() and not config.out:
-            out = Path(f"{stem}_{next(numbers)}")
-        out.mkdir(parents=True, exist_ok=bool(config.out))  # (so two runs never share a folder)
-        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} ({len(train):,} to "
-              f"train on, {len(validation):,} to validate), run folder {out}, from step {start}", flush=True)
+        out = make_folder(config)
+        steps = count_steps(start, config.steps)
+        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} "
+              f"({len(train):,} tokens to train, {len(validation):,} to validate), run folder "
+              f"{out}, from step {start}", flush=True)
+    out = share(out)
 
     # ---- train
-    losses, began, since, state = [], time.perf_counter(), start, None
-    tokens, evals = config.batch * config.seq_len, config.evals
-    for step in range(start, config.steps):
-        factor, momentum, window = schedule(config, step)
-        loss, share = 0.0, config.micro_batch
-        for first in range(rank * share, config.batch, world_size * share):
-            tokens_BT = train.sequences(step, range(first, first + share), config)
-            tokens_BT = (tokens_BT.pin_memory() if cuda else tokens_BT).to(device, non_blocking=True)
-            x_ND = model.body(*model.embed(tokens_BT[:, :-1], dtype), window).flatten(0, 1)
-            chunks = zip(x_ND.split(8192), tokens_BT[:, 1:].flatten().split(8192))
-            part = sum(loss_of(x_CD, y_C) for x_CD, y_C in chunks)
-            exchange.last_micro_step = first + world_size * share >= config.batch
-            part.backward()
-            loss = loss + part.detach()
-        while exchange.pending:
-            exchange.pending.pop().wait()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group.update(lr=group["peak_lr"] * factor, momentum=momentum)  # (Adam has none)
-            optimizer.step()
-        model.zero_grad()
-        if exchange.owner[model.embedding_VD] == rank and not config.baseline:
-            model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
-        exchange.share_weights()
-        losses.append(loss / tokens)
+    eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
+    part = config.micro_batch
+    losses = []
+    state = None  # it would hold a second copy of the weights
+    began = time.perf_counter()
+    timed_from = start
+    with catch_ctrl_c() as stops:
+        for step in steps:
+            factor, momentum, window = schedule(config, step)
 
-        done = step + 1
-        evaluates = evals * done // config.steps > evals * step // config.steps
-        if done % 10 and not evaluates:  # (not at each step: a GPU would wait for it)
-            continue
-        recent = exchange.sum(torch.stack(losses[-10:]))
-        named = [("the loss", recent), *model.named_parameters()]
-        if bad := [name for name, x in named if not x.isfinite().all()]:
-            raise UserError(f"step {done}: diverged, {bad[-1]} is not finite; try a smaller --lr")
-        if not evaluates:
-            if done == start + 10:  # (these were slow: compilation)
-                began, since = time.perf_counter(), done
-            continue
-        ms = 1000 * (time.perf_counter() - began) / (done - since)
-        val_loss, accuracy, entries = evaluate(model, validation, window, dtype, exchange)
-        all_losses = exchange.sum(torch.stack(losses)).tolist()
-        states = exchange.gather_states(optimizers)
-        if rank == 0:
-            bound = certificate(model)
-            log.append(dict(
-                step=done, train_loss=sum(all_losses) / len(all_losses), val_loss=val_loss,
-                val_accuracy=accuracy, norms=bound["norms"],
-                max_weight_norm=max(bound["norms"][role] for role in ROLES if role in bound["norms"]),
-                lipschitz_log10=bound["log10"], lipschitz_product_log10=bound["product_log10"],
-                activations=entries, ms_per_step=ms, tokens_per_second=1000 * tokens / ms,
-                memory_gib=torch.cuda.max_memory_allocated() / 2**30 if cuda else None, losses=all_losses))
-            buffer = io.BytesIO()
-            torch.save(dict(
-                script=SCRIPT, config=dataclasses.asdict(config), step=done, log=log, data=data_name,
-                tokens=len(train), model=model.state_dict(), optimizers=states), buffer)
-            write(out / "checkpoint.pt", buffer.getvalue())
-            write(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
-            write(out / "log.jsonl", "".join(json.dumps(record) + "\n" for record in log))
-            print(f"step {done:5d}/{config.steps}  train loss {log[-1]['train_loss']:.3f}  validation "
-                  f"loss {val_loss:.3f}  accuracy {100 * accuracy:5.2f} %  largest norm "
-                  f"{log[-1]['max_weight_norm']:.3f}  largest entry {max(entries):.2f}  untuned bound "
-                  f"{power(bound['log10'])}  {ms:.0f} ms/step  {tokens / ms:,.1f}k tokens/s  "
-                  f"{ms / 1000 * (config.steps - done):.0f} s left", flush=True)
-        losses, began, since = [], time.perf_counter(), done
-    return report(config, model, out, log, data_name, dtype, world_size) if rank == 0 else None
+            # A batch is sequences of the text, one after the other. At each position the model sees
+            # the tokens before it in the same document, and the next one is to be predicted:
+            # seq_len predictions in one pass. A process takes its share of the batch in parts of
+            # micro_batch sequences, as memory allows. Losses are sums over tokens, so the gradients
+            # of all parts and processes add up to that of the batch.
+            loss = 0.0
+            for first in range(rank * part, config.batch, world_size * part):
+                rows = range(first, first + part)
+                tokens_BT = train.sequences(step, rows, config)
+                if cuda:
+                    tokens_BT = tokens_BT.pin_memory()
+                tokens_BT = tokens_BT.to(device, non_blocking=True)
+                x_BTD, docs_BT = model.embed(tokens_BT[:, :-1], dtype)
+                x_ND = model.body(x_BTD, docs_BT, window).flatten(0, 1)
+                y_N = tokens_BT[:, 1:].flatten()
+                part_loss = 0.0
+                for x_CD, y_C in zip(x_ND.split(CHUNK), y_N.split(CHUNK)):
+                    part_loss = part_loss + loss_of(x_CD, y_C)
+                exchange.last_part = first + world_size * part >= config.batch
+                part_loss.backward()
+                loss = loss + part_loss.detach()
+            exchange.finish_gradients()
+            losses.append(loss / (config.batch * config.seq_len))
+
+            # Muon moves every W by exactly lr, in RMS->RMS norm; then the constraint takes back
+            # what exceeds w_max. Each process does so for the matrices that it owns. From here on
+            # each matrix is within its limit. That bounds how far attention logits and the residual
+            # stream can grow, which is what norm layers are for in other transformers.
+            set_learning_rates(optimizers, factor)
+            set_momentum(optimizers, momentum)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+            # Embeddings of RMS at most 1: the certificate holds for tokens in a ball, and this is
+            # its radius. Larger tokens would have larger logits in attention, and no norm layer
+            # would make them small again.
+            if exchange.owns(model.embedding_VD) and not config.baseline:
+                model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
+            exchange.share_weights()
+
+            done = step + 1
+            if done % 10 and done not in eval_steps:
+                continue  # what follows is not done at each step, as a GPU would wait for it
+            check_finite(model, exchange.all_reduce(torch.stack(losses[-10:])), done, out)
+            # If one process stopped alone, the others would wait for its messages. So all stop here
+            # if Ctrl-C has reached one of them.
+            stop_count = exchange.all_reduce(torch.tensor(len(stops))).item()
+            if done in eval_steps:
+                ms = 1000 * (time.perf_counter() - began) / (done - timed_from)
+                log.append(measure(model, validation, window, dtype, exchange, done, losses, ms))
+                if rank == 0:
+                    entry = max(log[-1]["activations"])
+                    speed = log[-1]["tokens_per_second"]
+                    print(f"{progress(log[-1], config.steps)}  largest entry {entry:.2f}  "
+                          f"{speed:,.0f} tokens/s", flush=True)
+                losses = []
+            if done in eval_steps or stop_count:
+                states = exchange.gather_states(optimizers)
+                if rank == 0:
+                    save(out, config, done, log, data=data_name, tokens=len(train),
+                         model=model.state_dict(), optimizers=states)
+            if stop_count:
+                if rank > 0:
+                    return None
+                raise KeyboardInterrupt(f"stopped at step {done}, and saved; to go on, give the "
+                                        f"same command with --out {out}")
+            compiled = timed_from == start and done >= start + 10
+            if done in eval_steps or compiled:  # neither evaluation nor compilation is timed
+                began = time.perf_counter()
+                timed_from = done
+    if rank > 0:
+        return None
+    return report(config, model, out, log, data_name, dtype, world_size)
+
+
+def set_momentum(optimizers, momentum):
+    """Of Muon. Adam has betas, which stay as they are."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, Muon):
+            for group in optimizer.param_groups:
+                group["momentum"] = momentum
+
+
+def measure(model, validation, window, dtype, exchange, step, losses, ms_per_step):
+    """A line of the log, on rank 0: loss, accuracy, largest entries, the untuned certificate."""
+    val_loss, val_accuracy, activations = evaluate(model, validation, window, dtype, exchange)
+    losses = exchange.all_reduce(torch.stack(losses)).tolist()
+    if exchange.rank > 0:
+        return None
+    bound = certificate(model)
+    largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
+    tokens_a_step = model.config.batch * model.config.seq_len
+    memory_gib = None
+    if exchange.device.type == "cuda":
+        memory_gib = torch.cuda.max_memory_allocated() / 2**30
+    return dict(
+        step=step, train_loss=sum(losses) / len(losses), val_loss=val_loss,
+        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=largest,
+        lipschitz_log10=finite(bound["log10"]),
+        lipschitz_product_log10=finite(bound["product_log10"]), activations=activations,
+        ms_per_step=ms_per_step, tokens_per_second=1000 * tokens_a_step / ms_per_step,
+        memory_gib=memory_gib, losses=losses)
 
 
 def report(config, model, out, log, data_name, dtype, world_size):
-    """summary.json, what came out and a picture of a finished run. Returns the summary."""
-    last, bound = log[-1], certificate(model, free=tuned(model))
-    summary = {key: value for key, value in last.items() if key not in ("step", "losses")}
-    summary.update((key, getattr(config, key)) for key in ("preset", "steps", "baseline", "seed"))
-    summary.update(
-        script=SCRIPT, loss_temperature=1.0, processes=world_size, data=data_name,
-        params=sum(p.numel() for p in model.parameters()), device=str(model.head_XD.device),
-        lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball",
-        w_max=config.limits() if config.constraint != "none" else None, torch=torch.__version__,
-        lipschitz_log10=bound["log10"], dtype=str(dtype).removeprefix("torch."),
-        train_seconds=sum(record["ms_per_step"] * len(record["losses"]) for record in log) / 1000)
+    """The end of a run: tuned certificate, summary.json, table and picture. Returns the summary."""
+    print("Computing the certificate, up to a width of 256 tuned by gradient descent on the bound: "
+          "up to a minute ...", flush=True)
+    bound = certificate(model, free=tuned(model))
+    summary = summarize(
+        config, model, log[-1], dtype, data=data_name, baseline=config.baseline,
+        processes=world_size, loss_temperature=1.0, lipschitz_log10=finite(bound["log10"]),
+        lipschitz_norm="max-token RMS->max-token RMS, embeddings to logits, inside the ball")
+    ms = [record["ms_per_step"] * len(record["losses"]) for record in log]
+    summary["train_seconds"] = sum(ms) / 1000
     write(out / "summary.json", json.dumps(summary, indent=1))
-    print(f"\n{config.preset}: Muon + {config.constraint}, w_max {config.w_max}, seed {config.seed}\n"
-          f"  accuracy {100 * last['val_accuracy']:.2f} %, cross-entropy {last['val_loss']:.3f}\n"
-          "  largest norm (RMS->RMS)", *(f"  {role} {n:.4g}" for role, n in bound["norms"].items()))
-    print(f"  LIPSCHITZ CONSTANT {power(bound['log10'])} (embeddings to logits, max-token RMS; product "
-          f"{power(bound['product_log10'])}, ellipsoid {power(bound['ellipsoid_log10'])})")
-    draw(config, out, log)
+
+    print(f"\n{config.preset}: muon + {config.constraint}, {config.steps} steps, seed "
+          f"{config.seed}, data: {data_name}\n  accuracy {100 * summary['val_accuracy']:.2f} %, "
+          f"cross-entropy {summary['val_loss']:.3f}")
+    limits = {}
+    if summary["w_max"]:
+        limits = dict(summary["w_max"], embedding=1.0)
+    print_norms(bound["norms"], limits)
+    print("  Lipschitz constant, embeddings to logits (largest token's RMS)\n"
+          f"    product of norms          {power(bound['product_log10']):>12}\n"
+          f"    ellipsoids                {power(bound['ellipsoid_log10']):>12}\n"
+          f"    certified: the smaller    {power(bound['log10']):>12}")
+    draw(out / "curves.png", f"{config.preset}, seed {config.seed}, {data_name}", log,
+         [record["norms"] for record in log], limits.values())
     print(f"Picture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample {out}\n"
           f"Attack its claims: python verify_lipschitz.py {out}")
     return summary
 
 
-def draw(config, out, log):
-    """curves.png: losses, norms and largest entries."""
-    from matplotlib.figure import Figure  # (not pyplot: whoever calls main keeps their backend)
-    figure, steps = Figure(figsize=(14, 4.5), layout="constrained"), [record["step"] for record in log]
-    curves = {("loss, nats a token", "train", "validation"): [(r["train_loss"], r["val_loss"]) for r in log],
-              ("largest norm (RMS->RMS)", *log[0]["norms"]): [[*r["norms"].values()] for r in log],
-              ("largest entry after block", *range(config.blocks)): [r["activations"] for r in log]}
-    for panel, ((title, *names), values) in zip(figure.subplots(1, 3), curves.items()):
-        panel.plot(steps, values, "o-", label=names)
-        panel.set(title=f"{config.preset}: {title}", xlabel="step")
-        panel.legend()
-    figure.savefig(out / "curves.png", dpi=110)
+def sample_from_run(config):
+    """What --sample does: the text, printed and returned, of the model in a run folder."""
+    folder = Path(config.sample).expanduser()
+    if not (folder / "checkpoint.pt").exists():
+        runs = sorted(Path("runs").glob(f"{SCRIPT}*/checkpoint.pt"))
+        names = ", ".join(str(path.parent) for path in runs) or "there are none in runs/"
+        raise UserError(f"--sample {folder}: has no checkpoint.pt; give a run folder: {names}")
+    own, model, state = load_checkpoint(folder)
+    device, dtype = choose_device(config)
+    return sample(model.to(device), config, dtype)
 
 
 @torch.no_grad()
-def sample(model, config):
-    """Print the prompt and `length` tokens more; each sees up to 1024 tokens before it."""
-    generator, decode = torch.Generator().manual_seed(config.seed), bytes
-    device, tokens = model.head_XD.device, list(config.prompt.encode() or b"\n")
-    dtype = getattr(torch, model.config.dtype, None) or fast_dtype(device)
-    if model.config.vocab != 256:  # (else tokens are bytes)
-        encoding = gpt2()
-        decode, tokens = encoding.decode_bytes, [encoding.eot_token, *encoding.encode_ordinary(config.prompt)]
-    print(config.prompt, end="")
+def sample(model, config, dtype):
+    """Print and return the prompt and `length` tokens; each sees up to 1024 tokens before it."""
+    generator = torch.Generator().manual_seed(config.seed)
+    decode = bytes
+    tokens = list(config.prompt.encode() or b"\n")
+    if model.config.vocab != 256:  # else tokens are bytes
+        gpt2 = load_gpt2()
+        decode = gpt2.decode_bytes
+        tokens = [gpt2.eot_token, *gpt2.encode_ordinary(config.prompt)]
+    text = config.prompt
+    print(text, end="")
     for _ in range(config.length):
-        window_BT = torch.tensor([tokens[-min(model.config.seq_len, 1024):]], device=device)
+        seen = tokens[-min(model.config.seq_len, 1024):]
+        window_BT = torch.tensor([seen], device=model.head_XD.device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double()
+        if not logits_V.isfinite().all():
+            raise UserError("the logits of this model are not finite: it cannot be sampled")
         z_V = (logits_V - logits_V.max()) / (config.temperature or 1e-30)
-        tokens.append(torch.multinomial(z_V.softmax(0), 1, generator=generator).item())
-        print(decode(tokens[-1:]).decode(errors="replace"), end="", flush=True)
+        token = torch.multinomial(z_V.softmax(0), 1, generator=generator).item()
+        tokens.append(token)
+        piece = decode([token]).decode(errors="replace")
+        text += piece
+        print(piece, end="", flush=True)
     print()
+    return text
+
+
+# ==== On the command line (the same text in the three tutorials) ==================================
+def run_script():
+    """main on the command line. What the user can mend is one line, without a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters of a text
+        sys.stdout.reconfigure(errors="replace")
+    torch.set_flush_denormal(True)  # a softmax has many such numbers, which are slow on a CPU
+    try:
+        main(parse_arguments())
+    except (UserError, OSError) as problem:
+        print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"\n{SCRIPT}.py: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # (a terminal may lack characters of the text)
-    torch.set_flush_denormal(True)  # (a softmax has many such numbers, which are slow on a CPU)
-    rank, status = os.environ.get("RANK"), 0
+    status = 1
     try:
-        main(parse_arguments())
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except KeyboardInterrupt:
-        status = 130
-        print(f"\n{SCRIPT}.py: interrupted; with a checkpoint it goes on by --out FOLDER", file=sys.stderr)
-    except Exception as problem:
-        status = 2 if isinstance(problem, (UserError, OSError)) else 1
-        if rank and (rank != "0" or status == 1):
-            time.sleep(5)  # (so that torchrun ends whoever only lost the others, or found the same)
-        if status == 1:
-            sys.excepthook(*sys.exc_info())
-        print(f"{SCRIPT}.py: {f'rank {rank}: ' if rank else ''}{problem}", file=sys.stderr)
-    sys.stdout.flush()
-    os._exit(status)  # (sys.exit may wait for others for ever, and gloo's threads abort one in 20)
+        status = run_script()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+    if dist.is_initialized():
+        # Python's own way out may wait for the other processes for ever, and gloo's threads abort
+        # it in one case of 20. So leave at once.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

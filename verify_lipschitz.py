@@ -15,18 +15,21 @@ RESULT: a table, verify.json in the run's folder, and an exit status:
     1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
     2  could not be checked in full: a file, a value or the data are missing (without summary.json:
        nothing claimed)
+A norm above its limit is BROKEN if the constraint promises a limit: specnorm, stiefel, soft_cap and
+hard_cap do. Of hammer, or of a constraint of your own, it is reported as "above its limit" and
+leaves the status as it is: the bounds are of the norms that the weights have, so they still hold.
 
 ANCESTRY. Attacks by projected gradients: Madry et al. (2018), Carlini and Wagner (2017).
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
 import time
-import zipfile
-from itertools import accumulate
+import typing
 from pathlib import Path
 
 import torch
@@ -36,66 +39,57 @@ import mlp_cifar
 import nanogpt_lipschitz
 import shakespeare
 from constraints import log10
-from mlp_cifar import UserError, flag
+from mlp_cifar import PLACES, RADII, explain, finite
 
-# Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
-# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads. (In float64.)
-
-# ==== Config ======================================================================================
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
 
-
-@dataclasses.dataclass
-class Config:
-    budget: float = flag(1.0, "multiplies the steps of every search", 1e-6)
-    images: int = flag(300, "test images to attack", 1)
-    windows: int = flag(24, "windows of validation text, a quarter of which is attacked", 1)
-    data: str = flag("", "where the run's own data are now, if they moved")
-    seed: int = flag(0, "of the searches", 0)
+# Shapes: S searches side by side, W windows, T tokens (1 for an image), D dimension of a token's
+# vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
+# All is computed in float64.
 
 
 def parse_arguments(argv=None):
-    """(run folders and files, Config) of the command line."""
+    """(run folders, options) of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="run folders, or folders of those [runs]")
-    for f in dataclasses.fields(Config):
-        text = f"{f.metadata['help']} [{f.default}]"
-        parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=text)
-    given = vars(parser.parse_args(argv))
-    for f in dataclasses.fields(Config):
-        value, low = given[f.name], f.metadata["low"]
-        if low is not None and not low <= value < 2**31:
-            parser.error(f"--{f.name} {value}: must be from {low} to 2147483647")
-    return given.pop("runs"), Config(**given)
+    add = parser.add_argument
+    add("runs", nargs="*", default=["runs"], help="run folders, or folders of those [runs]")
+    add("--budget", type=float, default=1.0, help="multiplies the steps of every search [1]")
+    add("--images", type=int, default=300, help="test images to attack [300]")
+    add("--windows", type=int, default=6, help="windows of validation text to attack [6]")
+    add("--data", default="", help="where the run's own data are now, if they moved")
+    add("--seed", type=int, default=0, help="of the searches [0]")
+    options = parser.parse_args(argv)
+    return options.runs, options
 
 
 # ==== Search: two inputs whose outputs are as far apart as possible for their distance ============
 # A map f of sequences has constant L on a ball if for all x, d with x + d and x - d in the ball
 #     max_t rms(f(x + d)_t - f(x - d)_t)  <=  L * 2 max_t rms(d_t).
-# So any such quotient is a lower bound on L, at any distance (not only d -> 0: where f is piecewise
-# linear, its Jacobian gives no direction in which to move x). With d = h w and rms(w_t) = 1:
-#   1. w moves 0.3 of the way to the gradient of how far an output token moved, normalised token by
-#      token; in the last third, where x rests, all the way: power iteration.
-#   2. x follows its gradient, by steps that shrink to 0, and stays in the ball.
-#   3. Each search has its own output token (the first ones see few others), and its own h.
+# So any such quotient is a lower bound on L, at any distance: not only for d -> 0. Where f is
+# piecewise linear, its Jacobian gives no direction in which to move x, but a larger d sees the next
+# piece. With d = h w and rms(w_t) = 1 a search has two phases:
+#   1. Ascent over both. w moves 0.3 of the way to its gradient of one token's difference, each
+#      token's part at RMS 1. x follows its own gradient, by steps that shrink to 0, in the ball.
+#      Each search has its own h and its own token, the last ones first as they see most others.
+#   2. Power iteration. x rests, h is small, and w becomes the gradient of the largest difference.
 TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smallest distance
 
 
 def rms(x):
-    """Root mean square of each vector, also where squares overflow. (The gradient at 0 is 0.)"""
-    scale = x.detach().abs().amax(-1).clamp(min=1e-300)
-    return scale * (x / scale[..., None]).square().mean(-1).clamp(min=1e-300).sqrt()
+    """Root mean square of each vector. Its gradient at 0 is 0."""
+    return x.square().mean(-1).clamp(min=1e-300).sqrt()
 
 
 def unit(x):
-    """Each vector at RMS 1 (0 stays 0)."""
-    return x / rms(x).clamp(min=1e-300)[..., None]
+    """Each vector at RMS 1. A vector of zeros stays as it is."""
+    return x / rms(x)[..., None]
 
 
 def into_ball(x, radius):
     """Each vector scaled back to an RMS of at most radius."""
-    radius = min(max(radius, 1e-300), 1e300)  # (neither 0 / 0 nor inf / inf)
+    if radius == math.inf:
+        return x
     return x * (radius / rms(x).clamp(min=radius))[..., None]
 
 
@@ -105,156 +99,224 @@ def directions(*shape, seed):
     return unit(torch.randn(shape, generator=generator, dtype=torch.float64))
 
 
+def compare(f, x_STD, w_STD, h, radius, token_S=None):
+    """(quotient_S of f at x + h w and x - h w, gradients of the difference of a token by x and w).
+
+    The token is token_S, or the one whose difference is the largest.
+    """
+    x_STD = x_STD.detach().requires_grad_()
+    w_STD = w_STD.detach().requires_grad_()
+    above_STD = into_ball(x_STD + h * w_STD, radius)  # the bound is of no others
+    below_STD = into_ball(x_STD - h * w_STD, radius)
+    difference_STO = f(above_STD) - f(below_STD)
+    size_ST = rms(difference_STO.detach())
+    distance_S = rms((above_STD - below_STD).detach()).amax(1)
+    quotient_S = size_ST.amax(1) / distance_S
+    if token_S is None:
+        token_S = size_ST.argmax(1)
+    length_S = difference_STO[torch.arange(len(token_S)), token_S].norm(dim=1)
+    gradients = torch.autograd.grad(
+        length_S.sum(), (x_STD, w_STD), allow_unused=True, materialize_grads=True)
+    return quotient_S, *gradients
+
+
 def climb(f, x_STD, radius=math.inf, steps=80, seed=0):
-    """(S,) largest quotients found, from x_STD on. f maps (S, T, D) to (S, T, O), each of S by itself."""
-    (S, T, _), moving, scale = x_STD.shape, steps * 2 // 3, radius if radius < math.inf else 1.0
-    h_S = scale * torch.logspace(math.log10(0.5), -6, S, dtype=torch.float64)
-    x, w = x_STD.double(), directions(*x_STD.shape, seed=seed)
+    """(S,) largest quotients found from x_STD on. f maps (S, T, D) to (S, T, O), row by row."""
+    S, T, _ = x_STD.shape
+    scale = radius if radius < math.inf else 1.0
+    near = 1e-4 * scale
+    h_S11 = scale * torch.logspace(math.log10(0.5), -6, S, dtype=torch.float64)[:, None, None]
+    token_S = T - 1 - torch.arange(S) % T
+    x_STD = x_STD.double()
+    w_STD = directions(*x_STD.shape, seed=seed)
     best_S = torch.zeros(S, dtype=torch.float64)
-    for step in range(steps):
-        x = into_ball(x, radius - 1e-4 * scale).detach().requires_grad_()
-        w = w.detach().requires_grad_()
-        d = w * (h_S[:, None, None] if step < moving else 1e-4 * scale)
-        ends = into_ball(x + d, radius), into_ball(x - d, radius)  # (the claim is about no others)
-        apart_STO = f(ends[0]) - f(ends[1])
-        moved_ST = rms(apart_STO.detach())
-        distance_S = rms((ends[0] - ends[1]).detach()).amax(-1).clamp(min=1e-300)
-        best_S = torch.maximum(best_S, moved_ST.amax(-1) / distance_S)
-        t_S = T - 1 - torch.arange(S) % T if step < moving else moved_ST.argmax(-1)
-        length = apart_STO[torch.arange(S), t_S].norm(dim=-1).sum()
-        u_STD, v_STD = torch.autograd.grad(length, (x, w), allow_unused=True, materialize_grads=True)
-        if step < moving:
-            x = x + 0.15 * scale * (1 - step / moving) * unit(u_STD)
-            w = unit(0.7 * w + 0.3 * unit(v_STD))
-        else:
-            w = unit(v_STD)
+
+    ascent = steps * 2 // 3
+    for step in range(ascent):
+        x_STD = into_ball(x_STD, radius - near)
+        quotient_S, u_STD, v_STD = compare(f, x_STD, w_STD, h_S11, radius, token_S)
+        best_S = torch.maximum(best_S, quotient_S)
+        x_STD = x_STD + 0.15 * scale * (1 - step / ascent) * unit(u_STD)
+        w_STD = unit(0.7 * w_STD + 0.3 * unit(v_STD))
+
+    x_STD = into_ball(x_STD, radius - near)
+    for step in range(steps - ascent):  # power iteration
+        quotient_S, _, v_STD = compare(f, x_STD, w_STD, near, radius)
+        best_S = torch.maximum(best_S, quotient_S)
+        w_STD = unit(v_STD)
     return best_S
 
 
 def margins(logits_NK, y_N):
     """(N,) logit of the right class minus the largest other one."""
     right_N1 = logits_NK.gather(1, y_N[:, None])
-    return (right_N1 - logits_NK.scatter(1, y_N[:, None], -math.inf)).amin(1)
+    others_NK = logits_NK.scatter(1, y_N[:, None], -math.inf)
+    return (right_N1 - others_NK).amin(1)
 
 
 def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
-    """(N,) bool: predicted right, and still so all along a descent of the margin within radius (RMS)."""
+    """(N,) bool: predicted right, all along a descent of the margin within radius (RMS)."""
     stands_N = torch.ones(len(y_N), dtype=torch.bool)
-    for restart in range(restarts if radius else 1):  # (the first starts at x)
-        d = radius * directions(*x.shape, seed=seed + restart) * (restart > 0)
+    for restart in range(restarts):
+        d = torch.zeros_like(x)  # the first descent starts at x itself
+        if restart:
+            d = radius * directions(*x.shape, seed=seed + restart)
         for _ in range(steps + 1):
             d.requires_grad_()
             margin_N = margins(logits(x + d), y_N)
             stands_N &= (margin_N > 0).detach()
-            goal = margin_N[stands_N].clamp(min=1e-300).log().sum()  # (those near the edge count most)
+            goal = margin_N[stands_N].clamp(min=1e-300).log().sum()  # small margins count most
             gradient, = torch.autograd.grad(goal, d)
             d = into_ball(d.detach() - 2.5 * radius / steps**0.5 * unit(gradient), radius)
     return stands_N
 
 
 # ==== Claims: what the files of a run say, beside what the weights give ===========================
-# A claimed number has to be the recomputed one, or in the range of a tuple (recomputed, low, high).
+# A claimed number has to be the recomputed one, or lie in its range.
 #   1. Norms and products are of float64, to 7e-10 (1000 layers): ROUNDING is a thousand times that.
 #   2. A tuned bound, or a share certified with it, may be claimed weaker than here, not stronger.
-#   3. Loss and accuracy come from float32 (nanogpt: the run's dtype). If logits are off by e here,
-#      then by up to 4 e on other machines; a margin or a loss by 8 e. A prediction with a smaller
-#      margin may count either way.
+#   3. Loss and accuracy come from float32, or the dtype of the run for nanogpt_lipschitz.py. Let e
+#      be by how much the logits in that dtype differ from exact ones here. On another machine they
+#      may have differed by more. It is an ASSUMPTION, not proved, that this was at most 4 e: then
+#      margins and losses differ by at most 8 e, and a smaller margin may count either way.
 ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-9)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
-LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
-MEMORY = 2**26  # numbers that an evaluation holds several times at once: 0.5 GB each time
+PROMISES = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # to keep every norm within its limit
+NO_LIMIT = ("none", "weight_decay", "spectral_weight_decay")
 NORM = "max-token RMS->max-token RMS"
-# Settings that say where, not what, may differ. What a run did its weights do not tell.
-PLACES = {"out", "data", "device", "prompt", "length", "temperature", "micro_batch", "sample"}
-HISTORY = {"train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",
-           "tokens_per_second", "memory_gib", "processes"}
+# What a run did, its weights do not tell.
+HISTORY = ("train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",
+           "tokens_per_second", "memory_gib", "processes")
 
 
-def holds(claim, low, high):
-    """Whether a claimed number is in a range. (JSON has no infinity: it is a word.)"""
+class Range(typing.NamedTuple):
+    """What was recomputed, and from where to where a claim of it may be."""
+    value: float
+    low: float
+    high: float
+
+
+def agrees(claimed, expected):
+    """Whether a claimed value is the recomputed one. JSON has no infinity: it is a word there."""
+    if isinstance(expected, float):
+        expected = Range(expected, expected, expected)
+    if not isinstance(expected, Range):
+        return claimed == expected
     try:
-        claim = float(claim)
+        number = float(claimed)
     except (TypeError, ValueError, OverflowError):
         return False
-    return low <= claim <= high or any(math.isclose(claim, end, **ROUNDING) for end in (low, high))
+    ends = (expected.low, expected.high)
+    near = any(math.isclose(number, end, **ROUNDING) for end in ends)
+    return near or expected.low < number < expected.high
 
 
-def shares(certified):
-    """{name: range of the share} of {name: predictions certified}."""
-    found = {str(name): kept_N.double().mean().item() for name, kept_N in certified.items()}
-    return {name: (share, 0.0, share) for name, share in found.items()}
+def by_layer(values):
+    """A list, as the files of an MLP have, as a dictionary."""
+    if isinstance(values, list):
+        return {f"layer {i}": value for i, value in enumerate(values, 1)}
+    return values
 
 
-def evaluation(logits, batches, hot=None, dtype=torch.float32):
-    """Ranges of the losses (at temperature `hot` too, if any) and the accuracy over all batches."""
-    temperatures = [1.0] if hot is None else [1.0, hot]
-    sums, count = 0.0, 0
+def share(part_N):
+    return part_N.double().mean().item()
+
+
+def share_ranges(certified):
+    """{name: Range of the share} of {name: predictions certified}."""
+    ranges = {}
+    for name, kept_N in certified.items():
+        ranges[str(name)] = Range(share(kept_N), 0.0, share(kept_N))
+    return ranges
+
+
+def evaluate(logits, batches, factors, dtype=torch.float32):
+    """{name: Range} of the accuracy, and of the loss of the logits times each of {name: factor}."""
+    sums = 0.0
+    count = 0
     for x, y in batches:
-        exact_NK, y_N = logits(x, torch.float64).flatten(0, -2), y.flatten()
-        e_N = 8 * (exact_NK - logits(x, dtype).flatten(0, -2)).abs().amax(1)
+        y_N = y.flatten()
+        exact_NK = logits(x, torch.float64).flatten(0, -2)
+        error_N = 8 * (exact_NK - logits(x, dtype).flatten(0, -2)).abs().amax(1)
         margin_N = margins(exact_NK, y_N)
-        losses = [F.cross_entropy(t * exact_NK, y_N, reduction="sum") for t in temperatures]
-        rights = [(margin_N > at).sum() for at in (0, e_N, -e_N)]
-        sums, count = sums + torch.stack([e_N.sum(), *rights, *losses]), count + len(y_N)
-    off, right, low, high, *losses = (sums / count).tolist()
-    found = [(loss, loss - t * off, loss + t * off) for loss, t in zip(losses, temperatures)]
-    return dict(zip(("val_loss", "val_loss_at_temperature"), found), val_accuracy=(right, low, high))
+        right = [(margin_N > least).sum() for least in (0, error_N, -error_N)]
+        losses = [F.cross_entropy(factor * exact_NK, y_N, reduction="sum")
+                  for factor in factors.values()]
+        sums = sums + torch.stack([error_N.sum(), *right, *losses])
+        count += len(y_N)
+    error, right, least, most, *losses = (sums / count).tolist()
+    found = dict(val_accuracy=Range(right, least, most))
+    for (name, factor), loss in zip(factors.items(), losses):
+        found[name] = Range(loss, loss - factor * error, loss + factor * error)
+    return found
 
 
 class Table:
-    """Rows: claims and what was recomputed; bounds (log10) and shares, and what attacks found."""
+    """Rows: claims and what was recomputed; bounds and shares, and what attacks found."""
 
-    def __init__(self, config):
-        self.config, self.seed, self.steps = config, config.seed, max(6, int(120 * config.budget))
-        self.rows, self.data_name = [], ""
-        self.of_weights, self.of_data = {}, {}  # what was recomputed, by the names of summary.json
+    def __init__(self, options):
+        self.options = options
+        self.seed = options.seed
+        self.rows = []
+        self.data_name = ""
+        self.began = time.perf_counter()
 
-    def add(self, kind, where, what, claimed, found, verdict, **more):
+    def seconds(self):
+        return f"{time.perf_counter() - self.began:.0f} s"
+
+    def begin(self, text):
+        """Say what comes now, which part of how many it is, and how long it took so far."""
+        print(f"  {self.seconds():>5}  {text} ...", flush=True)
+
+    def steps(self, usual):
+        """The steps of a search."""
+        return max(6, int(usual * self.options.budget))
+
+    def add(self, kind, where, what, claimed, found, verdict, note="", **more):
         self.rows.append(dict(kind=kind, where=where, what=what, claimed=claimed, found=found,
-                              verdict=verdict, **more))
+                              verdict=verdict, note=note, **more))
 
-    def claim(self, where, name, claimed, expected):
-        """Compare a file (no name), or a value of it, with what was recomputed."""
-        if claimed is None and expected is not None:  # (a file or a value is missing, or null)
-            verdict = "not claimed" if name or where != "summary.json" else "nothing claimed"
-            self.add("claim", where, name or "the file", None, None, verdict)
-        elif isinstance(expected, dict) and isinstance(claimed, (dict, list)):
-            claimed = dict(enumerate(claimed)) if isinstance(claimed, list) else claimed
-            for key, value in expected.items():
-                self.claim(where, f"{name} {key}".strip(), claimed.get(key), value)
-            for key in sorted(claimed.keys() - expected.keys() - HISTORY - PLACES):
-                unknown = "not checked: nothing recomputes it"
-                self.add("claim", where, f"{name} {key}".strip(), str(claimed[key]), None, unknown)
-        else:
-            recomputed, low, high = expected if isinstance(expected, tuple) else (expected,) * 3
-            number = isinstance(recomputed, float)
-            agrees = holds(claimed, low, high) if number else claimed == recomputed
-            self.add("claim", where, name, claimed, recomputed, "agrees" if agrees else "BROKEN")
+    def claim(self, where, what, claimed, expected, ignored=()):
+        """Compare a value of a file with what was recomputed; a dictionary value by value."""
+        claimed = by_layer(claimed)
+        expected = by_layer(expected)
+        if isinstance(claimed, dict) and isinstance(expected, dict):
+            for name, value in expected.items():
+                self.claim(where, f"{what} {name}".strip(), claimed.get(name), value)
+            for name in sorted(claimed.keys() - expected.keys() - set(ignored)):
+                self.add("claim", where, f"{what} {name}".strip(), claimed[name], None,
+                         "not checked: nothing recomputes it")
+            return
+        verdict = "agrees" if agrees(claimed, expected) else "BROKEN"
+        if claimed is None and expected is not None:
+            verdict = "not claimed"
+        if isinstance(expected, Range):
+            expected = expected.value
+        if isinstance(expected, float):
+            expected = finite(expected)
+        self.add("claim", where, what, claimed, expected, verdict)
 
-    def bound(self, where, what, certified, found, norm, slack=TOLERANCE):
-        """Compare the log10 of a bound with what was found against it, a number."""
-        overflow, found = math.isnan(found), log10(found)
-        verdict = "held" if found <= certified + math.log10(1 + slack) else "BROKEN"
-        verdict = "not checked: overflow" if overflow else verdict
-        tightness = 10 ** min(9.0, found - certified) if math.isfinite(found) else 0.0
-        self.add("bound", where, what, certified, found, verdict, norm=norm, tightness=tightness)
+    def bound(self, where, what, certified, found, norm, slack=TOLERANCE, above="BROKEN"):
+        """Compare the log10 of a bound with a number that must not be above it."""
+        excess = log10(found) - certified
+        verdict = "held" if excess <= math.log10(1 + slack) else above
+        if not math.isfinite(found):
+            verdict = "not checked: overflow"
+        tightness = 10 ** min(9.0, excess)
+        self.add("bound", where, what, finite(certified), finite(log10(found)), verdict,
+                 f"{tightness:.4f}  {norm}", norm=norm, tightness=tightness)
 
     def attack(self, where, what, certified, f, x_STD, radius=math.inf, norm=NORM):
         """Search for a pair of inputs that exceeds the log10 of a bound."""
-        found = climb(f, x_STD, radius, self.steps, self.seed).max().item()
-        self.bound(where, what, certified, found, norm)
+        found_S = climb(f, x_STD, radius, self.steps(120), self.seed)
+        self.bound(where, what, certified, found_S.max().item(), norm)
 
-    def attack_predictions(self, where, norm, certified, logits, x, y_N, length, steps, restarts=1):
-        """Every prediction certified at a radius (`length` of it is the RMS) must survive there."""
-        steps = max(2, int(steps * self.config.budget))
-        for radius, certified_N in certified.items():
-            print(f"  attacking {len(y_N)} predictions within {radius:.3g} ...", flush=True)
-            stands_N = withstands(logits, x, y_N, radius * length, steps, restarts, self.seed)
-            kept_N = certified_N[:len(y_N)]
-            shares = [part_N.double().mean().item() for part_N in (kept_N, stands_N)]
-            verdict = "BROKEN" if (kept_N & ~stands_N).any() else "held"
-            self.add("share", where, f"predictions right within {radius:.3g}", *shares, verdict,
-                     norm=norm, radius=radius)
+    def predictions(self, where, name, certified_N, stands_N, norm):
+        """Every attacked prediction that is certified has to stand."""
+        kept_N = certified_N[:len(stands_N)]
+        verdict = "BROKEN" if (kept_N & ~stands_N).any() else "held"
+        self.add("share", where, f"right within {name}", share(kept_N), share(stands_N), verdict,
+                 f"{len(stands_N)} of {len(certified_N)} attacked; {norm}")
 
     def verdict(self):
         """Of the whole run."""
@@ -262,137 +324,207 @@ class Table:
         for worst in ("BROKEN", "nothing claimed"):
             if worst in seen:
                 return worst
-        return "held" if seen <= {"held", "agrees"} else "could not be checked in full"
+        good = {"held", "agrees", "above its limit"}
+        return "held" if seen <= good else "could not be checked in full"
 
 
-def evaluation_data(table, script, run, model, trained_on):
+def find_data(table, script, config, model, trained_on):
     """The run's own test images and labels, or validation tokens; others if those are not here."""
-    there = "stand-in" if trained_on.startswith("stand-in") else run.data
-    run = dataclasses.replace(run, data=table.config.data or there)
+    options = table.options
+    own = "stand-in" if trained_on.startswith("stand-in") else config.data
     try:
-        _, data, *vocabulary, table.data_name = script.load_data(run)
-        if vocabulary and vocabulary[0] != model.vocabulary:
-            raise script.UserError(f"--data {run.data}: has other characters than the run's text; give it")
-        return data.read(0, min(len(data), run.val_tokens + 1)) if hasattr(data, "read") else data
+        loaded = script.load_data(dataclasses.replace(config, data=options.data or own))
+        table.data_name = loaded[-1]
+        if script is shakespeare and loaded[2] != model.vocabulary:
+            raise script.UserError("its text has other characters than the run's")
+        if script is nanogpt_lipschitz:
+            return loaded[1].read(0, min(len(loaded[1]), config.val_tokens + 1))
+        return loaded[1]
     except script.UserError:
-        if table.config.data:
+        if options.data:
             raise
-    table.data_name, generator = "random, not the run's", torch.Generator().manual_seed(table.seed)
+    table.data_name = "random, not the run's"
     if script is mlp_cifar:
         return mlp_cifar.stand_in()[1]
-    return torch.randint(len(model.embedding_VD), (20 * run.seq_len + 1,), generator=generator)
+    generator = torch.Generator().manual_seed(table.seed)
+    return torch.randint(len(model.embedding_VD), (20 * config.seq_len + 1,), generator=generator)
 
 
 # ==== MLP: an image is one token, so that the same search serves ==================================
-def verify_mlp(table, script, run, model, trained_on):
-    bound, to_rms = mlp_cifar.certificate(model, steps=30), log10(model.rms_per_l2)
-    tight, pairs_KK = bound["tight_log10"] + to_rms, bound["pairs_log10_KK"]
-    images_NP, labels_N = evaluation_data(table, script, run, model, trained_on)
-    x_NP, K = images_NP[:table.config.images].double() / 255, len(pairs_KK)
-    labels_N = labels_N % K  # (those of other data)
-    for i, (W, norm) in enumerate(zip(model.weights, bound["norms"])):
-        start = directions(8, 1, W.shape[1], seed=table.seed)
-        table.attack(f"layer {i + 1}", "norm", log10(norm), lambda x: x @ W.T, start, norm="RMS->RMS")
+def as_tokens(f):
+    """A map of images as one of sequences, for climb: each image is a sequence of one token."""
+    def map_tokens(x_S1P):
+        return f(x_S1P[:, 0])[:, None]
+    return map_tokens
+
+
+def verify_mlp(table, config, model, data):
+    """Attack the bounds of an MLP. Returns what its weights say and what its data say."""
+    images_NP, labels_N = data
+    x_NP = images_NP[:table.options.images].double() / 255
+    attacked = len(x_NP)
+
+    table.begin("1 of 3: certificate, and each layer")
+    bound = mlp_cifar.certificate(model, steps=30)
+    to_rms = log10(model.rms_per_l2)
+    tight = bound["tight_log10"] + to_rms
+    pairs_KK = bound["pairs_log10_KK"]
+    K = len(pairs_KK)
+    labels_N = labels_N % K  # other data may have more classes
+    for i, (W, norm) in enumerate(zip(model.weights, bound["norms"]), 1):
+        layer = functools.partial(F.linear, weight=W)
+        starts = directions(8, 1, W.shape[1], seed=table.seed)
+        table.attack(f"layer {i}", "norm", log10(norm), layer, starts, norm="RMS->RMS")
+
+    table.begin("2 of 3: the network, and pairs of logits")
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
-    table.attack("network", "tight certificate", tight, lambda x: model(x[:, 0])[:, None], starts,
-                 norm="RMS->RMS")
-    y_S, j_S = torch.triu_indices(K, K, 1)[:, ::max(1, K * (K - 1) // 90)]  # at most 90 pairs of classes
-    eye, L_S1 = torch.eye(K).double(), 10 ** pairs_KK[y_S, j_S, None].clamp(min=-300)
-    aim_SK = (eye[y_S] - eye[j_S]) / L_S1 / 3072**0.5  # in units of the certificate
-    table.attack("network", "two logits / their certificate", 0.0,
-                 lambda x: (model(x[:, 0]) * aim_SK).sum(-1)[:, None, None],
-                 x_NP[torch.arange(len(y_S)) % len(x_NP), None], norm="l2->abs")
+    table.attack("network", "tight certificate", tight, as_tokens(model), starts, norm="RMS->RMS")
+    y_S, j_S = torch.triu_indices(K, K, 1)[:, ::max(1, K * (K - 1) // 90)]  # at most 90 pairs
+    certificate_S1 = 10 ** pairs_KK[y_S, j_S, None].clamp(min=-300)
+    eye_KK = torch.eye(K).double()
+    aim_SK = (eye_KK[y_S] - eye_KK[j_S]) / (certificate_S1 * 3072**0.5)  # climb's distances are RMS
+
+    def difference(x_SP):
+        """f_y - f_j for each search's own pair y, j, in units of its certificate."""
+        return (model(x_SP) * aim_SK).sum(1, keepdim=True)
+
+    starts = x_NP[torch.arange(len(y_S)) % attacked, None]
+    table.attack("network", "f_y - f_j / its certificate", 0.0, as_tokens(difference), starts,
+                 norm="l2 of pixels->one number")
+
+    table.begin(f"3 of 3: {attacked} images under attack")
     radius_N = mlp_cifar.certified_radii(model, pairs_KK, images_NP, labels_N)
-    certified = {r: radius_N > r for r in (0.0, *mlp_cifar.RADII.values())}
-    table.attack_predictions("test images", "l2 radius, pixels in [0, 1]", certified, model, x_NP,
-                             labels_N[:len(x_NP)], length=3072**-0.5, steps=20, restarts=4)
-    few_NP = images_NP[:5000 // K].double() / 255  # (as in the script's report)
-    jacobians_NKP = torch.func.vmap(torch.func.jacrev(lambda x_P: model(x_P[None])[0]))(few_NP)
-    table.of_weights = dict(
-        norms=dict(enumerate(bound["norms"])), lipschitz_log10=(tight, tight, math.inf),
+    certified = {name: radius_N > radius for name, radius in RADII.items()}
+    for name, radius in RADII.items():
+        stands_N = withstands(model, x_NP, labels_N[:attacked], radius / 3072**0.5,
+                              table.steps(20), restarts=4, seed=table.seed)
+        table.predictions("test images", name, certified[name], stands_N, "l2, pixels in [0, 1]")
+
+    def logits(x_NP, dtype):
+        return model(x_NP.to(dtype) / 255)
+
+    of_weights = dict(
+        norms=bound["norms"], lipschitz_log10=Range(tight, tight, math.inf),
         lipschitz_product_log10=bound["product_log10"] + to_rms,
         lipschitz_norm="RMS->RMS, pixels in [0, 1] to logits")
-    batches = zip(images_NP.split(2000), labels_N.split(2000))
-    table.of_data = dict(
-        evaluation(lambda x, dtype: model(x.to(dtype) / 255), batches),
-        largest_jacobian_l2=torch.linalg.matrix_norm(jacobians_NKP, ord=2).max().item(),
-        certified_accuracy=shares({name: radius_N > r for name, r in mlp_cifar.RADII.items()}))
+    of_data = dict(
+        evaluate(logits, zip(images_NP.split(2000), labels_N.split(2000)), dict(val_loss=1.0)),
+        largest_jacobian_l2=mlp_cifar.steepest_slope(model, images_NP),
+        certified_accuracy=share_ranges(certified))
+    return of_weights, of_data
 
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
-def verify_transformer(table, script, run, model, trained_on):
-    free = script.tuned(model)
-    bound = script.certificate(model, free=free)
-    tokens_N = evaluation_data(table, script, run, model, trained_on)
-    embedding_VD, T = model.embedding_VD, run.seq_len
-    table.of_weights = dict(
-        norms=bound["norms"], lipschitz_log10=(bound["log10"], bound["log10"], math.inf),
+LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
+
+
+def verify_transformer(table, script, config, model, tokens_N):
+    """Attack the bounds of a transformer. Returns what its weights say and what its data say."""
+    T = config.seq_len
+    count = len(tokens_N)
+    table.begin("1 of 5: certificate")
+    weights = script.tuned(model)
+    bound = script.certificate(model, free=weights)
+    of_weights = dict(
+        norms=bound["norms"], lipschitz_log10=Range(bound["log10"], bound["log10"], math.inf),
         lipschitz_product_log10=bound["product_log10"],
         lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
-    widest, count = max(len(embedding_VD), run.hidden, run.heads * T), len(tokens_N)  # (of what a token has)
-    if sum(W.numel() for W in model.parameters()) * count < LARGEST and T * widest < MEMORY:
-        print(f"  evaluating {count} tokens ...", flush=True)
-        dtype = torch.float32
-        if script is nanogpt_lipschitz:  # (auto was bfloat16, if that was fast)
-            dtype = torch.bfloat16 if run.dtype == "auto" else getattr(torch, run.dtype)
-        batches = shakespeare.windows(tokens_N, T, batch=max(1, min(8192, MEMORY // widest) // T))
-        table.of_data = evaluation(model, batches, getattr(run, "loss_temperature", None), dtype)
-    if getattr(run, "baseline", False):  # (norm layers: no promise that an attack could reach)
-        return
-    body, U = model.blocks if script is shakespeare else model.body, run.final_scale * model.head_VD
-    real_STD = F.embedding(tokens_N.unfold(0, min(32, T), T)[:8], embedding_VD)
-    attack_layers(table, model, bound, real_STD)
-    print("  searching the network ...", flush=True)
+
+    table.begin(f"2 of 5: evaluation of {count} tokens")
+    factors = dict(val_loss=1.0)
+    dtype = torch.float32
+    if script is shakespeare:
+        factors["val_loss_at_temperature"] = config.loss_temperature
+    else:  # auto was bfloat16, if that was fast
+        dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    of_data = {}
+    if count * sum(W.numel() for W in model.parameters()) < LARGEST:
+        of_data = evaluate(model, shakespeare.windows(tokens_N, T, batch=1), factors, dtype)
+    if getattr(config, "baseline", False):  # norm layers: no bound that an attack could exceed
+        return of_weights, of_data
+
+    U = config.final_scale * model.head_VD
+    body = model.blocks if script is shakespeare else model.body
+
+    def logits(x_STD):
+        return F.linear(body(x_STD), U)
+
+    real_STD = F.embedding(tokens_N.unfold(0, min(32, T), T)[:8], model.embedding_VD)
+    attack_blocks(table, model, bound, real_STD)
+    table.begin("5 of 5: the network, and predictions")
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real_STD, R * directions(*real_STD.shape, seed=table.seed)])
-    table.attack("network", "certificate", bound["log10"], lambda x: body(x) @ U.T, starts, R)
-    if script is shakespeare and len(embedding_VD) <= 1024 and 32 * T * widest <= 2 * MEMORY:  # (for memory)
-        print("  certificates of tokens ...", flush=True)
-        n = min(max(1, table.config.windows // 4), (len(tokens_N) - 1) // T) * T  # positions
-        certified = script.certified_tokens(model, tokens_N, free)
-        table.attack_predictions(
-            "validation text", "rho: RMS at every embedding", certified,
-            lambda x: (body(x) @ U.T).flatten(0, 1),
-            F.embedding(tokens_N[:n].view(-1, T), embedding_VD), tokens_N[1:n + 1], length=1, steps=10)
-        table.of_data["certified_token_accuracy"] = shares(certified)
+    table.attack("network", "certificate", bound["log10"], logits, starts, R)
+    if script is shakespeare:
+        n = min(table.options.windows, (count - 1) // T) * T
+        certified = script.certified_tokens(model, tokens_N, weights)
+        of_data["certified_token_accuracy"] = share_ranges(certified)
+        x_WTD = F.embedding(tokens_N[:n].view(-1, T), model.embedding_VD)
+
+        def predict(x_WTD):
+            return logits(x_WTD).flatten(0, 1)
+
+        for rho, certified_N in certified.items():
+            stands_N = withstands(predict, x_WTD, tokens_N[1:n + 1], rho, table.steps(10))
+            table.predictions("validation text", rho, certified_N, stands_N,
+                              "rho: RMS of every embedding")
+    return of_weights, of_data
 
 
-def attack_layers(table, model, bound, real_STD):
-    """Each sublayer, alone and with the stream; and the ball that the stream is to stay in."""
-    (_, T, D), seed = real_STD.shape, table.seed
+def follow(model, x_STD):
+    """The stream before each sublayer, and at the end."""
+    streams = [x_STD]
+    for block in model.blocks:
+        for sublayer in (block.attention, block.mlp):
+            x_STD = torch.lerp(x_STD, sublayer(x_STD), model.mix)
+            streams.append(x_STD)
+    return streams
 
-    def streams(x_STD):
-        """The stream before each sublayer, and at the end."""
-        parts = [f for block in model.blocks for f in (block.attention, block.mlp)]
-        return list(accumulate(parts, lambda x, f: torch.lerp(x, f(x), model.mix), initial=x_STD))
 
-    real = [x_STD.nan_to_num(0, 0, 0) for x_STD in streams(real_STD)]
+def attack_blocks(table, model, bound, real_STD):
+    """Attack each sublayer, alone and with the stream, and the ball that holds the stream."""
+    _, T, D = real_STD.shape
+    a = model.mix
+    real = follow(model, real_STD)
+    radii = []
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
-        where, a = f"block {i + 1}", model.mix
-        print(f"  searching {where} of {len(model.blocks)} ...", flush=True)
-        R, R_mlp = (10.0 ** min(60.0, row[key]) for key in ("radius_log10", "radius_mlp_log10"))
-        starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=seed + i),
+        where = f"block {i + 1}"
+        table.begin(f"3 of 5: {where} of {len(model.blocks)}")
+        radii += [row["radius_log10"], row["radius_mlp_log10"]]
+        R = 10 ** min(60.0, row["radius_log10"])
+        alone = log10(row["value"] + row["pattern"] * R * R)
+        starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=table.seed + i),
                             split_tokens(block, model.config.heads, T, R)])
-        single = torch.cat([x[:, -4:].reshape(-1, 1, D) for x in (starts, real[2 * i + 1])])
-        for what, f, x_STD, radius, alone, with_stream in (
-                ("attention", block.attention, starts, R,
-                 log10(row["value"] + row["pattern"] * R * R), row["attention_log10"]),
-                ("MLP", block.mlp, single, R_mlp, log10(row["mlp"]), log10((1 - a) + a * row["mlp"]))):
-            table.attack(where, what, alone, f, x_STD, radius)
-            table.attack(where, f"{what} + stream", with_stream,
-                         lambda x: torch.lerp(x, f(x), a), x_STD, radius)
-    # The ball: ascent of the largest token at the end.
-    print("  searching the way out of the ball ...", flush=True)
-    radii = [row[key] for row in bound["rows"] for key in ("radius_log10", "radius_mlp_log10")]
-    radii, R = [*radii, bound["radius_log10"]], 10.0 ** radii[0]
-    x_STD = torch.cat([real_STD, directions(8, T, D, seed=seed)])
-    for _ in range(table.steps):
+        attack_sublayer(table, where, "attention", block.attention, a, starts, R, alone,
+                        row["attention_log10"])
+        R = 10 ** min(60.0, row["radius_mlp_log10"])
+        with_stream = log10((1 - a) + a * row["mlp"])
+        both = torch.cat([starts, real[2 * i + 1]])
+        starts = both[:, -4:].reshape(-1, 1, D)  # an MLP sees one token at a time
+        attack_sublayer(table, where, "MLP", block.mlp, a, starts, R, log10(row["mlp"]),
+                        with_stream)
+
+    table.begin("4 of 5: the way out of the ball")  # ascent of the largest token at the end
+    radii.append(bound["radius_log10"])
+    R = 10 ** radii[0]
+    x_STD = torch.cat([real_STD, directions(8, T, D, seed=table.seed)])
+    for _ in range(table.steps(120)):
         x_STD = into_ball(x_STD, R).detach().requires_grad_()
-        largest_S = rms(streams(x_STD)[-1]).amax(-1)
+        largest_S = rms(follow(model, x_STD)[-1]).amax(1)
         gradient, = torch.autograd.grad(largest_S.sum(), x_STD)
         x_STD = x_STD.detach() + 0.3 * R * unit(gradient)
-    for i, (radius, x_STD) in enumerate(zip(radii, streams(into_ball(x_STD, R)))):
-        table.bound("stream", f"radius after {i} sublayers", radius, rms(x_STD).max().item(), "max-token RMS")
+    for i, x_STD in enumerate(follow(model, into_ball(x_STD, R))):
+        largest = rms(x_STD).max().item()
+        table.bound("stream", f"radius after {i} sublayers", radii[i], largest, "max-token RMS")
+
+
+def attack_sublayer(table, where, what, f, mix, starts, radius, alone, with_stream):
+    """Attack the bounds (log10) of a sublayer f, alone and mixed into the stream."""
+    def add_to_stream(x_STD):
+        return torch.lerp(x_STD, f(x_STD), mix)
+
+    table.attack(where, what, alone, f, starts, radius)
+    table.attack(where, f"{what} + stream", with_stream, add_to_stream, starts, radius)
 
 
 def split_tokens(block, heads, T, R):
@@ -404,121 +536,138 @@ def split_tokens(block, heads, T, R):
 
 # ==== Main: the files of a run, the report ========================================================
 def read_json(path):
-    """What a file of a run holds, of .jsonl a list; None if there is none. UserError, naming it."""
+    """What a file of a run holds, of .jsonl a list; None if there is none."""
     if not path.is_file():
         return None
-    try:
-        if path.stat().st_size > 2**24:
-            raise ValueError(f"{path.stat().st_size} bytes, at most {2**24} are read")
+    with explain(f"{path.name}: is no JSON of a run", "train again"):
         text = path.read_text(encoding="utf-8")
-        return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
-    except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path.name}: is no JSON of a run ({problem})") from problem
-
-
-def read_checkpoint(path):
-    """All that a run saved. UserError if what it unpacks to is larger than the file."""
-    size = path.stat().st_size
-    if not path.is_file() or sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
-        raise UserError(f"{path}: is a pipe, or compressed, as no run's is")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    if 4 * sum(W.numel() for W in saved["model"].values()) > size:  # (views of fewer numbers)
-        raise UserError(f"{path}: its weights are more than the file holds")
-    return saved
+        if path.suffix == ".jsonl":
+            text = f"[{','.join(text.splitlines())}]"
+        return json.loads(text, parse_constant=str)
 
 
 def verify(table, path):
-    """Fill the table of a run folder or file."""
-    summary, written, lines = [read_json(path / f) for f in ("summary.json", "config.json", "log.jsonl")]
-    saved = read_checkpoint(path / "checkpoint.pt")
-    script, trained_on = SCRIPTS[saved["script"]], str(saved["data"])
-    # As they come back from JSON: what is neither text nor numbers is refused.
-    text = json.dumps([saved["config"], saved["step"], saved["log"]]).replace("-Infinity", '"-inf"')
-    settings, step, log = json.loads(text.replace("Infinity", '"inf"'))
-    table.claim("config.json", "", written, {k: settings[k] for k in settings if k not in PLACES})
-    limits = script.Config(**dict(saved["config"], constraint="none")).limits()  # (runs no code of a file)
-    run, model, _ = script.load_checkpoint(path)
-    if bad := [name for name, W in model.state_dict().items() if not W.isfinite().all()]:
-        table.bound(bad[0], "is not finite", -math.inf, math.inf, "")
-        return
-    print("  certificates, then searches ...", flush=True)
-    verify_script = verify_mlp if script is mlp_cifar else verify_transformer
-    verify_script(table, script, run, model.double().requires_grad_(False), trained_on)
-    if not table.config.data and table.data_name != trained_on:
-        missing, table.of_data = "not checked: its data are not here", {}
-        table.add("claim", "checkpoint", "data of the run", trained_on, table.data_name, missing)
-    norms = table.of_weights["norms"]
-    caps = dict(enumerate(limits)) if script is mlp_cifar else dict(limits, embedding=1.0)
-    if run.constraint in ("specnorm", "stiefel", "soft_cap", "hard_cap"):  # (they promise a limit)
-        for key, norm in norms.items():
-            table.bound("weights", f"limit on {key}", log10(caps[key]), norm, "RMS->RMS", SLACK)
-    expected = dict(
-        {k: settings[k] for k in ("preset", "seed", "baseline") if k in settings},
+    """Fill the table of a run folder."""
+    summary = read_json(path / "summary.json")
+    written = read_json(path / "config.json")
+    lines = read_json(path / "log.jsonl")
+    saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
+    log = saved["log"]
+    settings = {name: value for name, value in saved["config"].items() if name not in PLACES}
+    if written is None:
+        table.add("claim", "config.json", "the file", None, None, "not claimed")
+    else:
+        table.claim("config.json", "", written, settings, ignored=PLACES)
+    script = SCRIPTS[saved["script"]]
+    config, model, _ = script.load_checkpoint(path)
+    limits = config.limits()
+    for name, W in model.state_dict().items():
+        if not W.isfinite().all():
+            table.claim("checkpoint", f"{name} is finite", False, True)
+            return
+
+    model.double().requires_grad_(False)
+    data = find_data(table, script, config, model, saved["data"])
+    if script is mlp_cifar:
+        of_weights, of_data = verify_mlp(table, config, model, data)
+    else:
+        of_weights, of_data = verify_transformer(table, script, config, model, data)
+    if not table.options.data and table.data_name != saved["data"]:
+        of_data = {}
+        table.add("claim", "checkpoint", "data of the run", saved["data"], table.data_name,
+                  "not checked: its data are not here")
+    norms = by_layer(of_weights["norms"])
+    if config.constraint not in NO_LIMIT:
+        above = "BROKEN" if config.constraint in PROMISES else "above its limit"
+        limit = {"embedding": 1.0, **by_layer(limits)}
+        for name, norm in norms.items():
+            table.bound("weights", f"limit on {name}", log10(limit[name]), norm, "RMS->RMS",
+                        SLACK, above)
+
+    expected = {name: settings[name] for name in ("preset", "seed", "baseline") if name in settings}
+    expected.update(
+        of_weights, **of_data, script=script.SCRIPT, steps=saved["step"], data=saved["data"],
         loss_temperature=settings.get("loss_temperature", 1.0),
-        script=script.SCRIPT, steps=step, data=trained_on, **table.of_weights, **table.of_data,
         params=sum(p.numel() for p in model.parameters()),
-        max_weight_norm=max(norm for key, norm in norms.items() if key != "embedding"),
-        w_max=None if run.constraint == "none" else limits)
-    table.claim("summary.json", "", summary, expected)
-    last = dict(log[-1]) if log else {}
-    names = last.keys() & expected.keys()  # (what is printed after every evaluation)
-    table.claim("checkpoint's log", "", *({n: d[n] for n in names} for d in (last, expected)))
-    agree = lines is None or lines == log[:len(lines)]  # (if the run was killed, the last may lack)
+        max_weight_norm=max(norm for name, norm in norms.items() if name != "embedding"),
+        w_max=None if config.constraint == "none" else limits)
+    if summary is None:
+        table.add("claim", "summary.json", "the file", None, None, "nothing claimed")
+    else:
+        table.claim("summary.json", "", summary, expected, ignored=HISTORY)
+    if log:  # its last line is of the same weights, in part
+        last = log[-1]
+        same = {name: expected[name] for name in last.keys() & expected.keys()}
+        table.claim("checkpoint's log", "", last, same, ignored=last)
+    agree = lines is None or lines == log[:len(lines)]  # if the run was killed, the last may lack
     table.claim("log.jsonl", "is the checkpoint's log", agree, True)
 
 
-def print_report(table, seconds):
-    print(f"\n  data: {table.data_name}\n  where             what  {'claimed or certified':>48} "
-          f"{'found':>12}  verdict, found / certified")
-    for row in table.rows:
-        if row["verdict"] == "agrees" and row["where"] != "summary.json":  # (verify.json has all)
-            continue
-        values, note = [row["claimed"], row["found"]], ""
-        if row["kind"] == "bound":
-            values = [10**x if abs(x) < 6 else f"10^{x:.2f}" for x in values]
-            note = f"{row['tightness']:.4f}  {row['norm']}"
-        texts = [f"{x:.5g}" if isinstance(x, float) else ascii(x).strip("'") for x in values]
-        if max(map(len, texts)) > 12:  # too long for the columns: whole, at the end
-            note, texts = " / ".join(dict.fromkeys(texts))[:300], ["", "at the end"]
-        what = ascii(row["what"])[1:-1][:100]
-        print(f"  {row['where']:17} {what:40} {texts[0]:>12} {texts[1]:>12}  {row['verdict']}  {note}")
-    print(f"  {table.verdict()}: {len(table.rows)} rows, {seconds:.0f} s")
+TITLES = dict(  # of the kinds of rows, and what their two numbers are
+    bound="Bounds and limits: certified, found (has to be <= certified), found / certified",
+    share="Predictions under attack: certified, found right (has to be >= certified)",
+    claim="Claims that do not agree or were not checked: claimed, recomputed")
 
 
-def main(names, config):
+def show(row, name):
+    """A value of a row. Those of bounds are logarithms."""
+    value = row[name]
+    if not isinstance(value, float):
+        return ascii(value)[:150]
+    if row["kind"] != "bound":
+        return f"{value:.5g}"
+    return f"{10**value:.5g}" if abs(value) < 6 else f"10^{value:.2f}"
+
+
+def print_table(table):
+    """All rows but the claims that agree."""
+    print(f"\n  data: {table.data_name}")
+    shown = [row for row in table.rows if row["verdict"] != "agrees"]
+    for kind, title in TITLES.items():
+        rows = [row for row in shown if row["kind"] == kind]
+        if rows:
+            print(f"\n  {title}")
+        for row in rows:
+            print(f"  {row['where']:16} {ascii(row['what'])[1:-1]:28} {show(row, 'claimed'):>12} "
+                  f"{show(row, 'found'):>12}  {row['verdict']:6}  {row['note']}")
+    print(f"\n  {table.verdict()}: {len(table.rows)} rows, {len(shown)} of them shown; the claims "
+          f"that agree are in verify.json ({table.seconds()})")
+
+
+def main(names, options):
     """Verify all; returns the exit status."""
-    verdicts, paths = [], []
-    for path in map(Path, names or ["runs"]):  # (a run, or a folder of runs)
-        inside = [] if (path / "checkpoint.pt").exists() else path.glob("*/checkpoint.pt")
-        paths += sorted(p.parent for p in inside) or [path]
+    paths = []
+    for name in names:
+        path = Path(name).expanduser()
+        checkpoints = sorted(path.rglob("checkpoint.pt"))
+        paths += [checkpoint.parent for checkpoint in checkpoints] or [path]
+    verdicts = set()
     for path in paths:
-        began, table = time.perf_counter(), Table(config)
         print(f"\n{path}", flush=True)
+        table = Table(options)
         try:
             verify(table, path)
         except Exception as problem:  # a file may be wrong in hundreds of ways
-            if table.verdict() != "BROKEN":  # (else a setting was changed, and fits no weights)
+            if table.verdict() != "BROKEN":  # else a setting was changed, and fits no weights
                 reason = ascii(f"{type(problem).__name__}: {problem}")[1:-1][:300]
-                print(f"verify_lipschitz.py: {path}: could not be checked ({reason}); needed is the "
-                      f"folder of a run of {', '.join(SCRIPTS)}", file=sys.stderr)
-                verdicts.append("could not be checked")
+                print(f"verify_lipschitz.py: {path}: could not be checked ({reason})",
+                      file=sys.stderr)
+                verdicts.add("could not be checked")
                 continue
-        print_report(table, time.perf_counter() - began)
-        verdicts.append(table.verdict())
+        print_table(table)
+        verdicts.add(table.verdict())
         result = dict(verdict=table.verdict(), data=table.data_name, rows=table.rows)
         mlp_cifar.write(path / "verify.json", json.dumps(result, indent=1))
-        print(f"All rows: {path}/verify.json", flush=True)
-    print("; ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)))
-    return 1 if "BROKEN" in verdicts else 0 if set(verdicts) == {"held"} else 2
+    if "BROKEN" in verdicts:
+        return 1
+    return 0 if verdicts == {"held"} else 2
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # (a terminal may lack characters of a path)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters of a path
+        sys.stdout.reconfigure(errors="replace")
     try:
         sys.exit(main(*parse_arguments()))
-    except OSError as problem:
-        print(f"verify_lipschitz.py: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nverify_lipschitz.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except (OSError, KeyboardInterrupt) as problem:
+        print(f"verify_lipschitz.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130 if isinstance(problem, KeyboardInterrupt) else 2)

@@ -9,6 +9,7 @@ s sigma(q_h) sigma(k_h) R^2 D of the worst head, R the certified radius of the s
 those of shakespeare.py. Writes attention.png to --out, by default to results/.
 """
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shakespeare  # noqa: E402
-from compare import STUDIES, train  # noqa: E402
+from compare import STUDIES, change, train  # noqa: E402
 
 STUDY = STUDIES["shakespeare"]
 SEEDS = (0, 1, 2)
@@ -32,29 +33,35 @@ RUNS = (("muon", "soft_cap", 4), ("muon", "none", 1), ("adamw", "none", 1))
 @torch.no_grad()
 def attention_logits(model, window_BT):
     """(largest |attention logit| on these windows, its bound), over blocks and heads, in float64."""
-    (B, T), D, H = window_BT.shape, model.config.width, model.config.heads
-    s, seen, bound = model.config.logit_scale / (D // H), 0.0, 0.0
+    H = model.config.heads
+    D = model.config.width
+    s = model.config.logit_scale / (D // H)
+    seen = 0.0
+    bound = 0.0
     x_BTD = F.embedding(window_BT, model.embedding_VD.double())
     for block, row in zip(model.blocks, shakespeare.certificate(model)["rows"]):
-        q_BHTE, k_BHTE = (
-            shakespeare.rotate(F.linear(x_BTD, W.double()).view(B, T, H, D // H).transpose(1, 2))
-            for W in (block.q, block.k))
-        logits_BHTT = s * q_BHTE @ k_BHTE.mT
-        seen = max(seen, logits_BHTT.tril().abs().max().item())  # (a token attends to those before it)
-        q_H, k_H = (torch.linalg.matrix_norm(W.double().view(H, D // H, D), ord=2)
-                    for W in (block.q, block.k))
-        bound = max(bound, (s * q_H * k_H * 10 ** (2 * row["radius_log10"]) * D).max().item())
+        turned = []  # queries and keys
+        norms = []
+        for W in (block.q.double(), block.k.double()):
+            heads_BHTE = F.linear(x_BTD, W).unflatten(-1, (H, -1)).transpose(1, 2)
+            turned.append(shakespeare.rotate(heads_BHTE))
+            norms.append(torch.linalg.matrix_norm(W.unflatten(0, (H, -1)), ord=2))
+        logits_BHTT = s * turned[0] @ turned[1].mT
+        seen = max(seen, logits_BHTT.tril().abs().max().item())  # a token attends to those before it
+        largest = s * (norms[0] * norms[1]).max().item() * 10 ** (2 * row["radius_log10"]) * D
+        bound = max(bound, largest)
         x_BTD = block(x_BTD)
     return seen, bound
 
 
 def logits_over_training(config, data, window_BT):
     """([(step, largest logit, bound)], summary) of a run, by a hook before each forward pass."""
-    points, steps = [], iter(range(10**9))
+    points = []
+    steps = itertools.count()
 
     def look(module, args):
         if isinstance(module, shakespeare.Transformer):
-            step = next(steps)  # (the first evaluation, after the last step, counts as well)
+            step = next(steps)  # the first evaluation, after the last step, counts as well
             if step % max(1, config.steps // 16) == 0 and step <= config.steps:
                 points.append((step, *attention_logits(module, window_BT)))
 
@@ -70,7 +77,8 @@ def spread(values):
 
 
 def main(argv=None):
-    base = shakespeare.parse_arguments([*STUDY["flags"].split(), *(sys.argv[1:] if argv is None else argv)])
+    flags = sys.argv[1:] if argv is None else argv
+    base = shakespeare.parse_arguments([*STUDY["flags"].split(), *flags])
     data = shakespeare.load_data(base)
     window_BT = data[1][:16 * base.seq_len].view(16, -1)
     if base.out:
@@ -81,9 +89,8 @@ def main(argv=None):
         seen, bounds, accuracy = [], [], []
         for seed in SEEDS:
             with tempfile.TemporaryDirectory() as out:
-                config = shakespeare.Config.of(**dict(
-                    base.given, preset=base.preset, optimizer=optimizer, constraint=constraint,
-                    w_max=str(w_max), lr=STUDY["pairs"][constraint][optimizer][0], seed=seed, out=out))
+                config = change(base, STUDY, out, optimizer=optimizer, constraint=constraint, w_max=w_max,
+                                lr=STUDY["pairs"][constraint][optimizer][0], seed=seed)
                 points, summary = logits_over_training(config, data, window_BT)
             steps, largest, bound = zip(*points)
             panel.semilogy(steps, largest, "C0", lw=1)

@@ -26,36 +26,46 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # Learning rates and strengths. A strength is w_max, so for the decays the inverse of a weight decay. Learning
-# rates are the best of two to four on training data held out, at the middle strength and one seed.
+# rates are the best of two to four on training data held out, at the middle strength and one seed. The first
+# constraints are those that one runs this for: so they are there also if time is short.
 STUDIES = {
     "mlp_cifar": dict(
         flags="--preset paper --evals 1 --constrain_every 1 --steps 1000",
         bound="lipschitz_product_log10", bound_name="RMS->RMS, product of norms", bounds=(1, 1.5, 2),
-        certified=("certified_accuracy", "36/255"), pairs={
+        certified=("certified_accuracy", "36/255"), adamw={}, pairs={
+            "soft_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
+            "hard_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
+            "hammer": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
             "none": dict(muon=(0.1, (1,)), adamw=(0.002, (1,))),
             "weight_decay": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (0.05, 0.2, 0.5))),
             "spectral_weight_decay": dict(muon=(0.1, (0.2, 0.5, 1)), adamw=(0.004, (0.01, 0.03, 0.1))),
             "specnorm": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.001, (2, 3.5, 6))),
             "stiefel": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
-            "hammer": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
-            "soft_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
-            "hard_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
         }),
     "shakespeare": dict(
         flags="--preset paper --evals 1 --constrain_every 1 --steps 200 --batch 32 --width 128 "
               "--hidden 512 --seq_len 128",
         bound="lipschitz_log10", bound_name="max-token RMS, heads counted", bounds=(3, 6, 9, 12),
-        certified=("certified_token_accuracy", "0.001"), pairs={
+        certified=("certified_token_accuracy", "0.001"), adamw=dict(momentum=0.9, warmup=20), pairs={
+            "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
+            "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
+            "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
             "none": dict(muon=(0.2, (1,)), adamw=(0.012, (1,))),
             "weight_decay": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (0.03, 0.1, 0.3))),
             "spectral_weight_decay": dict(muon=(0.2, (0.1, 0.3, 1)), adamw=(0.024, (0.01, 0.03, 0.1))),
             "specnorm": dict(muon=(0.2, (1, 2, 4)), adamw=(0.0015, (1, 2, 4))),
             "stiefel": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
-            "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
-            "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
-            "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
         }),
 }
+
+
+SET_HERE = ("optimizer", "constraint", "w_max", "lr", "seed")
+
+
+def change(config, study, out, **point):
+    """The config of one point of a study."""
+    of_optimizer = study["adamw"] if point["optimizer"] == "adamw" else {}
+    return dataclasses.replace(config, out=str(out), **point, **of_optimizer)
 
 
 def train(tutorial, config, data):
@@ -65,43 +75,61 @@ def train(tutorial, config, data):
         return tutorial.main(config)
 
 
+def open_folder(tutorial, base, settings):
+    """Make the folder of a comparison, or see that it is one with the same settings."""
+    known = base / "compare.json"
+    if known.exists():
+        before = json.loads(known.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise tutorial.UserError(f"--out {base}: holds a comparison with --{name} {before.get(name)}, "
+                                         f"not {value}; give the same settings, or another --out")
+    elif base.exists() and any(base.iterdir()):
+        raise tutorial.UserError(f"--out {base}: holds no comparison; give another --out")
+    base.mkdir(parents=True, exist_ok=True)
+    tutorial.write(known, json.dumps(settings, indent=1))
+
+
 def compare(tutorial, study, config, seeds, minutes, base):
     """Train each point with each seed until all are there or the time is over; then report."""
-    data, began, trained, rows = tutorial.load_data(config), time.perf_counter(), 0, []
-    settings = json.dumps(dict(dataclasses.asdict(config), data=data[-1], out="", device=""), indent=1)
-    known = base / "compare.json"
-    if base.exists() and any(base.iterdir()) and not (known.exists() and known.read_text() == settings):
-        raise tutorial.UserError(f"--out {base}: holds no comparison, or one with other settings")
-    base.mkdir(parents=True, exist_ok=True)
-    tutorial.write(known, settings.encode())
+    data = tutorial.load_data(config)
+    open_folder(tutorial, base, dict(vars(config), data=data[-1], out="", device=""))
     points = [dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
               for seed in range(seeds) for constraint, pair in study["pairs"].items()
               for optimizer, (lr, strengths) in pair.items() for w in strengths]
+    rows = []
+    trained = 0
+    began = time.perf_counter()
     for row in points:
-        spent = time.perf_counter() - began
         out = base / "{optimizer}_{constraint}_{w_max:g}_seed{seed}".format(**row)
-        if not (out / "summary.json").exists():
+        summary_file = out / "summary.json"
+        if not summary_file.exists():
+            spent = time.perf_counter() - began
             if spent + spent / max(1, trained) >= 60 * minutes:
                 continue
             trained += 1
             try:
-                changes = dict(row, preset=config.preset, w_max=str(row["w_max"]), out=str(out))
-                train(tutorial, tutorial.Config.of(**{**config.given, **changes}), data)
+                train(tutorial, change(config, study, out, **row), data)
             except tutorial.UserError as problem:
                 if "diverged" not in str(problem):
                     raise
-                tutorial.write(out / "summary.json", json.dumps(dict(diverged=str(problem))).encode())
-        summary = json.loads((out / "summary.json").read_text())
+                tutorial.write(summary_file, json.dumps(dict(diverged=str(problem))))
+        summary = json.loads(summary_file.read_text())
+        result = "diverged"
         if "diverged" not in summary:
             group, radius = study["certified"]
             row.update(accuracy=summary["val_accuracy"], loss=summary["val_loss"],
                        bound_log10=float(summary[study["bound"]]), certified=summary[group][radius])
+            result = f"{100 * row['accuracy']:.1f} %"
         rows.append(row)
-        print(f"{len(rows):3d}/{len(points)}  {out.name:40}  {row.get('accuracy', 'diverged')}", flush=True)
+        each = (time.perf_counter() - began) / 60 / max(1, trained)
+        left = f"  about {each * (len(points) - len(rows)):.0f} minutes left" if trained else ""
+        print(f"{len(rows):3d}/{len(points)}  {out.name:40}  {result}{left}", flush=True)
     if rows:
         report(study, rows, base, f"{tutorial.SCRIPT}, data: {data[-1]}")
     if len(rows) < len(points):
-        print(f"{len(points) - len(rows)} of {len(points)} runs are to come: give the same command again.")
+        print(f"{len(points) - len(rows)} of {len(points)} runs are to come: give the same command again. "
+              "Until then a constraint that lacks a run is a - in the table.")
 
 
 def accuracy_within(runs, bound_log10):
@@ -162,9 +190,11 @@ def main(argv=None):
     options, flags = parser.parse_known_args(argv)
     tutorial, study = importlib.import_module(options.tutorial), STUDIES[options.tutorial]
     try:
+        plain = tutorial.parse_arguments(study["flags"].split())
         config = tutorial.parse_arguments([*study["flags"].split(), *flags])
-        for name in config.given.keys() & {"optimizer", "constraint", "w_max", "lr", "seed"}:
-            raise tutorial.UserError(f"--{name}: compare.py sets it itself")
+        for name in SET_HERE:
+            if getattr(config, name) != getattr(plain, name):
+                raise tutorial.UserError(f"--{name}: compare.py sets it itself")
         base = Path(options.out or f"runs/{options.tutorial}_compare")
         compare(tutorial, study, config, options.seeds, options.minutes, base)
     except tutorial.UserError as problem:

@@ -46,7 +46,8 @@ def measured(method, blocks, lr, seed, steps, out):
         return dict(row, val_loss="diverged")
     if not math.isfinite(summary["val_loss"]):
         return dict(row, val_loss="diverged")
-    entry, bound = math.log10(max(summary["activations"])), float(summary["lipschitz_log10"])
+    entry = math.log10(max(summary["activations"]))
+    bound = float(summary["lipschitz_log10"])
     return dict(row, val_loss=round(summary["val_loss"], 3), largest_entry_log10=round(entry, 2),
                 lipschitz_log10=round(bound, 2))
 
@@ -62,7 +63,8 @@ def main(argv=None):
     parser.add_argument("--csv", default="results/depth.csv", help="rows that it has are not run again")
     parser.add_argument("--runs", default="runs/depth", help="folder of the runs")
     options = parser.parse_args(argv)
-    rows, began = [], time.monotonic()
+    rows = []
+    began = time.monotonic()
     if Path(options.csv).exists():
         with open(options.csv, newline="") as file:
             rows = list(csv.DictReader(file))

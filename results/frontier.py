@@ -28,6 +28,7 @@ from protocol import paper_formula, validation_text  # noqa: E402
 
 BOUNDS = {"formula": "formula of the paper's code", "product": "product of norms",
           "certified": "certificate", "found": "found by attack"}
+LEFT_OUT = {"preset", "out", "data", "evals", "seed", "device"}  # of the flags in the table
 
 
 def architecture(config):
@@ -40,14 +41,18 @@ def architecture(config):
 
 def found(model, tokens_N, steps=60):
     """log10 of the largest quotient that verify_lipschitz.py's search finds, embeddings to logits."""
-    config, D = model.config, model.config.width
-    model, T = model.double().requires_grad_(False), min(32, model.config.seq_len)
-    R = model.embedding_VD.square().mean(1).max().sqrt().item()
+    model = shakespeare.exact_copy(model)
+    D = model.config.width
+    T = min(32, model.config.seq_len)
+    R = shakespeare.largest_embedding(model)
     real_STD = F.embedding(tokens_N[:8 * T].view(8, T), model.embedding_VD)
     starts_STD = torch.cat([real_STD, R * verify_lipschitz.directions(8, T, D, seed=0)])
-    head_VD = config.final_scale * model.head_VD
-    found_S = verify_lipschitz.climb(lambda x: F.linear(model.blocks(x), head_VD), starts_STD, R, steps)
-    return math.log10(found_S.max().item())
+    head_VD = model.config.final_scale * model.head_VD
+
+    def logits_of(x_STD):
+        return F.linear(model.blocks(x_STD), head_VD)
+
+    return math.log10(verify_lipschitz.climb(logits_of, starts_STD, R, steps).max().item())
 
 
 def row_of(folder, data=None):
@@ -55,9 +60,9 @@ def row_of(folder, data=None):
     config, model, _ = shakespeare.load_checkpoint(folder)
     config.data = data or config.data
     summary = json.loads(Path(folder, "summary.json").read_text())
-    preset, free = shakespeare.Config.of(config.preset), {"preset", "out", "data", "evals", "seed", "device"}
+    preset = shakespeare.Config.of(config.preset)
     flags = [f"--{name} {value}" for name, value in vars(config).items()
-             if name not in free and value != getattr(preset, name)]
+             if name not in LEFT_OUT and value != getattr(preset, name)]
     share = summary["certified_token_accuracy"]
     return dict(
         architecture=architecture(config), flags=" ".join([f"--preset {config.preset}", *flags]),

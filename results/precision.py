@@ -77,14 +77,12 @@ def low_precision(evaluate):
 # ==== Runs ========================================================================================
 def evaluation(folder, data):
     """A function that evaluates the model of a run folder: () -> (loss, accuracy)."""
-    try:
-        config, model, _ = mlp_cifar.load_checkpoint(folder)
-    except mlp_cifar.UserError as problem:
-        if "shakespeare" not in str(problem):
-            raise
-        config, model, _ = shakespeare.load_checkpoint(folder)
+    with mlp_cifar.explain(f"{folder}: is no run folder", "give one of mlp_cifar.py or shakespeare.py"):
+        state = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        tutorial = dict(mlp_cifar=mlp_cifar, shakespeare=shakespeare)[state["script"]]
+    config, model, _ = tutorial.load_checkpoint(folder)
     config.data = data or config.data
-    if isinstance(model, mlp_cifar.MLP):
+    if tutorial is mlp_cifar:
         images_NP, labels_N = (part[:300] for part in mlp_cifar.load_data(config)[1])
         if labels_N.max() >= len(model.weights[-1]):
             raise mlp_cifar.UserError(f"--data {config.data}: more classes than the run's; give its images")

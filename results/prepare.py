@@ -22,69 +22,117 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import nanogpt_lipschitz  # noqa: E402
-from nanogpt_lipschitz import HEADER, MAGIC, VERSION, UserError, told, write  # noqa: E402
+from nanogpt_lipschitz import HEADER, MAGIC, VERSION, UserError, explain, write  # noqa: E402
 
 SHARD = 10**8  # tokens in a shard
 
 
 def documents(source):
     """The texts of a source, one after the other; of a row without text, None or an empty one."""
-    path, kinds, mark = Path(source), (".txt", ".jsonl", ".json", ".parquet"), "<|endoftext|>"
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in kinds and file.is_file())
-    for file in files if path.is_dir() else [path]:
-        with told(f"{file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
-                  "CP1252 -t UTF-8), JSON lines or parquet with texts in a column text, or a folder"):
-            rows = None
+    path = Path(source).expanduser()
+    files = [path]
+    if path.is_dir():
+        kinds = (".txt", ".jsonl", ".json", ".parquet")
+        found = sorted(path.rglob("*"))
+        files = [file for file in found if file.suffix.lower() in kinds and file.is_file()]
+    for file in files:
+        with explain(f"{file}: cannot be read", "give a text in UTF-8 (unpacked; iconv -f UTF-16 or "
+                     "CP1252 -t UTF-8), JSON lines or parquet with texts in a column text, or a folder"):
+            kind = file.suffix.lower()
             if not path.exists():
-                import datasets  # takes a second, so only where it is needed
-                rows = datasets.load_dataset(*source.split(":"), split="train", streaming=True)
-            elif file.suffix.lower() == ".parquet":
-                from pyarrow import parquet
-                batches = parquet.ParquetFile(file).iter_batches(1024, columns=["text"])
-                rows = (row for batch in batches for row in batch.to_pylist())
-            elif file.suffix.lower() in (".jsonl", ".json"):  # (with an object a line)
-                rows = (json.loads(line) for line in open(file, encoding="utf-8-sig") if line.strip())
-            if rows is not None:
-                yield from (row["text"] and row["text"] + "" for row in rows)  # (else no text)
+                rows = rows_of_hub(source)
+            elif kind == ".parquet":
+                rows = rows_of_parquet(file)
+            elif kind in (".jsonl", ".json"):
+                rows = rows_of_json(file)
+            else:
+                yield from texts_of_prose(file)
                 continue
-            held, end = "", "\n\n"  # (in a text without marks, blank lines end documents)
-            with open(file, encoding="utf-8-sig") as f:  # (which takes off a byte-order mark)
-                while piece := f.read(2**14):
-                    if "\0" in piece:
-                        raise UnicodeError("it holds NUL characters")
-                    end = mark if mark in held + piece else end
-                    text, found, held = (held + piece).rpartition(end)
-                    if len(held) > 2**18:  # (so does this length: memory is finite)
-                        text, held = held, ""
-                    yield from filter(None, (text + found).split(mark))
-            yield from filter(None, [held])
+            for row in rows:
+                text = row["text"]
+                yield text and text + ""  # a TypeError, if it is something else than text
+
+
+def rows_of_hub(source):
+    """Rows of NAME or NAME:CONFIG."""
+    import datasets  # takes a second, so only where it is needed
+    return datasets.load_dataset(*source.split(":"), split="train", streaming=True)
+
+
+def rows_of_parquet(file):
+    from pyarrow import parquet
+    for batch in parquet.ParquetFile(file).iter_batches(1024, columns=["text"]):
+        yield from batch.to_pylist()
+
+
+def rows_of_json(file):
+    """An object on each line."""
+    with open(file, encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                yield json.loads(line)
+
+
+def texts_of_prose(file):
+    """Documents of a text: they end at marks, or, where there is none, at blank lines."""
+    mark = "<|endoftext|>"
+    end = "\n\n"
+    held = ""
+    with open(file, encoding="utf-8-sig") as f:  # -sig takes off a byte-order mark
+        while True:
+            piece = f.read(2**14)
+            if not piece:
+                break
+            if "\0" in piece:
+                raise UnicodeError("it holds NUL characters")
+            if mark in held + piece:
+                end = mark
+            text, found, held = (held + piece).rpartition(end)
+            if len(held) > 2**18:  # this length ends a document, too: memory is finite
+                text = held
+                held = ""
+            yield from filter(None, (text + found).split(mark))
+    if held:
+        yield held
 
 
 def prepare(source, folder, val_tokens):
     """Shards of a source in a folder: val_tokens of it, at most a tenth, to validate, then the rest."""
-    folder, encoding, rows = Path(folder), nanogpt_lipschitz.gpt2(), documents(source)
+    folder = Path(folder).expanduser()
     if list(folder.glob("*.bin")):
         raise UserError(f"--data {folder}: has shards already; give another folder, or remove them")
-    held, shards, empty, texts = bytearray(), 0, 0, True  # (2 bytes a token)
-    with contextlib.ExitStack() as if_it_fails:  # (all shards or none)
-        while texts:
-            texts = list(itertools.islice(rows, 256))
+    rows = documents(source)
+    texts = list(itertools.islice(rows, 256))  # a missing source is named before the vocabulary
+    gpt2 = nanogpt_lipschitz.load_gpt2()
+    held = bytearray()  # 2 bytes a token
+    shards = 0
+    empty = 0
+    with contextlib.ExitStack() as if_it_fails:  # all shards or none
+        while True:
             known = [text for text in texts if text]
             empty += len(texts) - len(known)
-            for ids in encoding.encode_ordinary_batch(known, num_threads=os.cpu_count()):
-                held += np.array([encoding.eot_token, *ids], np.uint16).tobytes()
+            for ids in gpt2.encode_ordinary_batch(known, num_threads=os.cpu_count()):
+                held += np.array([gpt2.eot_token, *ids], np.uint16).tobytes()
             if not texts and not shards and len(held) < 40:
                 raise UserError(f"{source}: has {len(held) // 2} tokens; give more text")
             while len(held) >= 2 * (val_tokens + SHARD) or not texts and held:
-                first = val_tokens if texts else min(val_tokens, len(held) // 20)
-                data = held[:2 * (SHARD if shards else first)]
-                header = np.array([MAGIC, VERSION, len(data) // 2] + [0] * (HEADER - 3), np.int32)
+                count = SHARD
+                path = folder / f"train_{shards:06d}.bin"
+                if shards == 0:
+                    path = folder / "val_000000.bin"
+                    count = val_tokens if texts else min(val_tokens, len(held) // 20)
+                data = held[:2 * count]
+                held = held[2 * count:]
+                shards += 1
+                header = np.zeros(HEADER, np.int32)
+                header[:3] = MAGIC, VERSION, len(data) // 2
                 folder.mkdir(parents=True, exist_ok=True)
-                path = folder / (f"train_{shards:06d}.bin" if shards else "val_000000.bin")
                 if_it_fails.callback(path.unlink, missing_ok=True)
                 write(path, header.tobytes() + data)
                 print(f"{path}: {len(data) // 2:,} tokens", flush=True)
-                held, shards = held[len(data):], shards + 1
+            if not texts:
+                break
+            texts = list(itertools.islice(rows, 256))
         if_it_fails.pop_all()
     print(f"{folder}: {shards} shards; {empty} rows without text were skipped")
 
@@ -102,7 +150,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # (a terminal may lack characters of a path)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack characters of a path
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (UserError, OSError) as problem:

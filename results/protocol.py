@@ -6,19 +6,18 @@
 That is 20 batches of 512 windows that start one character apart: the first 20 * 512 + 256 characters of the
 validation text, most of them counted 256 times. They are easier than the rest.
 
-The paper's bound uses the norms of whole matrices, where heads have to be counted: true for one head,
+The paper's bound uses the norms of whole matrices, where heads have to be counted: valid for one head,
 too small for several. (And it divides GeLU's 1.1289 out twice.)
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shakespeare  # noqa: E402
-from constraints import exact_norm, sigma  # noqa: E402
+from constraints import exact_norm, log10, sigma  # noqa: E402
 
 
 def validation_text(config, model):
@@ -39,18 +38,19 @@ def paper_protocol(model, tokens_N, windows=20 * 512):
 
 def paper_formula(model):
     """log10 of the constant from embeddings to logits by the formula of the paper's code."""
-    config, a, total = model.config, model.mix, 0.0
-    R = model.embedding_VD.square().mean(1).sqrt().max().item()
+    config = model.config
+    a = model.mix
+    scale = shakespeare.GELU_SCALE if config.activation == "gelu" else 1.0
+    R = shakespeare.largest_embedding(model)
+    total = 0.0
     for block in model.blocks:
         sigmas = {role: sigma(W.double()).item() for role, W in block.matrices()}
         gain = block.attention_scale * sigmas["o"] * sigmas["v"]
         pattern = 2 * config.logit_scale * sigmas.get("q", 0.0) * sigmas.get("k", 0.0) * R * R
-        mlp = sigmas["in"] * sigmas["out"] / (shakespeare.GELU_SCALE if config.activation == "gelu" else 1)
-        factors = (1 - a) + a * gain * (1 + pattern), (1 - a) + a * mlp
-        total += sum(math.log10(factor) if factor > 0 else -math.inf for factor in factors)
+        mlp = sigmas["in"] * sigmas["out"] / scale
+        total += log10((1 - a) + a * gain * (1 + pattern)) + log10((1 - a) + a * mlp)
         R *= ((1 - a) + a * gain) * ((1 - a) + a * mlp)
-    head = exact_norm(model.head_VD).item() * config.final_scale
-    return total + (math.log10(head) if head > 0 else -math.inf)
+    return total + log10(exact_norm(model.head_VD).item() * config.final_scale)
 
 
 def main(argv=None):

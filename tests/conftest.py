@@ -1,38 +1,54 @@
-"""One thread a process, as small models are no faster on more; the whole suite in two processes, on two cores."""
+"""One thread a process, as small models are no faster on more; little data, drawn once a file; pictures not drawn."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, too
 
 import pytest
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, too
-
-import torch  # noqa: E402
+import torch
+from matplotlib.figure import Figure
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 torch.set_num_threads(1)
-BESIDE = ("test_constraints.py", "test_muon.py", "test_nanogpt_lipschitz.py", "test_verify_lipschitz.py")  # half of the time
-second = None  # the process that runs them while this one runs the others
 
 
-def pytest_configure(config):
-    """The plain command, `python -m pytest -q` in the repository's folder, starts the second process."""
-    global second
-    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    if whole and set(config.invocation_params.args) <= {"-q", "-v"} and (os.cpu_count() or 1) > 1:
-        files = [str(config.rootpath / "tests" / name) for name in BESIDE]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+@pytest.fixture(scope="module")
+def few_images():
+    """The stand-in of mlp_cifar.py, but few of its drawings: ((images, labels) to train, the same to test)."""
+    import mlp_cifar
+    sets = mlp_cifar.stand_in(600, 200)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlp_cifar, "stand_in", lambda: sets)
+        yield sets
 
 
-def pytest_ignore_collect(collection_path):
-    if second and collection_path.name in BESIDE:
-        return True
+@pytest.fixture(scope="module")
+def little_text():
+    """The stand-in of shakespeare.py, but little of it."""
+    import shakespeare
+    text = shakespeare.stand_in(20_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shakespeare, "stand_in", lambda: text)
+        yield text
 
 
-def pytest_sessionfinish(session):
-    """What the second process reported comes before the summary of the first; the whole fails if either does."""
-    if second:
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line("\n" + " ".join(BESIDE) + ":\n" + second.communicate()[0])
-        session.exitstatus = session.exitstatus or second.returncode
+@pytest.fixture(scope="module")
+def blank_pictures():
+    """Pictures are files without a picture, as drawing takes half the time of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).write_bytes(b"a picture"))
+        yield
+
+
+@pytest.fixture
+def after_step():
+    """A function that registers what is called with an optimizer after each of its steps, until the test ends."""
+    hooks = []
+
+    def register(call):
+        hooks.append(register_optimizer_step_post_hook(lambda optimizer, *_: call(optimizer)))
+
+    yield register
+    for hook in hooks:
+        hook.remove()

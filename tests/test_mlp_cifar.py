@@ -1,114 +1,79 @@
-"""mlp_cifar.py: its certificate against Jacobians and attacks, its data, and its behaviour through the command line."""
+"""mlp_cifar.py: its certificate against Jacobians and attacks, its training, its data, and how its runs go on."""
 
 import dataclasses
-import io
 import json
 import math
 import os
-import pickle
-import runpy
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from matplotlib.figure import Figure
-from matrices import sigma_limit, singular_values, with_spectrum
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mlp_cifar
 from constraints import CONSTRAINTS, ellipsoid_layer, ellipsoid_norm
+from matrices import sigma_limit, singular_values, with_spectrum
+from mlp_cifar import MLP, Config, UserError, certificate, certified_radii, follow_ellipsoid, steepest_slope
 from muon import Muon
-from mlp_cifar import MLP, Config, UserError, certificate, certified_radii, follow
+from tiny import TINY, checkpoint, encode, flags, folder_of_pictures, noise_pictures, parquet_folder, run, same
 
 ROOT = Path(__file__).parent.parent
-FULL_STAND_IN, SAVEFIG = mlp_cifar.stand_in, Figure.savefig
-TINY = dict(data="stand-in", steps=6, batch=64, width=16, evals=2, lowpass=6)
+DRAW_ALL = mlp_cifar.stand_in  # before the fixtures change them
+pytestmark = pytest.mark.usefixtures("few_images", "blank_pictures")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_stand_in():
-    """The drawings, but few of them, and pictures that are not drawn: for all tests of this process."""
-    sets, patch = mlp_cifar.stand_in(train=600, test=200), pytest.MonkeyPatch()
-    patch.setattr(mlp_cifar, "stand_in", lambda: sets)
-    patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a picture"))  # half the time of a tiny run
-    yield sets
-    patch.undo()
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
-def run(tmp_path, **changes):
-    """A tiny run in this process; returns its folder and summary."""
-    out = tmp_path / "run"
-    mlp_cifar.main(Config(**{**TINY, "out": str(out), **changes}))
-    return out, json.loads((out / "summary.json").read_text())
-
-
-def command(*arguments, **kwargs):
-    """The script as a user runs it."""
-    return subprocess.run([sys.executable, str(ROOT / "mlp_cifar.py"), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=120, **kwargs)
-
-
-def random_model(width=24, depth=3, lowpass=6, norm=2.0, seed=0, kind="random", activation="relu", mirror=False):
-    config = Config(width=width, depth=depth, lowpass=lowpass, seed=seed, activation=activation, mirror=mirror)
-    model = MLP(config, torch.full((3072,), 0.4))
-    generator = torch.Generator().manual_seed(seed)
+def random_model(kind="random", norm=2.0, seed=0, **settings):
+    model = MLP(Config(**{**dict(width=24, lowpass=6, seed=seed), **settings}), torch.full((3072,), 0.4))
+    generator = seeded(seed)
     for W, b in zip(model.weights, model.biases):
         if kind == "random":
             W.data = torch.randn(W.shape, generator=generator)
             W.data *= norm / singular_values(W.data).max()
-        elif kind == "orthogonal":
+        else:
             W.data = with_spectrum(*W.shape, norm * torch.ones(min(W.shape), dtype=torch.float64), seed=seed)
         b.data = 0.3 * torch.randn(b.shape, generator=generator)
     return model
 
 
-def features(model, x):
-    """What the first matrix sees."""
-    seen = torch.nn.Module.__new__(MLP)
-    torch.nn.Module.__init__(seen)
-    seen.mean_P, seen.cosines_FX = model.mean_P, model.cosines_FX
-    seen.mirror, seen.weights, seen.biases = False, [torch.eye(3 * len(model.cosines_FX) ** 2)], []
-    return seen(x)
+def random_images(n, seed=5):
+    return torch.randint(0, 256, (n, 3072), dtype=torch.uint8, generator=seeded(seed))
 
 
-def largest_jacobian_norm(model, images):
-    """The largest l2->l2 norm of the Jacobian among images: none may exceed a certificate."""
-    jacobian = torch.func.vmap(torch.func.jacrev(lambda x: model(x[None])[0]))(images.double() / 255)
-    return torch.linalg.matrix_norm(jacobian, ord=2).max().item()
-
-
-# ---- certificate -----------------------------------------------------------------------------------------------------
-MODELS = [dict(seed=s, kind=k, depth=d) for s in (0, 1) for k in ("random", "orthogonal") for d in (1, 2, 3, 5)]
-MODELS += [dict(seed=s, kind=k, depth=d, activation="maxmin") for s in (0, 1) for k in ("random", "orthogonal") for d in (2, 4)]
-MODELS += [dict(kind="random", depth=d, activation=a, mirror=True) for a in ("relu", "maxmin") for d in (1, 3)]
+def features(model, x_BP):
+    """What the first matrix sees, written as one sum: colours c, frequencies f of rows y and g of columns x."""
+    x_BYXC = (x_BP - model.mean_P).double().view(-1, 32, 32, 3)
+    return torch.einsum("fy,gx,byxc->bcfg", model.cosines_FX, model.cosines_FX, x_BYXC).flatten(1)
 
 
 def steepest_pair(model, seed=0, steps=60):
-    """The largest ||f(x) - f(y)|| / ||x - y|| found by ascent on both ends, and the Jacobian norms along the way."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(16, 3072, generator=generator, dtype=torch.float64)
-    y = (x + 0.1 * torch.randn(16, 3072, generator=generator, dtype=torch.float64)).requires_grad_()
+    """The largest |f(x) - f(y)| / |x - y| found by ascent on both ends."""
+    x = torch.rand(16, 3072, generator=seeded(seed), dtype=torch.float64)
+    y = x + 0.1 * torch.randn(16, 3072, generator=seeded(seed + 1), dtype=torch.float64)
     x.requires_grad_()
+    y.requires_grad_()
     best = 0.0
     for _ in range(steps):
         ratio = (model(x) - model(y)).norm(dim=1) / (x - y).norm(dim=1)
         best = max(best, ratio.max().item())
-        gx, gy = torch.autograd.grad(ratio.sum(), (x, y))
-        with torch.no_grad():
-            x += 0.3 * gx / gx.norm(dim=1, keepdim=True)
-            y += 0.3 * gy / gy.norm(dim=1, keepdim=True)
+        for end, gradient in zip((x, y), torch.autograd.grad(ratio.sum(), (x, y))):
+            end.data += 0.3 * gradient / gradient.norm(dim=1, keepdim=True)
     return best
+
+
+# ---- certificate -----------------------------------------------------------------------------------------------------
+MODELS = [dict(seed=s, kind=k, depth=d) for s in (0, 1) for k in ("random", "orthogonal") for d in (1, 2, 3, 5)]
+MODELS += [dict(case, activation="maxmin") for case in MODELS if case["depth"] in (2, 3)]
+MODELS += [dict(kind="random", depth=d, activation=a, mirror=True) for a in ("relu", "maxmin") for d in (1, 3)]
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
@@ -117,75 +82,74 @@ def test_certificates_hold_and_are_ordered(case):
     untuned, tuned = certificate(model), certificate(model, steps=20)
     product = 10 ** untuned["product_log10"]
     assert product == pytest.approx(math.prod(singular_values(W.data).max().item() for W in model.weights), rel=1e-8)
+    norms = [singular_values(W.data).max().item() / sigma_limit(W, 1.0) for W in model.weights]
+    assert untuned["norms"] == pytest.approx(norms, rel=1e-8)
     assert tuned["product_log10"] == untuned["product_log10"] >= untuned["tight_log10"] >= tuned["tight_log10"]
     tight = 10 ** tuned["tight_log10"]
     if case["kind"] == "random" and case["depth"] > 1:
-        assert tight < 0.97 * product  # (orthogonal weights reach the product)
-    images = torch.randint(0, 256, (64, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
-    found = max(largest_jacobian_norm(model, images), steepest_pair(model))
+        assert tight < 0.97 * product  # orthogonal weights reach the product
+    slope = steepest_slope(model, random_images(64))
+    found = max(slope, steepest_pair(model))
     assert 0.05 * tight < found <= tight
     if case["depth"] == 1 and not case.get("mirror"):
-        assert found >= 0.999 * tight
+        assert slope >= 0.999 * tight  # a linear model is as steep everywhere
 
 
 def test_wide_networks_are_certified_untuned():
-    wide, narrow = (MLP(Config(width=width, depth=2, lowpass=2)) for width in (1026, 64))
-    for model in (wide, narrow):
-        model.weights[1].data *= torch.linspace(0.1, 1, model.weights[1].shape[1])
-    for model, tunes in ((wide, False), (narrow, True)):
-        untuned, tuned = (certificate(model, steps)["tight_log10"] for steps in (0, 3))
-        assert (tuned < untuned) == tunes
+    for width, tunes in ((1026, False), (64, True)):
+        model = MLP(Config(width=width, depth=2, lowpass=2))
+        model.weights[1].data *= torch.linspace(0.1, 1, width)
+        assert (certificate(model, 3)["tight_log10"] < certificate(model)["tight_log10"]) == tunes
 
 
 @pytest.mark.parametrize("activation", ["relu", "maxmin"])
-def test_any_free_weights_give_a_true_certificate(activation):
-    model = random_model(width=24, depth=4, lowpass=3, activation=activation)
+def test_any_multipliers_give_a_valid_certificate(activation):
+    model = random_model(depth=4, lowpass=3, activation=activation)
     found = steepest_pair(model)
+    multipliers = {}
+    follow_ellipsoid(model, multipliers)
     for seed in range(10):
-        free, generator = {}, torch.Generator().manual_seed(seed)
-        follow(model, free)
-        free = {name: 3 * torch.randn(value.shape, generator=generator, dtype=torch.float64) for name, value in free.items()}
-        S, log = follow(model, free)
+        generator = seeded(seed)
+        for name, value in multipliers.items():
+            multipliers[name] = 3 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        S, log = follow_ellipsoid(model, multipliers)
         assert found <= ellipsoid_norm(S, log, torch.eye(10).double()).exp()
 
 
 @pytest.mark.parametrize("activation", ["relu", "maxmin"])
 @torch.no_grad()
 def test_step_by_step_inequalities_of_the_tight_certificate(activation):
-    """Steps 1 to 5 above certificate(), each on differences of activations of real inputs."""
-    model = random_model(width=24, lowpass=3, activation=activation).double()
-    x, y = torch.rand(2, 500, 3072, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    """Steps 1 to 5 above follow_ellipsoid, each on differences of activations of real inputs."""
+    model = random_model(lowpass=3, activation=activation).double()
+    x, y = torch.rand(2, 500, 3072, generator=seeded(3), dtype=torch.float64)
     dx = (x - y).square().sum(1)
     h, g = features(model, x), features(model, y)
-
-    def inside(S, z):  # step 1, and that 2 and 3 keep it up: z^T S^-1 z <= |dx|^2
-        return (torch.einsum("bi,ij,bj->b", z, torch.linalg.pinv(S), z) <= dx * (1 + 1e-6)).all()
-
+    assert ((h - g).square().sum(1) <= dx).all()
     S = model.weights[0] @ model.weights[0].T
     for W, b, W_next in zip(model.weights[:-1], model.biases, model.weights[1:]):
         p, q = h @ W.T + b, g @ W.T + b
         z, h, g = p - q, model.activation(p), model.activation(q)
-        assert inside(S, z)
-        F_NM, A, B = torch.eye(z.shape[1]).double(), W_next / 2, W_next / 2
+        # Step 1, and that 2 and 3 keep it up: z^T S^-1 z <= |dx|^2.
+        assert (torch.einsum("bi,ij,bj->b", z, torch.linalg.pinv(S), z) <= dx * (1 + 1e-6)).all()
+        G, A, B = torch.eye(z.shape[1]).double(), W_next / 2, W_next / 2  # steps 2 and 3
+        v = 2 * (h - g) - z
         if activation == "maxmin":
-            (first, second), (P, Q) = F_NM.chunk(2), W_next.chunk(2, 1)
-            F_NM, A, B = (first - second) / 2**0.5, (P + Q) @ (first + second) / 2, (P - Q) / 2**0.5
-        v = 2 * (h - g) - z  # steps 2 and 3
-        if activation == "maxmin":
+            (first, second), (P, Q) = G.chunk(2), W_next.chunk(2, 1)
+            G, A, B = (first - second) / 2**0.5, (P + Q) @ (first + second) / 2, (P - Q) / 2**0.5
             v = ((h - g).chunk(2, 1)[0] - (h - g).chunk(2, 1)[1]) / 2**0.5
-        assert (v.abs() <= (z @ F_NM.T).abs() + 1e-12).all()
+        assert (v.abs() <= (z @ G.T).abs() + 1e-12).all()
         torch.testing.assert_close((h - g) @ W_next.T, z @ A.T + v @ B.T)
-        S, log = ellipsoid_layer(S, 0.0, F_NM, A, B)
+        S, log = ellipsoid_layer(S, 0.0, G, A, B)
         S = S * log.exp()
-    bound, to_e = certificate(model), math.log(10)
-    ours = torch.linalg.eigvalsh(S).max().log().item() / 2
-    assert ours <= bound["product_log10"] * to_e or activation == "maxmin"
-    assert bound["tight_log10"] * to_e == pytest.approx(min(ours, bound["product_log10"] * to_e), abs=1e-8)
+    bound = certificate(model)
+    ours = math.log10(torch.linalg.eigvalsh(S).max().item()) / 2  # step 4
+    assert ours <= bound["product_log10"] or activation == "maxmin"
+    assert bound["tight_log10"] == pytest.approx(min(ours, bound["product_log10"]), abs=1e-8)
+    before_last = math.prod(singular_values(W).max().item() for W in model.weights[:-1])
     for a, c in ((0, 1), (3, 9)):  # step 5: the smaller one of ellipsoid and product
         v = torch.zeros(10, dtype=torch.float64)
         v[a], v[c] = 1, -1
-        last = (v @ model.weights[-1]).norm() * math.prod(torch.linalg.matrix_norm(W, ord=2).item() for W in model.weights[:-1])
-        expected = min((v @ S @ v).sqrt().item(), last.item())
+        expected = min((v @ S @ v).sqrt().item(), (v @ model.weights[-1]).norm().item() * before_last)
         assert 10 ** bound["pairs_log10_KK"][a, c].item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -194,7 +158,7 @@ def test_pair_constants_bound_gradients_of_margins(activation):
     model = random_model(norm=3.0, activation=activation)
     bound = certificate(model, steps=10)
     pairs = 10 ** bound["pairs_log10_KK"]
-    x = torch.rand(40, 3072, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = torch.rand(40, 3072, dtype=torch.float64, generator=seeded(1)).requires_grad_()
     logits = model(x)
     for y, j in ((0, 1), (4, 7), (9, 2)):
         gradient, = torch.autograd.grad((logits[:, y] - logits[:, j]).sum(), x, retain_graph=True)
@@ -203,16 +167,16 @@ def test_pair_constants_bound_gradients_of_margins(activation):
 
 
 def test_certified_radius_survives_attack_and_is_exact_for_a_linear_model():
+    """The nearest image of another class is known: just inside the radius right, just outside wrong."""
     model = random_model(depth=1)
-    images = torch.randint(0, 256, (50, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    labels = model(images.double() / 255).argmax(1)
+    images = random_images(50)
+    x = images.double() / 255
+    logits = model(x)
+    labels = logits.argmax(1)
     labels[0] = (labels[0] + 1) % 10
     radius = certified_radii(model, certificate(model)["pairs_log10_KK"], images, labels)
     assert radius[0] < 0 < radius[1:].min()
-    # For a linear model the nearest image of another class is known: just inside the radius right, just outside wrong.
-    x = images.double() / 255
-    logits = model(x)
-    W = model.weights[0].double() @ torch.autograd.functional.jacobian(lambda v: features(model, v[None])[0], x[0])
+    W = torch.autograd.functional.jacobian(lambda v: model(v[None])[0], x[0])
     for i in range(1, 10):
         d = W[labels[i]] - W
         distance = (logits[i, labels[i]] - logits[i]) / d.norm(dim=1).clamp(min=1e-30)
@@ -257,17 +221,18 @@ def test_exact_ties_are_not_certified():
     for parameter in (model.weights[-1], model.biases[-1]):
         parameter.data[1] = parameter.data[0]
     model.biases[-1].data[:2] = model.biases[-1].data.max() + 0.5
-    images = torch.randint(0, 256, (200, 3072), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    logits = model(images.double() / 255)
-    tied = logits.argmax(1) <= 1  # (some images, not all)
-    radius = certified_radii(model, certificate(model)["pairs_log10_KK"], images, logits.argmax(1))
-    assert tied.any() and not tied.all() and (radius[tied] <= 0).all() and (radius[~tied] > 0).all()
+    images = random_images(200, seed=2)
+    labels = model(images.double() / 255).argmax(1)
+    tied = labels <= 1
+    radius = certified_radii(model, certificate(model)["pairs_log10_KK"], images, labels)
+    assert 0 < tied.sum() < 200 and (radius[tied] <= 0).all() and (radius[~tied] > 0).all()
 
 
+# ---- model -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("lowpass", [6, 32])
 def test_mirror_averages_an_image_and_its_mirror_image(lowpass):
     model, plain = (random_model(lowpass=lowpass, mirror=mirror).double() for mirror in (True, False))
-    x = torch.rand(5, 32, 32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(5, 32, 32, 3, dtype=torch.float64, generator=seeded(0))
     model.mean_P = plain.mean_P = x.flipud().flatten(1).mean(0)
     right, left = x.flatten(1), x.flip(2).flatten(1)
     mean = model.mean_P.view(32, 32, 3)
@@ -287,14 +252,15 @@ def test_square_layers_start_as_the_identity_with_maxmin():
         assert torch.equal(weights[1], torch.eye(16) / 2) == (activation == "maxmin")
 
 
-def test_lowpass_is_an_orthogonal_projection():
-    C = MLP(Config(lowpass=12)).cosines_FX
+def test_lowpass_is_a_cosine_transform_with_orthonormal_rows():
+    model = random_model(lowpass=12, depth=1)
+    C = model.cosines_FX
     torch.testing.assert_close(C @ C.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
-    full = MLP(Config(lowpass=31))
+    assert ((C[:, 1:] * C[:, :-1] < 0).sum(1) == torch.arange(12)).all()  # frequency f changes its sign f times
     x = torch.rand(5, 3072, dtype=torch.float64)
-    assert (features(full, x).norm(dim=1) <= (x - full.mean_P).norm(dim=1)).all()
-    flat = torch.full((1, 3072), 0.7, dtype=torch.float64)  # a constant image has one frequency, and all its energy in it
-    assert features(MLP(Config(lowpass=1)), flat).norm().item() == pytest.approx(flat.norm().item(), rel=1e-12)
+    seen = features(model, x)
+    assert (seen.norm(dim=1) <= (x - model.mean_P).norm(dim=1)).all()
+    torch.testing.assert_close(model(x), seen @ model.weights[0].double().T + model.biases[0])
 
 
 def test_parity_with_the_reference():
@@ -310,97 +276,171 @@ def test_parity_with_the_reference():
 # ---- training --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_every_optimizer_with_every_constraint(optimizer, constraint, tmp_path):
+def test_every_optimizer_with_every_constraint(optimizer, constraint, tmp_path, capsys):
     lr = 0.5 if optimizer == "muon" else 0.02
-    out, summary = run(tmp_path, optimizer=optimizer, constraint=constraint, lr=lr, w_max="1.2")
+    out, summary = run(tmp_path / "run", optimizer=optimizer, constraint=constraint, lr=lr, w_max="1.2")
     assert math.isfinite(summary["val_loss"]) and 0 <= summary["val_accuracy"] <= 1
-    if constraint in ("soft_cap", "hard_cap", "specnorm", "stiefel") or (optimizer, constraint) == ("muon", "weight_decay"):
+    decays_to_its_limit = (optimizer, constraint) == ("muon", "weight_decay")
+    if constraint in ("soft_cap", "hard_cap", "specnorm", "stiefel") or decays_to_its_limit:
         assert summary["max_weight_norm"] <= 1.2 * (1 + 1e-3)
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
+    assert summary["w_max"] == (None if constraint == "none" else [1.2] * 3)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "log.jsonl", "checkpoint.pt", "curves.png", "summary.json"}
+    beyond = constraint != "none" and summary["max_weight_norm"] > 1.2 * (1 + 1e-4)
+    assert ("ABOVE ITS LIMIT" in capsys.readouterr().out) == beyond
 
 
 @pytest.mark.parametrize("constraint", ["soft_cap", "hard_cap", "specnorm", "stiefel"])
 @pytest.mark.parametrize("lr", [0.9, 0.1])  # at 0.1 the constraint waits, for some layers and steps
-def test_limits_hold_at_every_step(lr, constraint, tmp_path):
+def test_limits_hold_at_every_step(lr, constraint, tmp_path, after_step):
     """In float64, after each of 40 steps large enough to reach the limit."""
     shares = []
 
-    def look(optimizer, *_):
+    def measure(optimizer):
         if isinstance(optimizer, Muon):
-            shares.extend(singular_values(group["params"][0].data).max().item() / sigma_limit(group["params"][0], group["w_max"])
-                          for group in optimizer.param_groups)
+            for group in optimizer.param_groups:
+                W, = group["params"]
+                shares.append(singular_values(W.data).max().item() / sigma_limit(W, group["w_max"]))
 
-    hook = register_optimizer_step_post_hook(look)
-    try:
-        run(tmp_path, steps=40, evals=1, constraint=constraint, lr=lr, w_max="1,1.5,0.7")
-    finally:
-        hook.remove()
+    after_step(measure)
+    run(tmp_path / "run", steps=40, evals=1, constraint=constraint, lr=lr, w_max="1,1.5,0.7")
     assert len(shares) == 120 and max(shares) <= 1 + 1e-4 and sum(share > 0.9 for share in shares) > 20
 
 
+def test_each_setting_changes_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(mlp_cifar, "report", lambda *arguments: None)
+    changes = dict(
+        holdout=100, augment=True, depth=2, width=18, activation="maxmin", bias=False, center=False, lowpass=5,
+        mirror=True, w_max="0.5", optimizer="adamw", constraint="none", constrain_every=1, steps=7, batch=32, lr=0.1,
+        momentum=0.5, adamw_wd=0.5, loss_temperature=2.0, margin=1.0, seed=1, dtype="bfloat16")
+    others = {"preset", "data", "label", "device", "evals", "out"}
+    assert changes.keys() | others == {field.name for field in dataclasses.fields(Config)}
+
+    def weights(name, **settings):
+        out = tmp_path / name
+        mlp_cifar.main(Config(**{**TINY, "dtype": "float32", "lr": 0.5, "evals": 1, **settings}, out=str(out)))
+        return checkpoint(out)["model"]
+
+    before = {optimizer: weights(optimizer, optimizer=optimizer) for optimizer in ("muon", "adamw")}
+    for name, value in changes.items():
+        optimizer = "adamw" if name == "adamw_wd" else "muon"
+        assert not same(weights(f"with {name}", **{"optimizer": optimizer, name: value}), before[optimizer]), name
+
+
+def test_loss_of_a_batch(few_images, tmp_path):
+    """The cross-entropy of temperature * logits, with the margin taken from the right class's."""
+    (images, labels), _ = few_images
+    config = Config(**TINY)
+    index = mlp_cifar.choose_batch(0, 600, config)
+    model = MLP(config, images.double().mean(0).float() / 255)
+    logits = 3 * model(images[index] / 255).double()
+    right = torch.arange(64), labels[index]
+    logits[right] -= 1.5
+    out, _ = run(tmp_path / "run", steps=1, evals=1, dtype="float32", loss_temperature=3.0, margin=1.5)
+    expected = (logits.logsumexp(1) - logits[right]).mean().item()
+    assert checkpoint(out)["log"][0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_it_learns_and_a_linear_model_does_not(tmp_path, monkeypatch):
-    """The stand-in is hard enough: a linear model stays clearly below the MLP."""
-    monkeypatch.setattr(mlp_cifar, "stand_in", lambda: FULL_STAND_IN(5000, 1000))
-    accuracy = {depth: run(tmp_path / str(depth), steps=100, batch=512, evals=1, width=64, lowpass=12, depth=depth)[1]["val_accuracy"]
-                for depth in (1, 3)}
-    assert accuracy[1] < 0.4 and accuracy[3] > accuracy[1] + 0.2
+    """Chance is 10 %. An image and its negative are as likely and of one class, so little of it is linear."""
+    sets = DRAW_ALL(5000, 1000)
+    monkeypatch.setattr(mlp_cifar, "stand_in", lambda: sets)
+    linear, mlp = (run(tmp_path / str(depth), steps=100, batch=512, evals=1, width=64, lowpass=12, depth=depth)[1]
+                   for depth in (1, 3))
+    assert linear["val_accuracy"] < 0.2 and mlp["val_accuracy"] > 0.3
 
 
-def test_augmentation_flips_and_shifts_only(small_stand_in):
-    (images, _), _ = small_stand_in
-    x = images[:200]
-    a = mlp_cifar.augmented(x, 0, Config())
-    assert torch.equal(a, mlp_cifar.augmented(x, 0, Config())) and not torch.equal(a, mlp_cifar.augmented(x, 1, Config()))
-    before, after = x.view(200, 32, 32, 3), a.view(200, 32, 32, 3)
+def test_augmentation_flips_and_shifts_only(few_images):
+    x = few_images[0][0][:200]
+    moved = mlp_cifar.augment(x, 0, Config())
+    assert torch.equal(moved, mlp_cifar.augment(x, 0, Config()))
+    assert not torch.equal(moved, mlp_cifar.augment(x, 1, Config()))
+    before, after = x.view(200, 32, 32, 3), moved.view(200, 32, 32, 3)
+    kinds = set()
     for i in range(200):
         inner = after[i, 2:-2, 2:-2]
-        assert any(torch.equal(inner, source[2 + dy:30 + dy, 2 + dx:30 + dx]) for source in (before[i], before[i].flip(1))
-                   for dx in range(-2, 3) for dy in range(-2, 3))
+        kinds |= {(flip, dx, dy) for flip, source in enumerate((before[i], before[i].flip(1)))
+                  for dx in range(-2, 3) for dy in range(-2, 3)
+                  if torch.equal(inner, source[2 + dy:30 + dy, 2 + dx:30 + dx])}
+        assert len(kinds) > 0
+    assert len(kinds) == 50
 
 
-# ---- through the command line ----------------------------------------------------------------------------------------
-def test_help_is_quick_and_complete():
-    start = time.perf_counter()
-    done = command("--help")
-    assert done.returncode == 0 and time.perf_counter() - start < 20  # (seconds on a busy machine)
-    for field in dataclasses.fields(Config):
-        assert f"--{field.name}" in done.stdout
-    for preset in mlp_cifar.PRESETS:
-        assert preset in done.stdout
+def test_an_epoch_is_a_random_order_of_all_images():
+    config = Config(batch=10)
+    first, second = torch.cat([mlp_cifar.choose_batch(step, 43, config) for step in range(8)]).chunk(2)
+    for epoch in (first, second):
+        assert len(epoch.unique()) == 40 and set(epoch.tolist()) <= set(range(43))
+    assert not torch.equal(first, second) and not torch.equal(first.sort()[0], second.sort()[0])
+    assert len(mlp_cifar.choose_batch(5, 7, config)) == 7  # a batch larger than the set is the set
 
 
-def folder_of_pictures(path, n=40, columns=("img", "label"), labels=None, splits=("train", "test"), size=(32, 32, 3), kind="PNG"):
-    """A small data set in the Hub's layout, as parquet, as any program writes it (without the Hub's metadata)."""
-    generator = np.random.default_rng(0)
-    pictures = [Image.fromarray(generator.integers(0, 256, size, dtype=np.uint8)) for _ in range(n)]
-    return parquet(path, columns, [encoded(picture, kind) for picture in pictures],
-                   [i % 10 for i in range(n)] if labels is None else labels, splits)
+@pytest.mark.parametrize("code, norm", [("stiefel(W, 2 * w_max)", 3.0), ("0 * W", 0.0)])
+def test_constraints_of_ones_own(code, norm, tmp_path, capsys):
+    """One that passes its limit is named. A constant of 0 is a word in the files, as its logarithm is infinite."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"from constraints import stiefel\n\ndef mine(W, w_max, step_norm=0.0):\n    return {code}\n")
+    out, summary = run(tmp_path / "run", constraint=f"{file}:mine", w_max="1.5")
+    assert summary["max_weight_norm"] == pytest.approx(norm, rel=1e-3)
+    assert capsys.readouterr().out.count("ABOVE ITS LIMIT") == (3 if norm else 0)
+    records = [json.loads(line, parse_constant=pytest.fail) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    for record in (summary, *records):
+        assert (record["lipschitz_log10"] == "-inf") == (norm == 0)
+    assert (summary["largest_jacobian_l2"] == 0) == (norm == 0) == (summary["lipschitz_product_log10"] == "-inf")
 
 
-def encoded(picture, kind="PNG"):
-    picture.save(buffer := io.BytesIO(), format=kind)
-    return buffer.getvalue()
+# ---- data ------------------------------------------------------------------------------------------------------------
+def pixels(data, label=""):
+    (images, _), _ = mlp_cifar.load_images(str(data), label)
+    return images.view(-1, 32, 32, 3).numpy()
 
 
-def parquet(path, columns, files, labels, splits=("train", "test"), **more):
-    path.mkdir(parents=True)
-    table = pa.table({columns[0]: [dict(bytes=file, path=None) for file in files], columns[1]: labels, **more})
-    for split in splits:
-        pq.write_table(table, path / f"{split}-00000-of-00001.parquet")
-    return path
-
-
-def test_a_folder_of_pictures(tmp_path):
-    data = folder_of_pictures(tmp_path / "data")
-    _, summary = run(tmp_path, data=str(data), batch=512)  # a batch larger than the set is the set
+def test_a_folder_of_parquet(tmp_path, monkeypatch):
+    data = folder_of_pictures(tmp_path / "ümläut and blank" / "data")
+    _, summary = run(tmp_path / "run", data=str(data), batch=512)
     assert summary["data"] == str(data)
     (images, labels), _, _ = mlp_cifar.load_data(Config(data=str(data)))
     assert torch.equal(labels, torch.arange(40) % 10) and images.dtype == torch.uint8
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)  # PNG inside: no loss
-    assert np.array_equal(images[0].view(32, 32, 3).numpy(), picture)
+    for seen, picture in zip(pixels(data), noise_pictures(40), strict=True):
+        assert np.array_equal(seen, picture)  # PNG: no loss
+    monkeypatch.setenv("HOME", str(data.parent))
+    assert len(pixels("~/data")) == 40
+    monkeypatch.chdir(data.parent)
+    assert len(pixels("data")) == 40
 
 
-def test_data_dir_comes_first_and_no_network_means_stand_in(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_files(tmp_path):
+    for split in ("train", "test"):
+        for i, name in enumerate(("cat", "dog", "[elk]")):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / split / name / "a b.png")
+    (images, labels), _ = mlp_cifar.load_images(str(tmp_path), "")
+    assert sorted(zip(labels.tolist(), images[:, 0].tolist())) == [(0, 2), (1, 0), (2, 1)]  # in the alphabet's order
+
+
+def test_pictures_become_rgb_of_32_by_32(tmp_path):
+    red = Image.new("RGB", (32, 32), (255, 0, 0))
+    pictures = [(red, [255, 0, 0]), (red.quantize(), [255, 0, 0]), (Image.new("L", (32, 32), 77), [77] * 3),
+                (Image.new("1", (32, 32), 1), [255] * 3), (Image.new("L", (28, 28), 9), [9] * 3),
+                (Image.new("RGB", (64, 64), (1, 2, 3)), [1, 2, 3]), (Image.new("RGB", (1, 1), (4, 5, 6)), [4, 5, 6])]
+    data = parquet_folder(tmp_path / "data", ("image", "labels"), [encode(picture) for picture, _ in pictures])
+    for seen, (_, colour) in zip(pixels(data), pictures, strict=True):
+        assert (seen == colour).all()
+    assert len(pixels(parquet_folder(tmp_path / "jpeg", ("img", "label"), [encode(red, "JPEG")] * 3))) == 3
+
+
+def test_images_held_out_are_not_trained_on(few_images):
+    (images, labels), _ = few_images
+    (train, _), (test, test_labels), name = mlp_cifar.load_data(Config(data="stand-in", holdout=100, seed=3))
+    assert "100" in name and len(train) == 500 and len(test) == 100
+    assert {row.tobytes() for row in torch.cat([train, test]).numpy()} == {row.tobytes() for row in images.numpy()}
+    for image, label in zip(test[:5], test_labels):
+        assert label == labels[(images == image).all(1)]
+    assert torch.equal(test, mlp_cifar.load_data(Config(data="stand-in", holdout=100))[1][0])  # for every seed
+
+
+def test_data_dir_comes_first_and_no_network_means_stand_in(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     data = folder_of_pictures(tmp_path / "here" / "cifar10")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "here"))
@@ -411,7 +451,7 @@ small = mlp_cifar.stand_in(600, 200)
 mlp_cifar.stand_in = lambda: small
 mlp_cifar.main(mlp_cifar.Config.of(steps=2, width=8, evals=1, out=sys.argv[1]))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "DATA_DIR"}
+    environment = {key: value for key, value in os.environ.items() if key != "DATA_DIR"}
     with socket.socket() as hole:  # accepts what is sent and never answers, as a dead network does
         hole.bind(("127.0.0.1", 0))
         hole.listen(20)
@@ -422,497 +462,99 @@ mlp_cifar.main(mlp_cifar.Config.of(steps=2, width=8, evals=1, out=sys.argv[1]))
     assert done.returncode == 0, done.stderr
     assert "STAND-IN" in done.stdout and "data: stand-in" in done.stdout and time.perf_counter() - start < 60
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"] == "stand-in"
-    assert "CIFAR-10 is not here (see DATA_DIR): --data uoft-cs/cifar10: cannot be used" in done.stdout
 
 
-def state_of(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_goes_on_after_a_kill_bit_identically(tmp_path, optimizer):
-    """Muon's is a process that is killed; AdamW's is stopped by Ctrl-C in this one."""
-    data = folder_of_pictures(tmp_path / "data", 200)
-    flags = ["--data", data, "--batch", 64, "--steps", 60, "--evals", 12, "--width", 48, "--optimizer", optimizer, "--augment"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-
-    def main(*more):
-        return mlp_cifar.main(mlp_cifar.parse_arguments([*map(str, flags), *map(str, more)]))
-
-    main("--out", whole)
-    if optimizer == "muon":
-        process = subprocess.Popen([sys.executable, ROOT / "mlp_cifar.py", *map(str, flags), "--out", killed], stdout=subprocess.DEVNULL)
-        while not (killed / "checkpoint.pt").exists():
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.05)  # somewhere in the steps after the first checkpoint
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    else:
-        count = []
-
-        def stop(*_):
-            count.append(1)
-            if len(count) == 27:
-                raise KeyboardInterrupt
-
-        hook = register_optimizer_step_post_hook(stop)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                main("--out", killed)
-        finally:
-            hook.remove()
-    (killed / "log.jsonl").write_text('{"step": 5')  # cut off by the kill: it is written anew
-    assert state_of(killed)["step"] < 60 and not (killed / "summary.json").exists()
-    main("--out", killed)
-    a, b = state_of(whole), state_of(killed)
-    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
-    steps = [json.loads(line)["step"] for line in (killed / "log.jsonl").read_text().splitlines()]
-    assert steps == list(range(5, 61, 5))
-    before = {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
-    assert mlp_cifar.main(Config.of(out=str(killed))) == json.loads((killed / "summary.json").read_text())
-    assert before == {path.name: path.stat().st_mtime_ns for path in killed.iterdir()}
-
-
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    data = folder_of_pictures(tmp_path / "data")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mlp_cifar.py", "--data", str(data), "--steps", "100000", "--evals", "10000", "--width", "8"])
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 1.5)
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            runpy.run_path(str(ROOT / "mlp_cifar.py"), run_name="__main__")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert exit_.value.code == 130 and "goes on by --out FOLDER" in capsys.readouterr().err
-    assert (tmp_path / "runs/mlp_cifar_default_seed0").exists()
-
-
-def stopped(tmp_path, **changes):
-    """A run folder as a kill after the last evaluation leaves it."""
-    out, _ = run(tmp_path, **changes)
-    (out / "summary.json").unlink()
-    return out
-
-
-def test_going_on_keeps_the_runs_own_settings(tmp_path):
-    """From Python and by flags: only what is given is compared, and a contradiction names both values."""
-    out = stopped(tmp_path)
-    for wrong, says in ((dict(steps=7), "--steps 7: .* has 6"), (dict(lr=0.3), "--lr 0.3: .* has 0.0"), (dict(seed=1), "--seed 1: .* has 0")):
-        with pytest.raises(UserError, match=says):
-            mlp_cifar.main(Config.of(out=str(out), **wrong))
-    with pytest.raises(UserError, match="--preset paper: .* has default"):
-        mlp_cifar.main(mlp_cifar.parse_arguments(["--preset", "paper", "--out", str(out)]))
-    with pytest.raises(UserError, match="--width 256: .* has 16"):
-        mlp_cifar.main(Config(data="stand-in", out=str(out)))  # (made directly: all of it counts as given)
-    summary = mlp_cifar.main(Config.of(out=str(out), device="cpu"))
-    assert summary["steps"] == 6 and summary == json.loads((out / "summary.json").read_text())
-
-
-def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
-    """Each is stopped once it has its folder. One that finds it taken in the same moment says so (exit status 2)."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    class Started(Exception):
-        pass
-
-    def started(path, data):  # config.json
-        folders.append(path.parent)
-        raise Started
-
-    def one(_):
-        with pytest.raises((Started, FileExistsError)):
-            mlp_cifar.main(Config(**TINY))
-
-    folders = []
-    monkeypatch.setattr(mlp_cifar, "write", started)
-    monkeypatch.chdir(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(one, range(60)))
-    assert len(set(folders)) == len(folders) > 8 and "mlp_cifar_default_seed0" in {p.name for p in folders}
-
-
-def test_main_leaves_its_caller_alone_and_draws_its_picture(tmp_path, monkeypatch):
-    import matplotlib
-
-    monkeypatch.setattr(Figure, "savefig", SAVEFIG)
-    backend, environment = matplotlib.get_backend(), dict(os.environ)
-    config = Config(**TINY, out=str(tmp_path / "run"))
-    before = dataclasses.asdict(config)
-    assert mlp_cifar.main(config)["preset"] == "default" and dataclasses.asdict(config) == before
-    assert matplotlib.get_backend() == backend and dict(os.environ) == environment
-    with Image.open(tmp_path / "run" / "curves.png") as picture:
-        assert picture.size == (1210, 770) and len(set(np.asarray(picture.convert("L")).flat)) > 20
-    with pytest.raises(UserError, match="--preset best: must be one of default, paper"):
-        Config.of("best")
-
-
-# ---- bad input: one line, exit status 2, nothing damaged ---------------------------------------------------------------
-@pytest.mark.parametrize("flags, says", [
-    ("--w_max -1", "--w_max"), ("--w_max 0", "--w_max"), ("--w_max nan", "--w_max"), ("--w_max inf", "--w_max"),
-    ("--w_max 1,2", "3 with commas"), ("--w_max six", "--w_max"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"),
-    ("--constrain_every 0", "from 1 to 64"), ("--lr nan", "--lr"), ("--lr -0.1", "--lr"), ("--batch 0", "--batch"),
-    ("--constraint clip", "soft_cap"), ("--constraint nobody.py:f", "nobody.py"), ("--step 10", "--step"),
-    ("--optimizer sgd", "muon"), ("--dtype float8", "bfloat16"), ("--preset best", "paper_adamw"), ("--device tpu", "--device"),
-    ("--device cuda:77", "--device"), ("--momentum 1", "--momentum"), ("--lowpass 33", "--lowpass"),
-    ("--loss_temperature 0", "--loss_temperature"), ("--seed -1", "--seed"), ("--seed 100000000000000", "--seed"),
-    ("--data /no/such/folder", "/no/such/folder"), ("--width 1000000000", "65536"), ("--depht 3", "--depht"),
-    ("--width 7 --activation maxmin", "even"), ("--margin -1", "--margin"), ("--adamw_wd inf", "--adamw_wd"), ("--evals 0", "--evals")])
-def test_wrong_flags(flags, says, tmp_path, capsys):
-    out = tmp_path / "run"
-    try:  # in this process, as main() does it, to save 27 starts of python
-        with pytest.raises(UserError) as refusal:
-            mlp_cifar.main(mlp_cifar.parse_arguments(["--data", "stand-in", *flags.split(), "--out", str(out)]))
-        message = str(refusal.value)
-        assert "\n" not in message
-    except SystemExit as exit_:
-        assert exit_.code == 2
-        message = capsys.readouterr().err
-    assert says in message and not out.exists()
-
-
-def test_a_refusal_is_one_line_and_exit_status_two(tmp_path):
-    done = command("--w_max", "-1", "--out", tmp_path / "run")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert "-1" in done.stderr and "above 0" in done.stderr
-
-
-PIXEL = encoded(Image.new("RGB", (1, 1)))
-
-
-def png_that_lies(width, height):
-    """The head of a grey PNG of any size, with next to nothing behind it."""
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
-
-
-WRONG_DATA = {  # columns, files and labels of both splits; what the line says
-    "no such columns": (("photo", "class"), [PIXEL] * 3, [0, 1, 2], "photo"),
-    "label missing": (("img", "label"), [PIXEL] * 3, [0, 1, None], "train, row 2: .*None"),
-    "label below 0": (("img", "label"), [PIXEL] * 3, [0, -1, 1], "train, row 1: .*-1"),
-    "label no whole number": (("img", "label"), [PIXEL] * 3, [0.0, 1.0, 1.5], "train, row 0: .*0.0"),
-    "label a word": (("img", "label"), [PIXEL] * 3, ["cat", "dog", "cat"], "train, row 0: .*cat"),
-    "absurdly many classes": (("img", "label"), [PIXEL] * 3, [0, 10**15, 1], "train, row 1: .*999"),
-    "one class": (("img", "label"), [PIXEL] * 3, [0, 0, 0], "2 classes"),
-    "no rows": (("img", "label"), [], [], "train, row 0"),
-    "no picture": (("img", "label"), [PIXEL, b"hello", PIXEL], [0, 1, 2], "train, row 1: .*image"),
-    "picture missing": (("img", "label"), [PIXEL, None, PIXEL], [0, 1, 2], "train, row 1"),
-    "floats": (("img", "label"), [encoded(Image.new("F", (4, 4)), "TIFF")] * 2, [0, 1], "32 bits"),
-    "30,000 x 30,000": (("img", "label"), [PIXEL, png_that_lies(30_000, 30_000)], [0, 1], "train, row 1: .*Decompression"),
-    "cut off": (("img", "label"), [PIXEL, png_that_lies(3000, 3000)], [0, 1], "train, row 1"),
-    "a file elsewhere": (("img", "label"), [dict(bytes=None, path="/etc/passwd")] * 2, [0, 1], "train, row 0"),
-}
-
-
-@pytest.mark.parametrize("kind", [*WRONG_DATA, "empty parquet", "corrupt parquet", "text", "file", "one split", "empty folder",
-                                  "no such column of labels", "many columns"])
-def test_wrong_data_are_one_line_and_leave_nothing(kind, tmp_path):
-    data, says, label = tmp_path / "data", "needed are train and test", ""
-    if kind in WRONG_DATA:
-        columns, files, labels, says = WRONG_DATA[kind]
-        parquet(data, columns, [], [])
-        table = pa.table({columns[0]: [file if isinstance(file, dict) else dict(bytes=file, path="") for file in files], columns[1]: labels})
-        for split in ("train", "test"):
-            pq.write_table(table, data / f"{split}-00000-of-00001.parquet")
-    elif kind == "one split":
-        folder_of_pictures(data, splits=("train",))
-    elif kind == "no such column of labels":
-        folder_of_pictures(data)
-        label, says = "species", "species"
-    elif kind == "many columns":
-        data.mkdir()
-        pq.write_table(pa.table([pa.array([1])] * 2000, names=[f"c{i}" for i in range(2000)]), data / "train.parquet")
-    elif kind == "file":
-        data.write_text("hello")
-    else:
-        data.mkdir()
-        content = {"empty parquet": b"", "corrupt parquet": b"PAR1" + bytes(100) + b"PAR1", "text": b"hello", "empty folder": None}[kind]
-        for split in ("train", "test"):
-            if content is not None:
-                (data / f"{split}.{'txt' if kind == 'text' else 'parquet'}").write_bytes(content)
-    with pytest.raises(UserError, match=says) as refusal:
-        mlp_cifar.main(Config(**{**TINY, "data": str(data), "label": label, "out": str(tmp_path / "run")}))
-    message = str(refusal.value)
-    assert str(data) in message and "\n" not in message and len(message) < 700 and not (tmp_path / "run").exists()
-
-
-# ---- what people bring -------------------------------------------------------------------------------------------------
-def pixels_of(data, label=""):
-    (images, _), _ = mlp_cifar.load_images(str(data), label)
-    return images.view(-1, 32, 32, 3)
-
-
-def test_pictures_become_what_they_show(tmp_path, capsys):
-    red = np.zeros((32, 32, 4), np.uint8)
-    red[:16] = (255, 0, 0, 255)  # the lower half is transparent, and black below
-    palette = Image.fromarray(red).convert("P")
-    pictures = {
-        "16 bits": (Image.fromarray(np.full((32, 32), 40_000, np.uint16)), [156] * 3, [156] * 3),
-        "grey": (Image.new("L", (32, 32), 77), [77] * 3, [77] * 3),
-        "grey with alpha": (Image.new("LA", (32, 32), (77, 0)), [255] * 3, [255] * 3),
-        "alpha": (Image.fromarray(red), [255, 0, 0], [255] * 3),
-        "palette": (palette.convert("RGB").quantize(), [255, 0, 0], [0] * 3),
-        "two colours": (Image.new("1", (32, 32), 1), [255] * 3, [255] * 3),
-        "28 x 28 grey": (Image.new("L", (28, 28), 9), [9] * 3, [9] * 3),
-        "64 x 64": (Image.new("RGB", (64, 64), (1, 2, 3)), [1, 2, 3], [1, 2, 3]),
-        "1 x 1": (Image.new("RGB", (1, 1), (4, 5, 6)), [4, 5, 6], [4, 5, 6]),
-        "32 x 1": (Image.new("L", (32, 1), 7), [7] * 3, [7] * 3)}
-    data = parquet(tmp_path / "data", ("image", "labels"), [encoded(picture) for picture, *_ in pictures.values()], list(range(10)))
-    for seen, (_, above, below) in zip(pixels_of(data), pictures.values(), strict=True):
-        assert seen[3, 3].tolist() == above and seen[30, 30].tolist() == below
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "(1, 1) to (64, 64)" in said and "resized to 32 x 32" in said
-    jpeg = folder_of_pictures(tmp_path / "jpeg", 3, labels=[0, 1, 2], size=(32, 32), kind="JPEG")
-    assert pixels_of(jpeg).shape == (3, 32, 32, 3) and not capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["[x]", "a b", "ümläut", "{1}*?"])
-def test_any_path_will_do(name, tmp_path, monkeypatch):
-    data = folder_of_pictures(tmp_path / name / "data")
-    assert len(pixels_of(data)) == 40
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(pixels_of(f"~/{name}/data")) == 40
-    monkeypatch.chdir(tmp_path / name)
-    assert len(pixels_of("data")) == 40
-
-
-def test_no_cache_is_written(tmp_path, monkeypatch):
-    import datasets
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/nowhere")  # where nobody can write
-    assert len(pixels_of(folder_of_pictures(tmp_path / "data"))) == 40
-
-
-def test_a_folder_of_files(tmp_path):
-    for split in ("train", "test"):
-        for i, name in enumerate(("cat", "dog", "[elk]")):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / split / name / "a b.png")
-    (images, labels), _ = mlp_cifar.load_images(str(tmp_path))
-    assert sorted(zip(labels.tolist(), images[:, 0].tolist())) == [(0, 2), (1, 0), (2, 1)]  # in the alphabet's order
-
-
-@pytest.mark.parametrize("column, label, classes", [("fine_label", "", 100), ("labels", "", 3), ("species", "species", 12)])
+@pytest.mark.parametrize("column, label, classes", [("fine_label", "", 100), ("labels", "", 3), ("sort", "sort", 12)])
 def test_as_many_classes_as_there_are(column, label, classes, tmp_path):
     """CIFAR-100's columns and others: in the model, the files of a run and what verify_lipschitz.py attacks."""
     import verify_lipschitz
-    files = [encoded(Image.effect_noise((32, 32), 50 + i)) for i in range(classes)]
-    data = parquet(tmp_path / "data", ("img", column), files, list(range(classes)), coarse_label=[0] * classes)
-    out, summary = run(tmp_path, data=str(data), label=label, steps=4)
-    state = state_of(out)
+    data = folder_of_pictures(tmp_path / "data", classes, list(range(classes)), ("img", column))
+    out, summary = run(tmp_path / "run", data=str(data), label=label, steps=4)
+    state = checkpoint(out)
     assert state["classes"] == classes == len(state["model"]["weights.2"])
     bound = certificate(mlp_cifar.load_checkpoint(out)[1])
     assert bound["pairs_log10_KK"].shape == (classes, classes)
     assert state["log"][-1]["lipschitz_log10"] - bound["tight_log10"] == pytest.approx(math.log10(3072 / classes) / 2)
     assert summary["params"] == sum(W.numel() for name, W in state["model"].items() if name != "mean_P")
     assert verify_lipschitz.main(*verify_lipschitz.parse_arguments([str(out), "--budget", "0.05", "--images", "8"])) == 0
-    (out / "summary.json").unlink()
-    with pytest.raises(UserError, match="classes"):
-        mlp_cifar.main(Config.of(data="stand-in", out=str(out)))
 
 
-def python_2_batch(images, labels):
-    """A file of the official archive: Python 2 wrote its pickles."""
-    def text(b):
-        return b"T" + struct.pack("<i", len(b)) + b
-    array = (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt" + text(b"b") + b"tR(I1\n(I%d\nI3072\nt" % len(images)
-             + b"cnumpy\ndtype\n(" + text(b"u1") + b"I0\nI1\ntR(I3\n" + text(b"|") + b"NNNI-1\nI-1\nI0\ntbI00\n" + text(images.tobytes()) + b"tb")
-    numbers = b"(l" + b"".join(b"I%d\na" % y for y in labels)
-    return b"\x80\x02}(" + text(b"data") + array + text(labels_name(max(labels))) + numbers + text(b"filenames") + b"(l" + b"u."
+PIXEL = encode(Image.new("RGB", (1, 1)))
+WRONG_DATA = {  # files and labels of both splits
+    "label missing": ([PIXEL] * 3, [0, 1, None]), "label below 0": ([PIXEL] * 3, [0, -1, 1]),
+    "label a word": ([PIXEL] * 3, ["cat", "dog", "cat"]), "2 classes": ([PIXEL] * 3, [0, 0, 0]), "no rows": ([], []),
+    "no picture": ([PIXEL, b"hello", PIXEL], [0, 1, 2]), "picture missing": ([PIXEL, None, PIXEL], [0, 1, 2])}
 
 
-def labels_name(largest):
-    return b"labels" if largest < 10 else b"fine_labels"
+@pytest.mark.parametrize("kind", [*WRONG_DATA, "other columns", "other label", "one split", "empty folder", "file"])
+def test_wrong_data_are_one_line_and_leave_nothing(kind, tmp_path):
+    data, label = tmp_path / "data", ""
+    if kind in WRONG_DATA:
+        parquet_folder(data, ("img", "label"), *WRONG_DATA[kind])
+    elif kind == "other columns":
+        folder_of_pictures(data, columns=("photo", "class"))
+    elif kind == "other label":
+        folder_of_pictures(data)
+        label = "species"
+    elif kind == "one split":
+        folder_of_pictures(data, splits=("train",))
+    elif kind == "empty folder":
+        data.mkdir()
+    else:
+        data.write_text("hello")
+    says = {"2 classes": "2 classes", "label below 0": "below 0", "other label": "species"}.get(kind, "README")
+    with pytest.raises(UserError, match=says) as refusal:
+        run(tmp_path / "run", data=str(data), label=label)
+    message = str(refusal.value)
+    assert str(data) in message and "\n" not in message and len(message) < 700 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["cifar-10-batches-py", "cifar-100-python"])
-def test_the_official_archives(kind, tmp_path):
-    classes = 10 if kind == "cifar-10-batches-py" else 100
-    images = np.random.default_rng(0).integers(0, 256, (classes, 3072), dtype=np.uint8)
-    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"] if classes == 10 else ["train", "test", "meta"]
-    for name in names:
-        (tmp_path / name).write_bytes(python_2_batch(images, range(classes)))
-    (train, labels), (test, _) = mlp_cifar.load_images(str(tmp_path))
-    assert len(train) == (50 if classes == 10 else 100) and labels[:classes].tolist() == list(range(classes)) and len(test) == classes
-    assert np.array_equal(train[3].view(32, 32, 3).permute(2, 0, 1).flatten().numpy(), images[3])  # colours come first there
+# ---- a run and its folder --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("optimizer, every, end", [
+    ("muon", 4, "a kill"), ("adamw", 4, "Ctrl-C"),
+    ("muon", 1, "Ctrl-C")])  # 1: saving makes Muon look at norms again, so a constraint that waits comes at other steps
+def test_the_same_command_goes_on_bit_identically(optimizer, every, end, tmp_path, monkeypatch, capsys, after_step):
+    settings = dict(steps=60, evals=12, width=48, optimizer=optimizer, constrain_every=every)
+    whole, _ = run(tmp_path / "whole", augment=True, **settings)
+    steps = []
+
+    def stop(_):
+        steps.append(1)
+        if len(steps) == 2 * 27:  # a step is one of the matrices and one of the biases
+            if end == "a kill":
+                raise SystemExit  # which no code of the script catches
+            signal.raise_signal(signal.SIGINT)
+
+    after_step(stop)
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["mlp_cifar.py", "--augment", *flags(out, **settings)])
+    if end == "a kill":
+        with pytest.raises(SystemExit):
+            mlp_cifar.run_script()
+        (out / "log.jsonl").write_text('{"step": 5')  # cut off: it is written anew
+    else:
+        assert mlp_cifar.run_script() == 130
+        said = capsys.readouterr().err
+        assert "saved at step 27; " in said and f"--out {out}" in said
+    assert checkpoint(out)["step"] == (25 if end == "a kill" else 27) and not (out / "summary.json").exists()
+    assert mlp_cifar.run_script() == 0
+    a, b = checkpoint(whole), checkpoint(out)
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == list(range(5, 61, 5))
 
 
-@pytest.mark.parametrize("kind", ["code", "an array larger than its file", "no labels", "no array", "cut off", "text", "more labels"])
-def test_wrong_official_archives(kind, tmp_path):
-    Payload.witness = tmp_path / "witness"
-    images, labels = np.zeros((4, 3072), np.uint8), [0, 1, 2, 3]
-    content = pickle.dumps({
-        "code": {b"data": images, b"labels": Payload()}, "no labels": {b"data": images}, "no array": {b"data": "x", b"labels": labels},
-        "more labels": {b"data": images, b"labels": labels * 2}}.get(kind, {b"data": images, b"labels": labels}), protocol=4)
-    if kind == "an array larger than its file":
-        content = (b"\x80\x04}(C\x04datacnumpy\nndarray\n(I30000000\nI3072\nt\x85Rcnumpy\ndtype\n(X\x02\x00\x00\x00u1tR0"
-                   b"C\x06labels](K\x00K\x01eu.")
-    content = {"cut off": content[:1000], "text": b"hello"}.get(kind, content)
-    for name in ("train", "test"):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as refusal:
-        mlp_cifar.load_images(str(tmp_path))
-    assert "\n" not in str(refusal.value) and not Payload.witness.exists()
+def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, after_step):
+    count = []
 
+    def spoil(optimizer):
+        count.append(1)
+        if len(count) == 2 * 4:  # in the 4th step; step 3 has been saved
+            optimizer.param_groups[0]["params"][0].data.view(-1)[0] = math.nan
 
-class Payload:
-    def __reduce__(self):
-        return os.system, (f"touch {Payload.witness}",)
-
-
-@pytest.mark.parametrize("kind", ["truncated", "hostile", "text", "foreign", "other script", "other shape", "no dictionary key", "wrong types", "other data"])
-def test_wrong_checkpoints(kind, tmp_path):
-    out = stopped(tmp_path)
-    path, before = out / "checkpoint.pt", (out / "checkpoint.pt").read_bytes()
-    state = state_of(out)
-    Payload.witness = tmp_path / "witness"
-    if kind == "truncated":
-        path.write_bytes(before[: len(before) // 2])
-    elif kind == "hostile":
-        torch.save(dict(state, model=Payload()), path)
-    elif kind == "text":
-        path.write_text("hello")
-    elif kind == "foreign":
-        torch.save([1, 2, 3], path)
-    elif kind == "other script":
-        torch.save(dict(state, script="shakespeare"), path)
-    elif kind == "other shape":
-        torch.save(dict(state, config=dict(state["config"], width=17)), path)
-    elif kind == "other data":
-        torch.save(dict(state, images=12345), path)
-    elif kind == "no dictionary key":
-        torch.save({k: v for k, v in state.items() if k != "script"}, path)
-    elif kind == "wrong types":
-        torch.save(dict(state, config=dict(state["config"], width="wide")), path)
-    files = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(UserError) as refusal:
-        mlp_cifar.main(Config.of(out=str(out), data="stand-in"))
-    assert "\n" not in str(refusal.value) and not Payload.witness.exists()
-    assert files == {p.name: p.read_bytes() for p in out.iterdir()}
-
-
-BAD = (None, "x", [], ["a"], {}, -1, 10**30, math.nan, 1.5)
-
-
-def test_no_field_of_a_checkpoint_can_be_of_a_wrong_kind(tmp_path):
-    """Each value that is no setting is refused in one line, and the folder stays as it is."""
-    out = stopped(tmp_path)
-    state, path, allowed = state_of(out), out / "checkpoint.pt", 0
-    numbers = {f.name for f in dataclasses.fields(Config) if f.type is float} | {"batch"}
-    wrong = [dict(state, **{key: bad}) for key in state for bad in BAD if not (key == "data" and bad == "x")]
-    wrong += [{k: v for k, v in state.items() if k != key} for key in state]
-    for f in dataclasses.fields(Config):
-        wrong += [dict(state, config=dict(state["config"], **{f.name: bad})) for bad in BAD
-                  if not (bad == "x" and f.name in ("preset", "label", "out", "data", "device"))
-                  and not (f.name in numbers and isinstance(bad, (int, float)) and 0 < bad < math.inf)]
-    for bad in BAD:  # inside of the log, the momentum and the weights
-        wrong.append(dict(state, log=[dict(record, norms=bad) for record in state["log"]]))
-        wrong.append(dict(state, log=[dict(record, step=bad) for record in state["log"]]))
-        wrong.append(dict(state, optimizers=[bad] * 2))
-        wrong.append(dict(state, optimizers=[dict(saved, state=bad) for saved in state["optimizers"]]))
-        wrong.append(dict(state, model={**state["model"], "weights.0": bad}))
-    wrong.append(dict(state, model={**state["model"], "weights.0": torch.zeros(1).expand(65536, 65536)}))
-    before = (out / "config.json").read_bytes()
-    for changed in wrong:
-        torch.save(changed, path)
-        with pytest.raises(UserError) as refusal:
-            mlp_cifar.main(Config.of(out=str(out), data="stand-in"))
-        assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 500
-        assert {p.name for p in out.iterdir()} == {"config.json", "checkpoint.pt", "curves.png", "log.jsonl"}
-    assert before == (out / "config.json").read_bytes()
-
-
-def test_finished_runs_are_never_overwritten(tmp_path, monkeypatch):
-    out, summary = run(tmp_path)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert run(tmp_path)[1] == summary  # says that it is finished
-    with pytest.raises(OSError):
-        mlp_cifar.main(Config(**TINY, out=str(out / "summary.json")))
-    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        mlp_cifar.main(Config(**TINY))
-    assert {p.name for p in (tmp_path / "runs").iterdir()} == {"mlp_cifar_default_seed0", "mlp_cifar_default_seed0_2"}
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    out, real = tmp_path / "run", Path.write_bytes
-
-    def full(path, data):
-        if (out / "checkpoint.pt").exists():
-            real(path, data[:100])
-            raise OSError(28, "No space left on device")
-        real(path, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        mlp_cifar.main(Config(**TINY, out=str(out)))
-    assert state_of(out)["step"] == 3 and not list(out.glob("*.part"))
-    monkeypatch.undo()
-    mlp_cifar.main(Config(**TINY, out=str(out)))
-    assert state_of(out)["step"] == 6
-
-
-def test_a_run_folder_that_cannot_be_made_is_said(tmp_path):
-    (tmp_path / "file").write_text("")
-    data = folder_of_pictures(tmp_path / "data")
-    with pytest.raises(OSError, match="Not a directory"):  # (as UserError: one line, exit status 2)
-        mlp_cifar.main(Config.of(data=str(data), steps=1, evals=1, width=8, out=str(tmp_path / "file" / "run")))
-
-
-def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=r"step \d+: training has diverged") as refusal:
-        run(tmp_path, optimizer="adamw", constraint="none", lr=1e30, steps=30, evals=30)
-    assert "--lr" in str(refusal.value)
-    last_good = tmp_path / "run" / "checkpoint.pt"
-    assert not last_good.exists() or all(W.isfinite().all() for W in state_of(tmp_path / "run")["model"].values())
-
-
-# ---- a constraint of one's own ------------------------------------------------------------------------
-def test_a_constraint_of_ones_own_by_command_and_in_python(tmp_path):
-    example = (ROOT / "README.md").read_text().split("In a file `mine.py`:")[1].split("```")[1].removeprefix("python\n")
-    (tmp_path / "mine.py").write_text(example + "\ndef tighter(W, w_max, step_norm=0.0):\n    return half_cap(W, 0.5 * w_max)\n")
-    name = f"{tmp_path}/mine.py:tighter"
-    flags = ["--data", folder_of_pictures(tmp_path / "data"), "--width", 16, "--lowpass", 6, "--w_max", 1, "--constraint", name]
-    done = command(*flags, "--steps", 4, "--evals", 4, "--out", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["max_weight_norm"] <= 0.5 * (1 + 1e-4)
-    (tmp_path / "run" / "summary.json").unlink()  # as if it had been stopped
-    with pytest.raises(UserError, match="say that you trust it: --constraint .*mine.py:tighter"):  # its code is not run unasked
-        mlp_cifar.main(Config.of(out=str(tmp_path / "run")))
-    mlp_cifar.main(Config.of(out=str(tmp_path / "run"), constraint=name))
-    CONSTRAINTS["mine"] = lambda W, w_max, step_norm=0.0: W / W.norm(dim=(-2, -1), keepdim=True).clamp(min=1)
-    try:
-        run(tmp_path / "python", constraint="mine")
-    finally:
-        del CONSTRAINTS["mine"]
-
-
-def test_a_run_without_a_checkpoint_is_not_replaced_by_another(tmp_path, monkeypatch):
-    """Killed early it has settings only: the same command begins again, another is refused."""
-    def killed(*arguments):
-        raise KeyboardInterrupt
-
-    out = str(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(mlp_cifar, "evaluate", killed)
-        with pytest.raises(KeyboardInterrupt):
-            mlp_cifar.main(Config(**TINY, out=out))
-    with pytest.raises(mlp_cifar.UserError, match="other settings"):
-        mlp_cifar.main(Config(**{**TINY, "seed": 5}, out=out))
-    assert mlp_cifar.main(Config(**TINY, out=out))["seed"] == 0
+    after_step(spoil)
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="step 6: training has diverged, .* is not finite; try a smaller --lr"):
+        run(out)
+    assert checkpoint(out)["step"] == 3 and all(W.isfinite().all() for W in checkpoint(out)["model"].values())
+    with pytest.raises(UserError, match="training has diverged"):
+        run(tmp_path / "large", optimizer="adamw", constraint="none", lr=1e30)

@@ -1,12 +1,16 @@
 """results/: each script in shortened form, the commands of its README, and its tables."""
 
 import csv
+import dataclasses
 import functools
 import importlib
 import json
 import math
+import os
+import pickle
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,8 +32,10 @@ import precision  # noqa: E402
 import published  # noqa: E402
 import protocol  # noqa: E402
 import shakespeare  # noqa: E402
-from test_mlp_cifar import folder_of_pictures  # noqa: E402
+from test_shakespeare import REFERENCE, Payload, tune_little  # noqa: E402
+from test_shakespeare import published as published_file  # noqa: E402
 
+PASS_ON = dict(compare=None, enforcement="mlp_cifar", method="mlp_cifar")  # flags that they do not know, to a tutorial
 CLIMB = frontier.verify_lipschitz.climb
 README = (ROOT / "results" / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README.replace("\\\n", ""), re.S)
@@ -41,13 +47,11 @@ TEXT = ("--data stand-in --width 16 --blocks 2 --heads 2 --hidden 32 --seq_len 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_data():
-    """Stand-ins drawn once, and little of them."""
-    text, images, patch = shakespeare.stand_in(20_000), mlp_cifar.stand_in(600, 200), pytest.MonkeyPatch()
-    patch.setattr(shakespeare, "stand_in", lambda: text)
-    patch.setattr(mlp_cifar, "stand_in", lambda: images)
-    yield
-    patch.undo()
+def small_data(few_images, little_text):
+    """Little data, and certificates that are tuned in few steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shakespeare, "tuned", tune_little)
+        yield
 
 
 # ==== compare.py ==================================================================================
@@ -80,19 +84,29 @@ def test_compare(tmp_path, monkeypatch, capsys):
     compare.main(command)  # nothing is done twice
     assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
     assert table in capsys.readouterr().out
-    for wrong in ([*command, "--batch", "32"], [*command[:-1], str(out / "muon_none_1_seed0")]):
-        with pytest.raises(SystemExit) as stop:  # other settings; no comparison
+    for wrong, says in (([*command, "--batch", "32"], "holds a comparison with --batch 64, not 32"),
+                        ([*command[:-1], str(out / "muon_none_1_seed0")], "holds no comparison; give another --out")):
+        with pytest.raises(SystemExit) as stop:
             compare.main(wrong)
-        assert stop.value.code == 2 and "holds no comparison, or one with other" in capsys.readouterr().err
+        assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
 def test_compare_transformers(tmp_path, monkeypatch, capsys):
     few_pairs(monkeypatch, "shakespeare")
     del compare.STUDIES["shakespeare"]["pairs"]["soft_cap"]
-    compare.main(["shakespeare", *TEXT, "--out", str(tmp_path / "all")])
+    out = tmp_path / "all"
+    compare.main(["shakespeare", *TEXT, "--out", str(out)])
     text = capsys.readouterr().out
     assert "heads counted" in text and text.count("diverged") == 1
-    assert (tmp_path / "all" / "compare.png").exists()
+    assert (out / "compare.png").exists()
+    for optimizer, momentum, warmup in (("muon", 0.95, 0), ("adamw", 0.9, 20)):
+        config = json.loads((out / f"{optimizer}_none_1_seed0" / "config.json").read_text())
+        assert (config["optimizer"], config["momentum"], config["warmup"]) == (optimizer, momentum, warmup)
+
+
+def test_compare_starts_with_what_it_is_run_for():
+    for study in compare.STUDIES.values():
+        assert list(study["pairs"])[:3] == ["soft_cap", "hard_cap", "hammer"] and len(study["pairs"]) == 8
 
 
 @pytest.mark.parametrize("flags", [["--w_max", "3"], ["--seed", "1"], ["--lr", "0.1"], ["--nothing", "1"]])
@@ -188,7 +202,7 @@ def test_depth(tmp_path, monkeypatch):
     assert Path(table).stat().st_mtime_ns == before
 
 
-def test_precision_and_protocol(tmp_path, capsys):
+def test_precision_and_protocol(tmp_path, capsys, monkeypatch):
     folders = [str(tmp_path / "mlp"), str(tmp_path / "text")]
     mlp_cifar.main(mlp_cifar.parse_arguments([*MLP, "--out", folders[0]]))
     summary = shakespeare.main(shakespeare.parse_arguments([*TEXT, "--out", folders[1]]))
@@ -200,15 +214,16 @@ def test_precision_and_protocol(tmp_path, capsys):
     assert [row["format"] for row in rows] == 2 * ["full", "bfloat16", "float8 e4m3", "int8", "6 bits"]
     losses = [float(row["loss"]) for row in rows]
     assert len(set(losses)) == 10 and np.ptp(losses[:4]) < 0.1 and np.ptp(losses[5:9]) < 0.1
-    with pytest.raises(mlp_cifar.UserError):
+    with pytest.raises(mlp_cifar.UserError, match="is no run folder"):
         precision.main([str(tmp_path)])
     (tmp_path / "other").write_text("ab" * 5000)
     for script in (precision, protocol, frontier):  # another text than the run's
         with pytest.raises(shakespeare.UserError, match="other characters than the run's"):
             script.main([folders[1], "--data", str(tmp_path / "other")])
-    folder_of_pictures(tmp_path / "pictures", labels=[0, 11] * 20)
+    train, (images_NP, labels_N), name = mlp_cifar.load_data(mlp_cifar.Config(data="stand-in"))
+    monkeypatch.setattr(mlp_cifar, "load_data", lambda config: (train, (images_NP, labels_N + 2), name))
     with pytest.raises(mlp_cifar.UserError, match="more classes than the run's"):
-        precision.main([folders[0], "--data", str(tmp_path / "pictures")])
+        precision.main(folders[:1])
     protocol.main(folders[1:])
     whole, paper = (float(share) for share in re.findall(r"([\d.]+) %", capsys.readouterr().out))
     assert whole == pytest.approx(100 * summary["val_accuracy"], abs=0.01) and 0 <= paper <= 100
@@ -220,6 +235,60 @@ def test_the_papers_formula():
         config = shakespeare.Config(width=16, blocks=1, heads=heads, hidden=32, activation="maxmin")
         model = shakespeare.Transformer(config, published.VOCABULARY)
         assert protocol.paper_formula(model) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("call", [os.system, eval, exec, subprocess.call, np.load, getattr], ids=lambda f: f.__name__)
+def test_a_malicious_file_is_refused_and_runs_nothing(call, tmp_path):
+    witness = tmp_path / "witness"
+    arguments = {os.system: f"touch {witness}", subprocess.call: ["touch", str(witness)]}
+    payload = Payload(call, arguments.get(call, f"open({str(witness)!r}, 'w')"))
+    if call in (os.system, eval, exec, subprocess.call):  # the payload works where nobody looks
+        pickle.loads(pickle.dumps(payload))
+        assert witness.exists()
+        witness.unlink()
+    path = published_file(tmp_path / "bad.npz", args=dict(num_heads=payload))
+    with pytest.raises(shakespeare.UserError, match="nothing in it was run"):
+        published.load_published(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "shapes", "missing", "not finite", "vocabulary"])
+def test_wrong_published_files(kind, tmp_path):
+    path = published_file(tmp_path / "x.npz")
+    (tmp_path / "play.txt").write_text((published.VOCABULARY * 200)[:12_000])
+    weights = {i: [REFERENCE[f"gpt_weight_{i}"]] for i in range(14)}
+    data, says = tmp_path / "play.txt", "x.npz: is no checkpoint in the published form"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif kind == "shapes":
+        published_file(path, weights_checkpoint_0={i: [np.ones((3, 4))] for i in range(14)})
+    elif kind == "missing":
+        published_file(path, weights_checkpoint_0={0: weights[0]})
+    elif kind == "not finite":
+        published_file(path, weights_checkpoint_0={**weights, 13: [weights[13][0] * math.nan]})
+        says = "head_VD of the model is not finite"
+    else:
+        data, says = "stand-in", "other characters"
+    with pytest.raises(shakespeare.UserError, match=says):
+        published.main([str(path), "--data", str(data), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_published_file_becomes_a_run_folder(tmp_path, capsys):
+    (tmp_path / "play.txt").write_text((published.VOCABULARY * 200)[:12_000])
+    out = tmp_path / "run"
+    arguments = [str(published_file(tmp_path / "x.npz")), "--data", str(tmp_path / "play.txt"), "--out", str(out)]
+    summary = published.main(arguments)
+    assert summary["preset"] == "published" and math.isfinite(summary["lipschitz_log10"]) and summary["w_max"] is None
+    assert "Lipschitz constant" in capsys.readouterr().out and (out / "curves.png").exists()
+    with pytest.raises(OSError):  # an old run is not overwritten
+        published.main(arguments)
+    text = shakespeare.main(shakespeare.Config(sample=str(out), prompt="ROMEO:", length=30))
+    assert text.startswith("ROMEO:") and len(text) == 6 + 30 and capsys.readouterr().out == text + "\n"
+    stored = shakespeare.Config(**json.loads((out / "config.json").read_text()))
+    assert shakespeare.main(dataclasses.replace(stored, out=str(out))) == summary
 
 
 def test_benchmark(monkeypatch, capsys):
@@ -264,8 +333,8 @@ def test_flags_of_command(command, capsys):
     assert words[0] == "python" and (ROOT / words[1]).exists()
     script = Path(words[1]).stem
     text = help_of(script, capsys)
-    if script == "compare":
-        text += help_of(words[2], capsys)
+    if script in PASS_ON:
+        text += help_of(PASS_ON[script] or words[2], capsys)
     for flag in (word for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", text), flag
     if script in ("mlp_cifar", "shakespeare", "nanogpt_lipschitz"):
@@ -275,16 +344,6 @@ def test_flags_of_command(command, capsys):
 def test_each_script_has_a_command():
     scripts = {path.name for path in (ROOT / "results").glob("*.py")}
     assert scripts == {Path(shlex.split(command)[1]).name for command in COMMANDS if "results/" in command}
-
-
-def test_links_of_readme():
-    headings = [re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
-                for line in README.splitlines() if line.startswith("##")]
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        else:
-            assert (ROOT / "results" / target).exists(), target
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name)
