@@ -183,7 +183,7 @@ class Config(Settings):
         if self.residual_scale > 2 * self.blocks:
             raise UserError(f"--residual_scale {self.residual_scale}: must be at most 2 * blocks")
         if self.activation == "maxmin" and self.hidden % 2:
-            raise UserError(f"--hidden {self.hidden}: must be even for maxmin, which takes pairs")
+            raise UserError(f"--hidden {self.hidden}: must be even for maxmin, which sorts pairs")
         if self.baseline and self.constraint != "none":
             raise UserError(f"--constraint {self.constraint}: must be none for the baseline, whose "
                             "norm layers have no bound")
@@ -300,8 +300,9 @@ def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
 class Block(torch.nn.Module):
     """x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x), with a = mix. No biases.
 
-    An average of x and f(x), and not their sum: where f makes no difference of two vectors longer,
-    neither does the average. The baseline adds, and has a norm layer before each of the two.
+    For a <= 1 that is an average: if attention and mlp have a Lipschitz constant of 1, the block
+    has it, too, and so has a chain of any number of blocks. The baseline adds instead, and has a
+    norm layer before each of the two.
     """
 
     def __init__(self, config, index):
@@ -421,13 +422,12 @@ class Transformer(torch.nn.Module):
         limits = config.limits()
         stiefel = config.constraint == "stiefel"
         for role, W in self.matrices():
-            # o and w_out start at 0: a block begins as (1 - a) x, and what it adds grows from
-            # there. Not with a large a, which would leave too little of x for the head. The head
-            # starts at 0 as well: so the first loss is ln V.
+            # o and w_out start at 0, so that a block begins as (1 - a) x. Not where a is large: too
+            # little of x would reach the head. The head starts at 0, for a first loss of ln V.
             fades_in = role in ("o", "out") and not stiefel and self.mix < 0.4
             if role == "head" or fades_in:
                 continue
-            # All singular values are equal: norm 1 if the limit allows it. Stiefel starts on its
+            # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is the
             # limit.
             torch.nn.init.orthogonal_(W, generator=generator)
             norm = limits[role] if stiefel else min(1.0, limits[role])
@@ -493,21 +493,24 @@ def build_model(config, state):
 
 
 # ==== Certificate: how far logits can move when embeddings do, from the weights alone =============
-# Two sequences of embeddings differ by RMS at most 1 at every token, and all embeddings are in a
-# ball. Part III of constraints.py derives how far the outputs of blocks like these can differ, as
-# for tutorial 2. What is this model's own:
-#   1. Documents and windows only take tokens out of an average. So the bounds hold with them.
-#   2. In attention by position the pattern does not differ. Ellipsoids use what a head gives a
-#      token of itself, at least. That is its share at the last of seq_len positions.
-#   3. The baseline has none: a norm layer stretches short vectors without limit.
+# Two sequences of embeddings differ by an RMS of at most 1 at each token, and all are in a ball.
+# How far can the outputs of the blocks differ? Part III of constraints.py derives it, by a product
+# of norms that counts heads, and by ellipsoids, which know in what directions a difference is long.
+# The smaller of the two counts. What is this model's own:
+#   1. In attention by position, ellipsoids use what a head gives a token of itself, at least. That
+#      is its share at the last of seq_len positions.
+#   2. Documents and windows only take tokens out of an average. So all bounds hold with them.
+#   3. The baseline has no bound: a norm layer stretches short vectors without limit.
+#   4. The ellipsoids have trainable weights, of the parts of a sum and of neurons. Any weights give
+#      a valid bound. They start at zero, and `tuned` improves them by descent on the bound.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Bounds of a model: what transformer_bounds in constraints.py returns, and norms.
 
     log10     the certificate used, log10 of a constant from embeddings to logits (max-token RMS)
-    norms     {role: the largest RMS->RMS norm of its matrices, or RMS of an embedding}
-    Arguments: rho, how far (RMS) embeddings may be from the table's; free, the trainable weights of
-    the ellipsoids that `tuned` found, or None: untuned.
+    norms     {role: largest RMS->RMS norm of its matrices; of the embedding: largest RMS}
+    Arguments: rho is how far (RMS) embeddings may be from those of the table; free, the trainable
+    weights of step 4 that `tuned` found, or None for zeros.
     """
     norms = {}
     for role, W in model.matrices():
@@ -537,7 +540,7 @@ def describe_blocks(model):
     for block in model.blocks:
         own_share_H = None  # unknown, by content
         if config.logit_scale == 0:
-            own_share_H = block.own_share_H()  # step 2
+            own_share_H = block.own_share_H()  # step 1
         matrices = {role: in_float64(W) for role, W in block.matrices()}
         described.append(block_bounds(
             matrices, config.heads, block.mix, block.attention_scale, own_share_H,
@@ -547,7 +550,7 @@ def describe_blocks(model):
 
 @torch.enable_grad()
 def tuned(model, steps=30):
-    """Weights of the ellipsoids, trained for the bound. None, untuned, where that takes minutes."""
+    """The weights of step 4, trained for the bound; None at widths for which that takes minutes."""
     if model.config.baseline or model.config.width > 256:
         return None
     blocks = describe_blocks(model)
@@ -906,7 +909,7 @@ def count_steps(start, steps):
     for step in range(start, steps):
         yield step
         now = time.perf_counter()
-        if now - spoke > 10:
+        if now - spoke > 10 and step + 1 < steps:
             spoke = now
             seconds = (now - began) / (step + 1 - start) * (steps - step - 1)
             print(f"step {step + 1:5d}/{steps}  about {seconds:.0f} s left", flush=True)
@@ -994,20 +997,169 @@ def draw(path, title, log, norms, limits):
 
 
 # ==== Main ========================================================================================
+@one_message()
+def main(config):
+    """Train, go on or sample; certify; report. Returns the summary, on rank 0, or the sample."""
+    # ---- load
+    config.limits()
+    if config.sample:
+        return sample_from_run(config)
+    with explain(f"--constraint {config.constraint}", "see --help"):
+        constraint = find_constraint(config.constraint)
+    rank, world_size, device, dtype = connect(config)
+    cuda = device.type == "cuda"
+    if config.batch % (world_size * config.micro_batch):
+        raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} process(es) x "
+                        f"--micro_batch {config.micro_batch}; change one of them")
+    flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
+    if config.seq_len > LONGEST and not flex:
+        raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (a multiple "
+                        f"of {BLOCK}, and no --dtype float64); on a CPU give --preset tiny")
+    found = (None, None)
+    if rank == 0:
+        found = find_run(config)[1:]
+    state, summary = share(found)
+    if summary:
+        return summary
+    train, validation, data_name = load_data(config)
+    if state and state["tokens"] != len(train):
+        raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run began "
+                        f"with {state['tokens']}")
+
+    # ---- build
+    model = Transformer(config).to(device)
+    model.flex = flex
+    loss_of = model.loss
+    if cuda:
+        # Block by block: so the gradients of one travel while those of the next are computed.
+        loss_of = torch.compile(model.loss, dynamic=False)
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    exchange = Exchange(model, rank, world_size)
+    optimizers = build_optimizers(model, config, exchange, constraint, dtype)
+    start = 0
+    log = []
+    if state:
+        start = state["step"]
+        log = state["log"]
+        model.load_state_dict(state["model"])
+        exchange.load_states(optimizers, state["optimizers"])
+    out = None
+    steps = range(start, config.steps)
+    if rank == 0:
+        out = make_folder(config)
+        steps = count_steps(start, config.steps)
+        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} "
+              f"({len(train):,} tokens to train, {len(validation):,} to validate), run folder "
+              f"{out}, from step {start}", flush=True)
+    out = share(out)
+
+    # ---- train
+    eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
+    part = config.micro_batch
+    losses = []
+    state = None  # it would hold a second copy of the weights
+    began = time.perf_counter()
+    timed_from = start
+    with catch_ctrl_c() as stops:
+        for step in steps:
+            # The learning rate is constant, then decays linearly over the last 40 % of the steps. A
+            # step of Muon does not become smaller by itself near an optimum, so only this averages
+            # the noise of the batches out. Momentum and the window of attention grow.
+            lr_factor, momentum, window = schedule(config, step)
+
+            # A batch consists of consecutive sequences of the text. Each position sees the tokens
+            # up to and including its own, within its document and the window, and must predict the
+            # next one. A process takes its share of the batch in micro-batches that fit in memory.
+            # Losses are sums over tokens, so that the gradients of all micro-batches and processes
+            # add up to the gradient of the batch.
+            loss = 0.0
+            for first in range(rank * part, config.batch, world_size * part):
+                rows = range(first, first + part)
+                tokens_BT = train.sequences(step, rows, config)
+                if cuda:
+                    tokens_BT = tokens_BT.pin_memory()
+                tokens_BT = tokens_BT.to(device, non_blocking=True)
+                x_BTD, docs_BT = model.embed(tokens_BT[:, :-1], dtype)
+                x_ND = model.body(x_BTD, docs_BT, window).flatten(0, 1)
+                y_N = tokens_BT[:, 1:].flatten()
+                # The head in chunks of positions: logits of 50,257 tokens take most of the memory.
+                part_loss = 0.0
+                for x_CD, y_C in zip(x_ND.split(CHUNK), y_N.split(CHUNK)):
+                    part_loss = part_loss + loss_of(x_CD, y_C)
+                # In the last backward pass each gradient is sent to its owner once it is complete.
+                exchange.last_part = first + world_size * part >= config.batch
+                part_loss.backward()
+                loss = loss + part_loss.detach()
+            exchange.finish_gradients()
+            losses.append(loss / (config.batch * config.seq_len))
+
+            # Muon changes every W by an update of RMS->RMS norm lr, whatever the gradient. Then,
+            # still inside optimizer.step(), the constraint brings the norm of W back to at most
+            # w_max. A process does this for the matrices that it owns, and share_weights sends them
+            # to the others. So after this step each matrix is within its limit, and attention
+            # logits and the residual stream are bounded. Other transformers need norm layers for
+            # that.
+            set_learning_rates(optimizers, lr_factor)
+            set_momentum(optimizers, momentum)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad()
+            # The Lipschitz bound of attention holds only for inputs in a ball. Larger embeddings
+            # would need a larger ball, and so a larger bound: each row's RMS stays at most 1.
+            if exchange.owns(model.embedding_VD) and not config.baseline:
+                model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
+            exchange.share_weights()
+
+            done = step + 1
+            if done % 10 and done not in eval_steps:
+                continue  # what follows forces a GPU to synchronise
+            check_finite(model, exchange.all_reduce(torch.stack(losses[-10:])), done, out)
+            # If one process stopped alone, the others would hang in a collective, waiting for it.
+            # So all stop here if Ctrl-C has reached one of them.
+            stop_count = exchange.all_reduce(torch.tensor(len(stops), device=device)).item()
+            if done in eval_steps:
+                ms_per_step = 1000 * (time.perf_counter() - began) / (done - timed_from)
+                log.append(measure(model, validation, window, dtype, exchange, done, losses,
+                                   ms_per_step))
+                if rank == 0:
+                    entry = max(log[-1]["activations"])
+                    speed = log[-1]["tokens_per_second"]
+                    print(f"{progress(log[-1], config.steps)}  largest entry {entry:.2f}  "
+                          f"{speed:,.0f} tokens/s", flush=True)
+                losses = []
+            if done in eval_steps or stop_count:
+                states = exchange.gather_states(optimizers)
+                if rank == 0:
+                    save(out, config, done, log, data=data_name, tokens=len(train),
+                         model=model.state_dict(), optimizers=states)
+            if stop_count:
+                if rank > 0:
+                    return None
+                raise KeyboardInterrupt(f"saved at step {done}; to resume, repeat the command with "
+                                        f"--out {out}")
+            compiled = timed_from == start and done >= start + 10
+            if done in eval_steps or compiled:  # neither evaluation nor compilation is timed
+                began = time.perf_counter()
+                timed_from = done
+    if rank > 0:
+        return None
+    return report(config, model, out, log, data_name, dtype, world_size)
+
+
 def schedule(config, step):
-    """(factor on learning rates, momentum, tokens that attention sees) at a step."""
+    """(lr_factor, momentum, window: how many tokens attention sees) at a step."""
     done = step / config.steps
-    # Full learning rates first. Over the last 40 % they fall to a tenth: small steps average out
-    # the noise of the batches.
+    # Learning rates are full at first, and fall to a tenth over the last 40 % of training.
     left = min(1.0, (1 - done) / 0.4)
-    factor = 0.1 + 0.9 * left
+    lr_factor = 0.1 + 0.9 * left
     # At first gradients change fast, and an average over few steps is the better one.
     warm = min(1.0, step / config.momentum_warmup)
     momentum = 0.85 + warm * (config.momentum - 0.85)
     # The window grows by whole blocks: near tokens are learned first, and cost less. It reaches the
     # full window at 96 % of training, as in modded-nanogpt.
     blocks = max(1, math.ceil(done * (config.window / BLOCK - 0.5)))
-    return factor, momentum, blocks * BLOCK
+    return lr_factor, momentum, blocks * BLOCK
 
 
 def build_optimizers(model, config, exchange, constraint, dtype):
@@ -1077,149 +1229,6 @@ def evaluate(model, validation, window, dtype, exchange):
     return loss / count, right / count, largest.tolist()
 
 
-@one_message()
-def main(config):
-    """Train, go on or sample; certify; report. Returns the summary, on rank 0, or the sample."""
-    # ---- load
-    config.limits()
-    if config.sample:
-        return sample_from_run(config)
-    with explain(f"--constraint {config.constraint}", "see --help"):
-        constraint = find_constraint(config.constraint)
-    rank, world_size, device, dtype = connect(config)
-    cuda = device.type == "cuda"
-    if config.batch % (world_size * config.micro_batch):
-        raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} process(es) x "
-                        f"--micro_batch {config.micro_batch}; change one of them")
-    flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
-    if config.seq_len > LONGEST and not flex:
-        raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (a multiple "
-                        f"of {BLOCK}, and no --dtype float64); on a CPU give --preset tiny")
-    found = (None, None)
-    if rank == 0:
-        found = find_run(config)[1:]
-    state, summary = share(found)
-    if summary:
-        return summary
-    train, validation, data_name = load_data(config)
-    if state and state["tokens"] != len(train):
-        raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run began "
-                        f"with {state['tokens']}")
-
-    # ---- build
-    model = Transformer(config).to(device)
-    model.flex = flex
-    loss_of = model.loss
-    if cuda:
-        # Block by block: so the gradients of one travel while those of the next are computed.
-        loss_of = torch.compile(model.loss, dynamic=False)
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    exchange = Exchange(model, rank, world_size)
-    optimizers = build_optimizers(model, config, exchange, constraint, dtype)
-    start = 0
-    log = []
-    if state:
-        start = state["step"]
-        log = state["log"]
-        model.load_state_dict(state["model"])
-        exchange.load_states(optimizers, state["optimizers"])
-    out = None
-    steps = range(start, config.steps)
-    if rank == 0:
-        out = make_folder(config)
-        steps = count_steps(start, config.steps)
-        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} "
-              f"({len(train):,} tokens to train, {len(validation):,} to validate), run folder "
-              f"{out}, from step {start}", flush=True)
-    out = share(out)
-
-    # ---- train
-    eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
-    part = config.micro_batch
-    losses = []
-    state = None  # it would hold a second copy of the weights
-    began = time.perf_counter()
-    timed_from = start
-    with catch_ctrl_c() as stops:
-        for step in steps:
-            factor, momentum, window = schedule(config, step)
-
-            # A batch is sequences of the text, one after the other. At each position the model sees
-            # the tokens before it in the same document, and the next one is to be predicted:
-            # seq_len predictions in one pass. A process takes its share of the batch in parts of
-            # micro_batch sequences, as memory allows. Losses are sums over tokens, so the gradients
-            # of all parts and processes add up to that of the batch.
-            loss = 0.0
-            for first in range(rank * part, config.batch, world_size * part):
-                rows = range(first, first + part)
-                tokens_BT = train.sequences(step, rows, config)
-                if cuda:
-                    tokens_BT = tokens_BT.pin_memory()
-                tokens_BT = tokens_BT.to(device, non_blocking=True)
-                x_BTD, docs_BT = model.embed(tokens_BT[:, :-1], dtype)
-                x_ND = model.body(x_BTD, docs_BT, window).flatten(0, 1)
-                y_N = tokens_BT[:, 1:].flatten()
-                part_loss = 0.0
-                for x_CD, y_C in zip(x_ND.split(CHUNK), y_N.split(CHUNK)):
-                    part_loss = part_loss + loss_of(x_CD, y_C)
-                exchange.last_part = first + world_size * part >= config.batch
-                part_loss.backward()
-                loss = loss + part_loss.detach()
-            exchange.finish_gradients()
-            losses.append(loss / (config.batch * config.seq_len))
-
-            # Muon moves every W by exactly lr, in RMS->RMS norm; then the constraint takes back
-            # what exceeds w_max. Each process does so for the matrices that it owns. From here on
-            # each matrix is within its limit. That bounds how far attention logits and the residual
-            # stream can grow, which is what norm layers are for in other transformers.
-            set_learning_rates(optimizers, factor)
-            set_momentum(optimizers, momentum)
-            for optimizer in optimizers:
-                optimizer.step()
-            model.zero_grad()
-            # Embeddings of RMS at most 1: the certificate holds for tokens in a ball, and this is
-            # its radius. Larger tokens would have larger logits in attention, and no norm layer
-            # would make them small again.
-            if exchange.owns(model.embedding_VD) and not config.baseline:
-                model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
-            exchange.share_weights()
-
-            done = step + 1
-            if done % 10 and done not in eval_steps:
-                continue  # what follows is not done at each step, as a GPU would wait for it
-            check_finite(model, exchange.all_reduce(torch.stack(losses[-10:])), done, out)
-            # If one process stopped alone, the others would wait for its messages. So all stop here
-            # if Ctrl-C has reached one of them.
-            stop_count = exchange.all_reduce(torch.tensor(len(stops))).item()
-            if done in eval_steps:
-                ms = 1000 * (time.perf_counter() - began) / (done - timed_from)
-                log.append(measure(model, validation, window, dtype, exchange, done, losses, ms))
-                if rank == 0:
-                    entry = max(log[-1]["activations"])
-                    speed = log[-1]["tokens_per_second"]
-                    print(f"{progress(log[-1], config.steps)}  largest entry {entry:.2f}  "
-                          f"{speed:,.0f} tokens/s", flush=True)
-                losses = []
-            if done in eval_steps or stop_count:
-                states = exchange.gather_states(optimizers)
-                if rank == 0:
-                    save(out, config, done, log, data=data_name, tokens=len(train),
-                         model=model.state_dict(), optimizers=states)
-            if stop_count:
-                if rank > 0:
-                    return None
-                raise KeyboardInterrupt(f"stopped at step {done}, and saved; to go on, give the "
-                                        f"same command with --out {out}")
-            compiled = timed_from == start and done >= start + 10
-            if done in eval_steps or compiled:  # neither evaluation nor compilation is timed
-                began = time.perf_counter()
-                timed_from = done
-    if rank > 0:
-        return None
-    return report(config, model, out, log, data_name, dtype, world_size)
-
-
 def set_momentum(optimizers, momentum):
     """Of Muon. Adam has betas, which stay as they are."""
     for optimizer in optimizers:
@@ -1235,14 +1244,14 @@ def measure(model, validation, window, dtype, exchange, step, losses, ms_per_ste
     if exchange.rank > 0:
         return None
     bound = certificate(model)
-    largest = max(norm for role, norm in bound["norms"].items() if role != "embedding")
+    of_weights = [norm for role, norm in bound["norms"].items() if role != "embedding"]
     tokens_a_step = model.config.batch * model.config.seq_len
     memory_gib = None
     if exchange.device.type == "cuda":
         memory_gib = torch.cuda.max_memory_allocated() / 2**30
     return dict(
         step=step, train_loss=sum(losses) / len(losses), val_loss=val_loss,
-        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=largest,
+        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=max(of_weights),
         lipschitz_log10=finite(bound["log10"]),
         lipschitz_product_log10=finite(bound["product_log10"]), activations=activations,
         ms_per_step=ms_per_step, tokens_per_second=1000 * tokens_a_step / ms_per_step,
@@ -1251,8 +1260,8 @@ def measure(model, validation, window, dtype, exchange, step, losses, ms_per_ste
 
 def report(config, model, out, log, data_name, dtype, world_size):
     """The end of a run: tuned certificate, summary.json, table and picture. Returns the summary."""
-    print("Computing the certificate, up to a width of 256 tuned by gradient descent on the bound: "
-          "up to a minute ...", flush=True)
+    print("Tuning the certificate, by gradient descent on the bound (up to a width of 256): up to "
+          "a minute ...", flush=True)
     bound = certificate(model, free=tuned(model))
     summary = summarize(
         config, model, log[-1], dtype, data=data_name, baseline=config.baseline,
@@ -1262,48 +1271,49 @@ def report(config, model, out, log, data_name, dtype, world_size):
     summary["train_seconds"] = sum(ms) / 1000
     write(out / "summary.json", json.dumps(summary, indent=1))
 
-    print(f"\n{config.preset}: muon + {config.constraint}, {config.steps} steps, seed "
-          f"{config.seed}, data: {data_name}\n  accuracy {100 * summary['val_accuracy']:.2f} %, "
-          f"cross-entropy {summary['val_loss']:.3f}")
+    print(f"\n{config.preset}: muon + {config.constraint}, {config.steps} steps, "
+          f"seed {config.seed}, data: {data_name}\n"
+          f"  accuracy {100 * summary['val_accuracy']:.2f} %, cross-entropy "
+          f"{summary['val_loss']:.3f}")
     limits = {}
     if summary["w_max"]:
         limits = dict(summary["w_max"], embedding=1.0)
     print_norms(bound["norms"], limits)
-    print("  Lipschitz constant, embeddings to logits (largest token's RMS)\n"
-          f"    product of norms          {power(bound['product_log10']):>12}\n"
-          f"    ellipsoids                {power(bound['ellipsoid_log10']):>12}\n"
-          f"    certified: the smaller    {power(bound['log10']):>12}")
-    draw(out / "curves.png", f"{config.preset}, seed {config.seed}, {data_name}", log,
-         [record["norms"] for record in log], limits.values())
+    print("  Lipschitz constant, embeddings to logits (max-token RMS)")
+    for name in ("product", "ellipsoid"):
+        print(f"    {name:25} {power(bound[name + '_log10']):>12}")
+    print(f"    {'certificate: the smaller':25} {power(bound['log10']):>12}")
+    norms = [record["norms"] for record in log]
+    draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits.values())
     print(f"Picture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample {out}\n"
           f"Attack its claims: python verify_lipschitz.py {out}")
     return summary
 
 
 def sample_from_run(config):
-    """What --sample does: the text, printed and returned, of the model in a run folder."""
+    """What --sample does. Returns the text, which is printed as it comes."""
     folder = Path(config.sample).expanduser()
     if not (folder / "checkpoint.pt").exists():
-        runs = sorted(Path("runs").glob(f"{SCRIPT}*/checkpoint.pt"))
-        names = ", ".join(str(path.parent) for path in runs) or "there are none in runs/"
-        raise UserError(f"--sample {folder}: has no checkpoint.pt; give a run folder: {names}")
-    own, model, state = load_checkpoint(folder)
+        there = [str(path.parent) for path in sorted(Path("runs").glob(f"{SCRIPT}*/*.pt"))]
+        raise UserError(f"--sample {folder}: has no checkpoint.pt; give the folder of a run: "
+                        f"{', '.join(there) or 'there is none in runs/'}")
+    _, model, _ = load_checkpoint(folder)
     device, dtype = choose_device(config)
     return sample(model.to(device), config, dtype)
 
 
 @torch.no_grad()
 def sample(model, config, dtype):
-    """Print and return the prompt and `length` tokens; each sees up to 1024 tokens before it."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """Print and return the prompt and `length` tokens. Each sees up to 1024 before it."""
+    text = config.prompt
+    print(text, end="")
     decode = bytes
-    tokens = list(config.prompt.encode() or b"\n")
+    tokens = list(text.encode() or b"\n")
     if model.config.vocab != 256:  # else tokens are bytes
         gpt2 = load_gpt2()
         decode = gpt2.decode_bytes
-        tokens = [gpt2.eot_token, *gpt2.encode_ordinary(config.prompt)]
-    text = config.prompt
-    print(text, end="")
+        tokens = [gpt2.eot_token, *gpt2.encode_ordinary(text)]
+    generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.length):
         seen = tokens[-min(model.config.seq_len, 1024):]
         window_BT = torch.tensor([seen], device=model.head_XD.device)

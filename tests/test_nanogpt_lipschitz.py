@@ -1,6 +1,5 @@
 """nanogpt_lipschitz.py: certificate, masks and data against oracles; several processes against one; faults."""
 
-import concurrent.futures
 import csv
 import dataclasses
 import inspect
@@ -107,8 +106,10 @@ def spread(folder, processes, fault, *arguments):
     words = [str(word) for word in arguments]
     running = [context.Process(target=nanogpt_worker.run, args=(rank, processes, port, fault, str(folder), words))
                for rank in range(processes)]
-    for process in running:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(WORKER.parent))  # for the server, which begins with the first process
+        for process in running:
+            process.start()
     good = True
     while running:
         wait([process.sentinel for process in running])
@@ -550,7 +551,7 @@ def test_it_learns_and_reports(tmp_path, capsys, monkeypatch):
               "tokens_per_second memory_gib activations norms baseline processes").split()
     assert set(needed) <= summary.keys() and (out / "curves.png").stat().st_size > 10_000
     text = capsys.readouterr().out
-    assert "Computing the certificate" in text and "certified: the smaller" in text and f"--sample {out}" in text
+    assert "Tuning the certificate" in text and "certificate: the smaller" in text and f"--sample {out}" in text
     assert nano.main(tiny(out=str(out), **settings)) == summary and "is finished" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"--lr 0.1, not 0.7"):
         nano.main(tiny(out=str(out), **settings, lr=0.7))
@@ -682,7 +683,7 @@ def test_ctrl_c_stops_all_processes_and_the_run_goes_on(tmp_path):
     out = tmp_path / "stopped"
     words = flags(**settings, out=out)
     good, output = spread(tmp_path / "first", 2, "ctrl-c", *words)
-    assert not good and output.count("stopped at step 10, and saved") == output.count(f"with --out {out}") == 1
+    assert not good and output.count(f"saved at step 10; to resume, repeat the command with --out {out}") == 1
     assert checkpoint(out)["step"] == 10 and not (out / "summary.json").exists() and "Traceback" not in output
     shutil.copytree(out, tmp_path / "other")
     good, output = spread(tmp_path / "second", 2, "none", *words)
@@ -695,7 +696,7 @@ def test_ctrl_c_stops_all_processes_and_the_run_goes_on(tmp_path):
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """Stopped by Ctrl-C between two evaluations, on one process. (A constraint that waits runs at other steps then.)"""
+    """Stopped by Ctrl-C between two evaluations. Not of a constraint that waits: it then runs at other steps."""
     settings = dict(steps=30, micro_batch=1, evals=2, constrain_every=1)
     whole, _ = run(tmp_path / "whole", **settings)
     steps, share_weights = [], nano.Exchange.share_weights
@@ -707,7 +708,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         return share_weights(exchange)
 
     monkeypatch.setattr(nano.Exchange, "share_weights", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="stopped at step 20, and saved"):
+    with pytest.raises(KeyboardInterrupt, match="saved at step 20; the same command"):
         run(tmp_path / "stopped", **settings)
     out, _ = run(tmp_path / "stopped", **settings)
     a, b = checkpoint(whole), checkpoint(out)
@@ -787,19 +788,12 @@ def short(wait):
     return f"{function} linalg.eigh" if "linalg.eigh" in line else function
 
 
-@pytest.fixture(scope="module", autouse=True)
-def begun(request):
-    """Half a minute on another core: it begins with the first test of this file, if one of its tests is to run."""
-    wanted = any("on_fake_cuda" in item.fixturenames for item in request.session.items)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        yield pool.submit(memory.on_fake_cuda, list(FAKE.values())) if wanted and memory.possible() else None
-
-
 @pytest.fixture(scope="module")
-def on_fake_cuda(begun):
-    if begun is None:
+def on_fake_cuda():
+    """{name of a case: what happened}: half a minute."""
+    if not memory.possible():
         pytest.skip("needs g++, Linux, and a CPU build of torch")
-    return dict(zip(FAKE, begun.result()))
+    return dict(zip(FAKE, memory.on_fake_cuda(list(FAKE.values()))))
 
 
 @pytest.mark.parametrize("name", [name for name in FAKE if "rank" not in name])
@@ -886,7 +880,7 @@ def test_endings(tmp_path):
     assert not (tmp_path / "failed").exists()
     status, _, errors = end(stopped)
     folder = Path("runs/nanogpt_lipschitz_tiny_seed0")
-    assert status == 130 and errors.splitlines()[-1].endswith(f"to go on, give the same command with --out {folder}")
+    assert status == 130 and errors.splitlines()[-1].endswith(f"to resume, repeat the command with --out {folder}")
     assert checkpoint(tmp_path / folder)["step"] % 10 == 0 and (tmp_path / folder / "config.json").exists()
 
 
