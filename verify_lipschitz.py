@@ -25,8 +25,10 @@ ANCESTRY. Attacks by projected gradients: Madry et al. (2018), Carlini and Wagne
 import argparse
 import dataclasses
 import functools
+import inspect
 import json
 import math
+import re
 import sys
 import time
 import typing
@@ -48,19 +50,26 @@ SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_
 # All is computed in float64.
 
 
+@dataclasses.dataclass
+class Config:
+    budget: float = 1.0  # multiplies the steps of every search
+    images: int = 300  # test images to attack
+    windows: int = 6  # windows of validation text to attack
+    data: str = ""  # where the run's own data are now, if they moved
+    seed: int = 0  # of the searches
+
+
 def parse_arguments(argv=None):
-    """(run folders, options) of the command line."""
+    """(run folders, Config) of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("ANCESTRY")[0], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", nargs="*", default=["runs"], help="run folders, or folders of those [runs]")
-    add("--budget", type=float, default=1.0, help="multiplies the steps of every search [1]")
-    add("--images", type=int, default=300, help="test images to attack [300]")
-    add("--windows", type=int, default=6, help="windows of validation text to attack [6]")
-    add("--data", default="", help="where the run's own data are now, if they moved")
-    add("--seed", type=int, default=0, help="of the searches [0]")
-    options = parser.parse_args(argv)
-    return options.runs, options
+    parser.add_argument("runs", nargs="*", default=["runs"], help="runs, or folders of runs [runs]")
+    comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", inspect.getsource(Config)))
+    for field in dataclasses.fields(Config):
+        text = f"{comments[field.name]} [{field.default}]"
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default, help=text)
+    options = vars(parser.parse_args(argv))
+    return options.pop("runs"), Config(**options)
 
 
 # ==== Search: two inputs whose outputs are as far apart as possible for their distance ============

@@ -101,6 +101,10 @@ def test_true_runs_are_held(runs, capsys):
         summary = json.loads((runs / name / "summary.json").read_text())
         assert recomputed == summary.keys() - set(verify_lipschitz.HISTORY), "all that can be is recomputed"
         assert 0.02 < max(row["tightness"] for row in rows if row["where"] == "network") <= 1
+        constant = {f"{row['where']} {row['what']}": 10 ** row["claimed"] for row in rows if row["kind"] == "bound"}
+        if name == "content":  # a = 1/4: what is attacked alone is what the certificate mixes into the stream
+            for what in ("block 1 attention", "block 2 attention", "block 2 MLP"):
+                assert constant[f"{what} + stream"] == pytest.approx(0.75 + 0.25 * constant[what])
         shares = [row for row in rows if row["kind"] == "share"]
         assert (shares or name == "nano") and all(row["claimed"] <= row["found"] for row in shares)
 
