@@ -13,6 +13,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """They count in every test, though the scripts, when run, let them be 0."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="module")
 def few_images():
     """The stand-in of mlp_cifar.py, but few of its drawings: ((images, labels) to train, the same to test)."""
