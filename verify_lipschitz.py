@@ -448,7 +448,9 @@ def verify_transformer(table, script, config, model, tokens_N):
         dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
     of_data = {}
     if count * sum(W.numel() for W in model.parameters()) < LARGEST:
-        of_data = evaluate(model, shakespeare.windows(tokens_N, T, batch=1), factors, dtype)
+        batch = max(1, 2**20 // (T * len(model.embedding_VD)))  # for a million logits at once
+        batches = shakespeare.windows(tokens_N, T, batch)
+        of_data = evaluate(model, batches, factors, dtype)
     if getattr(config, "baseline", False):  # norm layers: no bound that an attack could exceed
         return of_weights, of_data
 

@@ -57,10 +57,8 @@ def features(model, x_BP):
 
 def steepest_pair(model, seed=0, steps=60):
     """The largest |f(x) - f(y)| / |x - y| found by ascent on both ends."""
-    x = torch.rand(16, 3072, generator=seeded(seed), dtype=torch.float64)
-    y = x + 0.1 * torch.randn(16, 3072, generator=seeded(seed + 1), dtype=torch.float64)
-    x.requires_grad_()
-    y.requires_grad_()
+    x = torch.rand(16, 3072, generator=seeded(seed), dtype=torch.float64, requires_grad=True)
+    y = (x.detach() + 0.1 * torch.randn(x.shape, generator=seeded(seed + 1))).requires_grad_()
     best = 0.0
     for _ in range(steps):
         ratio = (model(x) - model(y)).norm(dim=1) / (x - y).norm(dim=1)
@@ -116,11 +114,12 @@ def test_any_multipliers_give_a_valid_certificate(activation):
         assert found <= ellipsoid_norm(S, log, torch.eye(10).double()).exp()
 
 
-@pytest.mark.parametrize("activation", ["relu", "maxmin"])
+@pytest.mark.parametrize("activation, kind", [("relu", "random"), ("maxmin", "random"), ("maxmin", "orthogonal")])
 @torch.no_grad()
-def test_step_by_step_inequalities_of_the_tight_certificate(activation):
+def test_step_by_step_inequalities_of_the_tight_certificate(activation, kind):
     """Steps 1 to 5 above follow_ellipsoid, each on differences of activations of real inputs."""
-    model = random_model(lowpass=3, activation=activation).double()
+    model = random_model(kind=kind, lowpass=3, activation=activation).double()
+    model.weights[0].data *= 3
     x, y = torch.rand(2, 500, 3072, generator=seeded(3), dtype=torch.float64)
     dx = (x - y).square().sum(1)
     h, g = features(model, x), features(model, y)
@@ -341,9 +340,16 @@ def test_loss_of_a_batch(few_images, tmp_path):
     assert checkpoint(out)["log"][0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_learning_rates_fall_to_0(tmp_path, after_step):
+    rates = []  # of Muon, which shares the rate among three layers, and of the biases
+    after_step(lambda optimizer: rates.append(optimizer.param_groups[0]["lr"]))
+    run(tmp_path / "run", steps=4, evals=1, lr=0.6)
+    assert rates[:8] == pytest.approx([0.2, 0.01, 0.15, 0.0075, 0.1, 0.005, 0.05, 0.0025])
+
+
 def test_it_learns_and_a_linear_model_does_not(tmp_path, monkeypatch):
     """Chance is 10 %. An image and its negative are as likely and of one class, so little of it is linear."""
-    sets = DRAW_ALL(5000, 1000)
+    sets = DRAW_ALL(3000, 1000)
     monkeypatch.setattr(mlp_cifar, "stand_in", lambda: sets)
     linear, mlp = (run(tmp_path / str(depth), steps=100, batch=512, evals=1, width=64, lowpass=12, depth=depth)[1]
                    for depth in (1, 3))
@@ -427,7 +433,6 @@ def test_pictures_become_rgb_of_32_by_32(tmp_path):
     data = parquet_folder(tmp_path / "data", ("image", "labels"), [encode(picture) for picture, _ in pictures])
     for seen, (_, colour) in zip(pixels(data), pictures, strict=True):
         assert (seen == colour).all()
-    assert len(pixels(parquet_folder(tmp_path / "jpeg", ("img", "label"), [encode(red, "JPEG")] * 3))) == 3
 
 
 def test_images_held_out_are_not_trained_on(few_images):
@@ -441,16 +446,11 @@ def test_images_held_out_are_not_trained_on(few_images):
 
 
 def test_data_dir_comes_first_and_no_network_means_stand_in(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
     data = folder_of_pictures(tmp_path / "here" / "cifar10")
     monkeypatch.setenv("DATA_DIR", str(tmp_path / "here"))
     assert mlp_cifar.load_data(Config())[2] == str(data)
-    script = """
-import mlp_cifar, sys
-small = mlp_cifar.stand_in(600, 200)
-mlp_cifar.stand_in = lambda: small
-mlp_cifar.main(mlp_cifar.Config.of(steps=2, width=8, evals=1, out=sys.argv[1]))
-"""
+    script = ("import mlp_cifar, sys; small = mlp_cifar.stand_in(600, 200); mlp_cifar.stand_in = lambda: small; "
+              "mlp_cifar.main(mlp_cifar.Config.of(steps=2, width=8, evals=1, out=sys.argv[1]))")
     environment = {key: value for key, value in os.environ.items() if key != "DATA_DIR"}
     with socket.socket() as hole:  # accepts what is sent and never answers, as a dead network does
         hole.bind(("127.0.0.1", 0))
@@ -476,7 +476,7 @@ def test_as_many_classes_as_there_are(column, label, classes, tmp_path):
     assert bound["pairs_log10_KK"].shape == (classes, classes)
     assert state["log"][-1]["lipschitz_log10"] - bound["tight_log10"] == pytest.approx(math.log10(3072 / classes) / 2)
     assert summary["params"] == sum(W.numel() for name, W in state["model"].items() if name != "mean_P")
-    assert verify_lipschitz.main(*verify_lipschitz.parse_arguments([str(out), "--budget", "0.05", "--images", "8"])) == 0
+    assert verify_lipschitz.main(*verify_lipschitz.parse_arguments([str(out), "--budget=0.05", "--images=8"])) == 0
 
 
 PIXEL = encode(Image.new("RGB", (1, 1)))
@@ -556,5 +556,5 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path, after_step):
     with pytest.raises(UserError, match="step 6: training has diverged, .* is not finite; try a smaller --lr"):
         run(out)
     assert checkpoint(out)["step"] == 3 and all(W.isfinite().all() for W in checkpoint(out)["model"].values())
-    with pytest.raises(UserError, match="training has diverged"):
+    with pytest.raises(UserError, match="has diverged"):
         run(tmp_path / "large", optimizer="adamw", constraint="none", lr=1e30)

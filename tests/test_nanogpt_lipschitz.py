@@ -708,7 +708,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         return share_weights(exchange)
 
     monkeypatch.setattr(nano.Exchange, "share_weights", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="saved at step 20; the same command"):
+    with pytest.raises(KeyboardInterrupt, match="saved at step 20; to resume"):
         run(tmp_path / "stopped", **settings)
     out, _ = run(tmp_path / "stopped", **settings)
     a, b = checkpoint(whole), checkpoint(out)

@@ -254,6 +254,8 @@ def test_a_long_run_gives_signs_of_life(monkeypatch, capsys):
     assert list(mlp_cifar.count_steps(10, 18)) == list(range(10, 18))
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["step    13/18  about 20 s left", "step    16/18  about 8 s left"]
+
+
 def test_a_second_ctrl_c_interrupts_at_once(request):
     before = signal.default_int_handler  # a process in the background may ignore the signal
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, before)))

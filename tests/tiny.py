@@ -39,9 +39,9 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def encode(picture, kind="PNG"):
+def encode(picture):
     buffer = io.BytesIO()
-    picture.save(buffer, format=kind)
+    picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
