@@ -93,24 +93,32 @@ def in_float64(W):
 #   1. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
 #   2. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)).
 #   3. Rescale A before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
+#   4. Before that divide W by its largest entry. So s_1^2 is from 1 to fan_out * fan_in, and its
+#      logarithm is small enough for float32, as Apple's GPUs have no float64.
 def norm_bound(W, squarings=10, dtype=torch.float64):
     """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...).
 
     In float64 fit for a certificate. In float32 the allowance for rounding, 1e-5, is measured, not
     proved. Too large by at most a factor rank^(1 / 2^(squarings+2)), 0.2 % for rank 768.
     """
-    W = W.detach().to(dtype)
+    X = in_float64(W) if dtype == torch.float64 else W.detach().to(dtype)
+    largest, bound = scaled_bound(X, squarings)
+    return (largest * bound)[..., 0, 0]
+
+
+def scaled_bound(W, squarings=10):
+    """(largest entry of W, bound on the norm of W / that entry), of shape (..., 1, 1)."""
     largest = vector_norm(W, math.inf, dim=(-2, -1), keepdim=True)
     A = gram(W / avoid_zero(largest))
-    log_square = 2 * largest.double().log()
+    log_square = torch.zeros_like(largest)
     for k in range(squarings + 1):
         if k > 0:
             A = A @ A
         size = matrix_norm(A, keepdim=True)
-        log_square = log_square + size.double().log() / 2**k
+        log_square = log_square + size.log() / 2**k
         A = A / avoid_zero(size)
-    up = 1 + (1e-9 if dtype == torch.float64 else 1e-5)
-    return (log_square / 2).exp()[..., 0, 0] / sigma_per_norm(W) * up
+    up = 1 + (1e-9 if W.dtype == torch.float64 else 1e-5)
+    return largest, (log_square / 2).exp() / sigma_per_norm(W) * up
 
 
 # ---- tools: the maps are functions of the small Gram matrix, applied to W once -------------------
@@ -148,11 +156,11 @@ def by_svd(new, X, where, f):
     NaN and infinity become NaN. In float64, as an SVD in float32 may fail if all s agree.
     """
     if where.any():
-        Y = X[where].double()
+        Y = in_float64(X[where])
         bad = ~Y.isfinite().all(-1).all(-1)[..., None, None]
         left, s, right = torch.linalg.svd(torch.where(bad, 0.0, Y), full_matrices=False)
         Y = (left * f(s)[..., None, :]) @ right
-        new[where] = torch.where(bad, math.nan, Y).to(new.dtype)
+        new[where] = torch.where(bad, math.nan, Y).to(new)
     return new
 
 
@@ -214,24 +222,23 @@ def specnorm(W, w_max, step_norm=0.0):
     """
     check(W, w_max, step_norm)
     X = widen(W)
-    bound = norm_bound(W, dtype=X.dtype)[..., None, None]
-    largest = X.abs().amax((-2, -1), keepdim=True).clamp(min=1e-38)
-    # In this order, as w_max / bound alone may underflow.
-    new = X / largest * (w_max / bound * largest.double()).to(X.dtype)
-    return torch.where(bound <= w_max, X, new).to(W.dtype)
+    largest, bound = scaled_bound(X)
+    new = X / avoid_zero(largest) * (w_max / bound)
+    return torch.where(largest * bound <= w_max, X, new).to(W.dtype)
 
 
 def stiefel(W, w_max, step_norm=0.0):
     """All s -> w: the nearest matrix of the scaled Stiefel manifold.
 
-    That is, its rows or columns are orthonormal, times w. Computed by msign, one Newton-Schulz
-    step, a check, and an SVD where that was not enough. The step makes about 2.5 e^3 of a deviation
+    That is, its rows or columns are orthonormal, times w. Computed by msign, two Newton-Schulz
+    steps, a check, and an SVD where that was not enough. A step makes about 2.5 e^3 of a deviation
     e from 1. The zero matrix has no nearest one: the SVD picks.
     """
     check(W, w_max, step_norm)
     X = msign(widen(W))
-    A = gram(X)
-    X = multiply(polynomial(15 / 8, -10 / 8, 3 / 8, A, A @ A), X)
+    for _ in range(2):
+        A = gram(X)
+        X = multiply(polynomial(15 / 8, -10 / 8, 3 / 8, A, A @ A), X)
     deviation = matrix_norm(gram(X) - eye_like(A))  # at least the largest |s^2 - 1|
     X = by_svd(X, widen(W), deviation > 1e-4, torch.ones_like)
     return (w_max * sigma_per_norm(W) * X).to(W.dtype)
@@ -386,18 +393,29 @@ def cap_rows(table_VD, limit=1.0):
 
 
 @functools.cache  # a file runs once
+def load_own(name):
+    """The function of yours that FILE.py:NAME names. The file is run."""
+    path, _, function = name.rpartition(":")
+    return runpy.run_path(path)[function]
+
+
+def apply_own(name, W, w_max, step_norm=0.0):
+    """It by name. An optimizer that has it can so be pickled, and reads the file where it wakes."""
+    return load_own(name)(W, w_max, step_norm)
+
+
 def find_constraint(name):
     """The constraint of that name, or FILE.py:NAME, a function of yours from a file, which is run.
 
     ValueError, in words for the user, if there is none or it returns another shape.
     """
-    path, _, function = name.rpartition(":")
-    if not path:
+    if ":" not in name:
         if name not in CONSTRAINTS:
             raise ValueError(f"must be one of {', '.join(CONSTRAINTS)}, or FILE.py:NAME")
         return CONSTRAINTS[name]
     try:
-        mine = runpy.run_path(path)[function]
+        mine = functools.partial(apply_own, name)
+        mine.can_wait = getattr(load_own(name), "can_wait", False)
         stack = torch.eye(2, 3).expand(4, 2, 3)  # Muon gives it all matrices of one shape at once
         if mine(stack.clone(), 1.0, 0.1).shape != stack.shape:
             raise TypeError("it returns another shape")

@@ -61,10 +61,8 @@ def explain(what, remedy):
     """Whatever a library raises, as a UserError. Files, devices and networks fail in many ways."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as problem:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+        reason = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
         raise UserError(f"{what} ({reason}); {remedy}") from problem
 
 
@@ -77,15 +75,18 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, (list, tuple)):
                 value = ",".join(map(str, value))  # w_max=[3, 4, 5]
-            choices = CHOICES.get(field.name, [value])
-            least = 1 if field.type is int and field.default else 0
-            with explain(f"--{field.name} {value!r:.80}", f"give {field.type.__name__}"):
-                converted = field.type(value)
-                if field.type is not str and not (converted == value and least <= value < math.inf):
-                    raise ValueError(f"must be of that type, finite and at least {least}")
-                if value not in choices:
-                    raise ValueError(f"must be one of {', '.join(choices)}")
+            kind = field.type
+            least = 1 if kind is int and field.default else 0
+            needed = f"give a finite {kind.__name__}, at least {least}"
+            with explain(f"--{field.name} {value!r}", needed):
+                converted = kind(value)
+                if kind is not str and not least <= converted == float(value) < math.inf:
+                    raise ValueError("out of range")
             setattr(self, field.name, converted)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
 
     @classmethod
     def of(cls, preset=None, **changes):
@@ -103,15 +104,15 @@ def parse_arguments(argv=None):
         words = [f"{key}={value}" for key, value in settings.items()]
         presets.append(f"  {name:14} {' '.join(words)}")
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="\n".join(presets), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        description=__doc__.split("RESULT")[0], epilog="\n".join(presets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
     comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        names = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*names, help=f"{comments[field.name]} [{field.default}]", **kind)
+        names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        action = argparse.BooleanOptionalAction if field.type is bool else "store"
+        text = f"{comments[field.name]} [{field.default}]"
+        parser.add_argument(*sorted(names), action=action, help=text)
     return Config.of(**vars(parser.parse_args(argv)))
 
 
@@ -152,13 +153,12 @@ class Config(Settings):
 
     def limits(self):
         """w_max of each layer. UserError where settings do not fit each other."""
-        limits = self.w_max.split(",")
-        if len(limits) == 1:
-            limits = limits * self.depth
         with explain(f"--w_max {self.w_max}", f"give a number above 0, or {self.depth} of them"):
-            limits = [float(limit) for limit in limits]
+            limits = [float(limit) for limit in self.w_max.split(",")]
+            if len(limits) == 1:
+                limits *= self.depth
             if len(limits) != self.depth or not all(0 < limit < math.inf for limit in limits):
-                raise ValueError(f"it is {limits}")
+                raise ValueError("out of range")
         if self.activation == "maxmin" and self.width % 2:
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
         if self.lowpass > 32:
@@ -359,7 +359,7 @@ def load_data(config):
         test = images_NP[held_N], labels_N[held_N]
         name += f", evaluated on {config.holdout} training images held out"
     if not train[1].any():
-        raise UserError(f"--data {name}: needed are at least 2 classes of images to train on")
+        raise UserError(f"--data {name}: give 2 classes or more to train on")
     return train, test, name
 
 
@@ -475,19 +475,21 @@ def load_checkpoint(folder):
 
 
 def find_run(config):
-    """(model, all that was saved, summary) of the run in --out; None for what it does not have."""
+    """(all that was saved, summary) of the run in --out; None for what it does not have."""
     folder = Path(config.out).expanduser()
     if not config.out or not (folder / "checkpoint.pt").exists():
-        return None, None, None
-    own, model, state = load_checkpoint(folder)
+        return None, None
+    own, _, state = load_checkpoint(folder)
     for name, value in vars(own).items():
-        if name not in PLACES and value != getattr(config, name):
-            raise UserError(f"--out {folder}: its run has --{name} {value}, not "
-                            f"{getattr(config, name)}; give what it began with, or another --out")
-    if not (folder / "summary.json").exists():
-        return model, state, None
+        wanted = getattr(config, name)
+        if value != wanted and name not in PLACES:
+            raise UserError(f"--out {folder}: its run has --{name} {value}, not {wanted}; give "
+                            "that, or another --out")
+    summary = folder / "summary.json"
+    if not summary.exists():
+        return state, None
     print(f"The run in {folder} is finished; start another with another --out.")
-    return model, state, json.loads((folder / "summary.json").read_text())
+    return state, json.loads(summary.read_text())
 
 
 def make_folder(config):
@@ -508,7 +510,7 @@ def write(path, data):
     beside = path.with_name(path.name + ".part")
     try:
         beside.write_bytes(data if isinstance(data, bytes) else data.encode())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -532,25 +534,24 @@ def count_steps(start, steps):
     """The steps to come, with a sign of life every ten seconds."""
     began = spoke = time.perf_counter()
     for step in range(start, steps):
-        yield step
         now = time.perf_counter()
-        if now - spoke > 10 and step + 1 < steps:
+        if now - spoke > 10:
             spoke = now
-            seconds = (now - began) / (step + 1 - start) * (steps - step - 1)
-            print(f"step {step + 1:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+            seconds = (now - began) / (step - start) * (steps - step)
+            print(f"step {step:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+        yield step
 
 
 @contextlib.contextmanager
 def catch_ctrl_c():
     """A list that Ctrl-C fills, so that a run stops between two steps. A second one interrupts."""
     stops = []
-    before = signal.getsignal(signal.SIGINT)
 
     def stop(number, frame):
         stops.append(number)
         signal.signal(number, before)
 
-    signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield stops
     finally:
@@ -577,8 +578,8 @@ def progress(record, steps):
     loss = record.get("val_loss_at_temperature", record["val_loss"])
     bound = power(float(record["lipschitz_log10"]))
     return (f"step {record['step']:5d}/{steps}  train loss {record['train_loss']:.3f}  validation "
-            f"loss {loss:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
-            f"largest norm {record['max_weight_norm']:.3f}  untuned bound {bound}  "
+            f"loss {loss:.3f}  accuracy {record['val_accuracy']:.2%}  largest norm "
+            f"{record['max_weight_norm']:.3f}  untuned bound {bound}  "
             f"{record['ms_per_step']:.0f} ms/step")
 
 
@@ -606,18 +607,20 @@ def print_norms(norms, limits):
 def draw(path, title, log, norms, limits):
     """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
     from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
+    curves = {
+        "share of predictions that are right": [record["val_accuracy"] for record in log],
+        "norms of the weights, RMS->RMS": [list(each.values()) for each in norms],
+        "Lipschitz bound, untuned, log10": [float(record["lipschitz_log10"]) for record in log]}
     figure = Figure(figsize=(14, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
     steps = [record["step"] for record in log]
-    left.plot(steps, [100 * record["val_accuracy"] for record in log], ".-")
-    left.set(title=title, xlabel="step", ylabel="predictions that are right, %")
-    middle.plot(steps, [list(each.values()) for each in norms], ".-", label=list(norms[0]))
+    for panel, (label, values) in zip(panels, curves.items()):
+        panel.plot(steps, values, ".-")
+        panel.set(xlabel="step", ylabel=label)
     for limit in set(limits):
-        middle.axhline(limit, color="grey", linestyle=":", label=f"limit {limit:g}")
-    middle.set(title="norms of the weights", xlabel="step", ylabel="RMS->RMS")
-    middle.legend()
-    right.plot(steps, [float(record["lipschitz_log10"]) for record in log], ".-")
-    right.set(title="Lipschitz bound, untuned", xlabel="step", ylabel="log10")
+        panels[1].axhline(limit, color="grey", linestyle=":")
+    panels[1].legend([*norms[0], "limits"])
     figure.savefig(path, dpi=110)
 
 
@@ -629,7 +632,7 @@ def main(config):
     limits = config.limits()
     with explain(f"--constraint {config.constraint}", "see --help"):
         constraint = find_constraint(config.constraint)
-    model, state, summary = find_run(config)
+    state, summary = find_run(config)
     if summary:
         return summary
     device, dtype = choose_device(config)
@@ -640,9 +643,7 @@ def main(config):
         raise UserError(f"--data {data_name}: has {N} images; the run began with {state['images']}")
 
     # ---- build
-    if not model:
-        model = MLP(config, images_NP.sum(0) / (255 * N), classes)
-    model.to(device)
+    model = MLP(config, images_NP.sum(0) / (255 * N), classes).to(device)
     with explain("These settings of the optimizer cannot be used", "see --help"):
         optimizers = build_optimizers(model, config, limits, constraint, dtype)
     start = 0
@@ -650,6 +651,7 @@ def main(config):
     if state:
         start = state["step"]
         log = state["log"]
+        model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     out = make_folder(config)
@@ -778,19 +780,18 @@ def report(config, model, out, log, data_name, test_set, dtype):
 
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, "
           f"seed {config.seed}, data: {data_name}\n"
-          f"  test accuracy {100 * summary['val_accuracy']:.2f} %, cross-entropy "
-          f"{summary['val_loss']:.3f} (loss temperature {config.loss_temperature:g})")
+          f"  test accuracy {summary['val_accuracy']:.2%}, cross-entropy {summary['val_loss']:.3f} "
+          f"(loss temperature {config.loss_temperature:g})")
     names = [f"layer {i + 1}" for i in range(config.depth)]
     limits = summary["w_max"] or []
     print_norms(dict(zip(names, bound["norms"])), dict(zip(names, limits)))
     print(f"  Lipschitz constant               l2->l2     RMS->RMS (times {10**to_rms:.2f})")
-    found = "found: steepest slope"
     # Bounds are rounded up. What was found is a bound from below, and rounded down.
-    constants = {"product of sigmas": product, "tight certificate": tight, found: log10(slope)}
-    for name, L in constants.items():
-        down = name == found
+    constants = [("product of sigmas", product, False), ("tight certificate", tight, False),
+                 ("found: steepest slope", log10(slope), True)]
+    for name, L, down in constants:
         print(f"    {name:25} {power(L, down):>12} {power(L + to_rms, down):>12}")
-    shares = [f"{name}: {100 * share:.2f} %" for name, share in certified.items()]
+    shares = [f"{name}: {share:.2%}" for name, share in certified.items()]
     print("  certified accuracy at l2 radius ", "  ".join(shares))
     norms = [dict(zip(names, record["norms"])) for record in log]
     draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits)
@@ -818,13 +819,10 @@ def run_script():
     torch.set_flush_denormal(True)  # a softmax has many such numbers, which are slow on a CPU
     try:
         main(parse_arguments())
-    except (UserError, OSError) as problem:
-        print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{SCRIPT}.py: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    except (UserError, OSError, KeyboardInterrupt) as problem:
+        print(f"{SCRIPT}.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        return 130 if isinstance(problem, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":

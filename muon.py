@@ -149,7 +149,8 @@ class Muon(torch.optim.Optimizer):
     after each of its steps, to a relative 1e-4, wherever the weights start. soft_cap in bfloat16
     arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
     limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
-    update, and its entries restart their momentum at 0.
+    update, and its entries restart their momentum at 0. While the gradient of a matrix is zero in
+    every entry, its updates shrink by the factor momentum a step.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,
@@ -218,7 +219,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, batch, group):
-        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns what its norm is at most."""
+        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns the largest norm of a step."""
         lr = float(group["lr"])
         momentum = float(group["momentum"])
         if not 0 <= lr < math.inf:  # a schedule that ran past its end
@@ -230,7 +231,12 @@ class Muon(torch.optim.Optimizer):
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
+                state["activity"] = p.new_ones(())
             M = state["momentum"].lerp_(gradient, 1 - momentum)
+            # Gradients of zeros shrink M, but msign does not see the scale: W would go on in the
+            # same direction for thousands of steps. So the update shrinks as M does.
+            idle = gradient.abs().amax() == 0
+            state["activity"] = torch.where(idle, momentum * state["activity"], 1.0).to(M.dtype)
             nesterov = torch.lerp(gradient, M, momentum)
             directions.append(nesterov.to(group["dtype"] or M.dtype))
         updates = msign(stack(directions))
@@ -244,11 +250,19 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"].nan_to_num_(0, 0, 0)
 
         fan_out, fan_in = batch[0].shape[-2:]
-        step_norm = lr * MSIGN_MAX[updates.dtype]
+        largest = 0.0
         for p, update in zip(batch, updates):
-            p.add_(update, alpha=-lr * (fan_out / fan_in) ** 0.5)
+            activity = self.state[p]["activity"]
+            length = lr
+            if p.is_cpu:
+                length *= activity.item()
+            else:  # a GPU would be waited for, so the bound counts a whole step
+                update.mul_(activity)
+            p.add_(update, alpha=-length * (fan_out / fan_in) ** 0.5)
+            step_norm = length * MSIGN_MAX[updates.dtype]
             self.bounds[p] = self.bounds.get(p, math.inf) + step_norm
-        return step_norm
+            largest = max(largest, step_norm)
+        return largest
 
     # A constraint need not run after each step, if the limit holds all the same. `can_wait = True`
     # on a constraint promises: it takes any W of norm up to w_max + step_norm to at most w_max, and
@@ -266,11 +280,13 @@ class Muon(torch.optim.Optimizer):
     def _constrain(self, batch, group, step_norm):
         constraint = group["constraint"]
         limit = float(group["w_max"])
-        norm_at_most = max(self.bounds[p] for p in batch)
         can_wait = getattr(constraint, "can_wait", False)
-        if can_wait and norm_at_most <= limit * (1 + 1e-9):
+        if can_wait:
+            batch = [p for p in batch if self.bounds[p] > limit * (1 + 1e-9)]
+        if not batch:
             return
 
+        norm_at_most = max(self.bounds[p] for p in batch)
         W = stack(batch)
         target = limit
         overshoot = step_norm
@@ -301,20 +317,18 @@ def stack(matrices):
 def find_faults(group):
     """What is wrong with the settings of a group, in words."""
     faults = []
-    if not 0 <= group["lr"] < math.inf:
-        faults.append(f"lr is {group['lr']}, must be finite and at least 0")
-    if not 0 <= group["momentum"] < 1:
-        faults.append(f"momentum is {group['momentum']}, must be at least 0 and below 1")
-    if not 1 <= group["every"] <= 64:
-        faults.append(f"every is {group['every']}, must be from 1 to 64")
+    ranges = dict(lr=(0, 1e9), momentum=(0, 1 - 1e-9), every=(1, 64))
     if group["constraint"] is not None:
+        ranges["w_max"] = (1e-30, 1e30)
         if not callable(group["constraint"]):
             faults.append(f"constraint is {group['constraint']!r}, must be a function or None")
-        if not 0 < (group["w_max"] or 0) < math.inf:
-            faults.append(f"w_max is {group['w_max']}, must be finite and above 0")
+    for name, (least, most) in ranges.items():
+        if not least <= (group[name] or 0) <= most:
+            faults.append(f"{name} is {group[name]}, must be from {least} to {most:g}")
     for p in group["params"]:
         dtypes = {p.dtype, group["dtype"] or p.dtype}
-        if p.ndim not in (2, 3) or p.numel() == 0 or not dtypes <= MSIGN_MAX.keys():
-            faults.append(f"a parameter is {tuple(p.shape)} in {dtypes}, must be a matrix or stack "
-                          "in float32, float64 or bfloat16: no bias, no convolution")
+        whole = not hasattr(p, "full_tensor")  # a DTensor, of FSDP, is a part of a matrix
+        if not (whole and p.ndim in (2, 3) and p.numel() and dtypes <= MSIGN_MAX.keys()):
+            faults.append(f"a parameter is {type(p).__name__} {tuple(p.shape)} in {dtypes}, must "
+                          "be a matrix or stack in float32, float64 or bfloat16: no convolution")
     return faults

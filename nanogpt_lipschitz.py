@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import inspect
 import io
 import json
@@ -69,10 +70,8 @@ def explain(what, remedy):
     """Whatever a library raises, as a UserError. Files, devices and networks fail in many ways."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as problem:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+        reason = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
         raise UserError(f"{what} ({reason}); {remedy}") from problem
 
 
@@ -85,15 +84,18 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, (list, tuple)):
                 value = ",".join(map(str, value))  # w_max=[3, 4, 5]
-            choices = CHOICES.get(field.name, [value])
-            least = 1 if field.type is int and field.default else 0
-            with explain(f"--{field.name} {value!r:.80}", f"give {field.type.__name__}"):
-                converted = field.type(value)
-                if field.type is not str and not (converted == value and least <= value < math.inf):
-                    raise ValueError(f"must be of that type, finite and at least {least}")
-                if value not in choices:
-                    raise ValueError(f"must be one of {', '.join(choices)}")
+            kind = field.type
+            least = 1 if kind is int and field.default else 0
+            needed = f"give a finite {kind.__name__}, at least {least}"
+            with explain(f"--{field.name} {value!r}", needed):
+                converted = kind(value)
+                if kind is not str and not least <= converted == float(value) < math.inf:
+                    raise ValueError("out of range")
             setattr(self, field.name, converted)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
 
     @classmethod
     def of(cls, preset=None, **changes):
@@ -111,15 +113,15 @@ def parse_arguments(argv=None):
         words = [f"{key}={value}" for key, value in settings.items()]
         presets.append(f"  {name:14} {' '.join(words)}")
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="\n".join(presets), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        description=__doc__.split("RESULT")[0], epilog="\n".join(presets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
     comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        names = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*names, help=f"{comments[field.name]} [{field.default}]", **kind)
+        names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        action = argparse.BooleanOptionalAction if field.type is bool else "store"
+        text = f"{comments[field.name]} [{field.default}]"
+        parser.add_argument(*sorted(names), action=action, help=text)
     return Config.of(**vars(parser.parse_args(argv)))
 
 
@@ -171,13 +173,12 @@ class Config(Settings):
 
     def limits(self):
         """{role of a matrix: its w_max}. UserError where settings do not fit each other."""
-        limits = self.w_max.split(",")
-        if len(limits) == 1:
-            limits = limits * len(ROLES)
         with explain(f"--w_max {self.w_max}", "give a number above 0, or 7 of them with commas"):
-            limits = [float(limit) for limit in limits]
-            if len(limits) != len(ROLES) or not all(0 < limit < math.inf for limit in limits):
-                raise ValueError(f"it is {limits}")
+            limits = [float(limit) for limit in self.w_max.split(",")]
+            if len(limits) == 1:
+                limits *= 7
+            if len(limits) != 7 or not all(0 < limit < math.inf for limit in limits):
+                raise ValueError("out of range")
         if self.width % (4 * self.heads):
             raise UserError(f"--heads {self.heads}: 4 * heads must divide the width, {self.width}, "
                             "as RoPE turns half of the pairs in a head")
@@ -510,6 +511,7 @@ def certificate(model, rho=0.0, free=None):
 
     log10     the certificate used, log10 of a constant from embeddings to logits (max-token RMS)
     norms     {role: largest RMS->RMS norm of its matrices; of the embedding: largest RMS}
+    max_weight_norm: the largest of them, without the embedding
     Arguments: rho is how far (RMS) embeddings may be from those of the table; free, the trainable
     weights of step 4 that `tuned` found, or None for zeros.
     """
@@ -518,12 +520,13 @@ def certificate(model, rho=0.0, free=None):
         if role == "head":
             W = model.head_VD
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
+    largest = max(norms.values())
     norms["embedding"] = largest_embedding(model)
-    if model.config.baseline:
-        return dict(log10=math.inf, product_log10=math.inf, ellipsoid_log10=math.inf, norms=norms)
-    U_VD = model.config.final_scale * in_float64(model.head_VD)
-    bounds = transformer_bounds(describe_blocks(model), norms["embedding"] + rho, U_VD, free)
-    return dict(bounds, norms=norms)
+    bounds = dict.fromkeys(("log10", "product_log10", "ellipsoid_log10"), math.inf)
+    if not model.config.baseline:
+        U_VD = model.config.final_scale * in_float64(model.head_VD)
+        bounds = transformer_bounds(describe_blocks(model), norms["embedding"] + rho, U_VD, free)
+    return dict(bounds, norms=norms, max_weight_norm=largest)
 
 
 def largest_embedding(model):
@@ -534,9 +537,7 @@ def largest_embedding(model):
 def describe_blocks(model):
     """Of each block what transformer_bounds takes."""
     config = model.config
-    gelu = None
-    if config.activation == "gelu":
-        gelu = (GELU_SLOPE, GELU_SCALE)
+    gelu = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else None
     described = []
     for block in model.blocks:
         own_share_H = None  # unknown, by content
@@ -640,20 +641,16 @@ def load_data(config):
         name += ", validated on training text held out"
     train = Tokens(train, config.vocab)
     validation = Tokens(validation, config.vocab)
-    check_tokens(name, "train", train, config.seq_len + 1)
-    check_tokens(name, "val", validation, 2)
+    for kind, tokens, needed in (("train", train, config.seq_len + 1), ("val", validation, 2)):
+        if len(tokens) < needed:
+            raise UserError(
+                f"--data {name}: has {len(tokens)} tokens in {len(tokens.shards)} files *.bin with "
+                f"the word {kind} in their names, needs {needed}; make such a folder of a text by "
+                "python results/prepare.py TEXT --data FOLDER")
     # Tokens beyond the vocabulary are found now, not after an hour.
     train.read(0, config.seq_len + 1)
     validation.read(0, config.val_tokens + 1)
     return train, validation, name
-
-
-def check_tokens(name, kind, tokens, needed):
-    """UserError if a kind of shard is missing, or too short."""
-    if len(tokens) < needed:
-        raise UserError(f"--data {name}: has {len(tokens)} tokens in {len(tokens.shards)} files "
-                        f"*.bin with the word {kind} in their names, needs {needed}; make such a "
-                        "folder of a text by python results/prepare.py TEXT --data FOLDER")
 
 
 def find_fineweb(config):
@@ -736,9 +733,8 @@ class Exchange:
     def share_weights(self):
         """Send each weight from its owner to all."""
         if self.world_size > 1:
-            messages = []
-            for p, owner in self.owner.items():
-                messages.append(dist.broadcast(p.data, owner, async_op=True))
+            messages = [dist.broadcast(p.data, owner, async_op=True)
+                        for p, owner in self.owner.items()]
             for message in messages:
                 message.wait()
 
@@ -785,12 +781,18 @@ def connect(config):
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
             # On one node torchrun keeps its table over a restart, with the addresses of the dead.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        library = dict(backend="gloo")
-        if device.type == "cuda":
-            library = dict(backend="nccl", device_id=device)
+        nccl = dict(backend="nccl", device_id=device)
+        library = nccl if device.type == "cuda" else dict(backend="gloo")
         dist.init_process_group(store=store, rank=rank, world_size=world_size, timeout=patience,
                                 **library)
     return rank, world_size, device, dtype
+
+
+def can_compile(device):
+    """Whether torch.compile makes kernels for it: CUDA of capability 8 or above, with Triton."""
+    if device.type != "cuda" or not importlib.util.find_spec("triton"):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def share(thing):
@@ -810,14 +812,10 @@ def one_message():
     try:
         yield
     except Exception as problem:
-        if not dist.is_torchelastic_launched():
-            raise
-        rank = os.environ["RANK"]
         plain = isinstance(problem, (UserError, OSError))
-        if rank != "0" or not plain:
+        first = plain and os.environ.get("RANK") == "0"
+        if dist.is_torchelastic_launched() and not first:
             time.sleep(5)
-        if plain:
-            raise UserError(f"rank {rank}: {problem}") from problem
         raise
 
 
@@ -851,19 +849,21 @@ def load_checkpoint(folder):
 
 
 def find_run(config):
-    """(model, all that was saved, summary) of the run in --out; None for what it does not have."""
+    """(all that was saved, summary) of the run in --out; None for what it does not have."""
     folder = Path(config.out).expanduser()
     if not config.out or not (folder / "checkpoint.pt").exists():
-        return None, None, None
-    own, model, state = load_checkpoint(folder)
+        return None, None
+    own, _, state = load_checkpoint(folder)
     for name, value in vars(own).items():
-        if name not in PLACES and value != getattr(config, name):
-            raise UserError(f"--out {folder}: its run has --{name} {value}, not "
-                            f"{getattr(config, name)}; give what it began with, or another --out")
-    if not (folder / "summary.json").exists():
-        return model, state, None
+        wanted = getattr(config, name)
+        if value != wanted and name not in PLACES:
+            raise UserError(f"--out {folder}: its run has --{name} {value}, not {wanted}; give "
+                            "that, or another --out")
+    summary = folder / "summary.json"
+    if not summary.exists():
+        return state, None
     print(f"The run in {folder} is finished; start another with another --out.")
-    return model, state, json.loads((folder / "summary.json").read_text())
+    return state, json.loads(summary.read_text())
 
 
 def make_folder(config):
@@ -884,7 +884,7 @@ def write(path, data):
     beside = path.with_name(path.name + ".part")
     try:
         beside.write_bytes(data if isinstance(data, bytes) else data.encode())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -908,25 +908,24 @@ def count_steps(start, steps):
     """The steps to come, with a sign of life every ten seconds."""
     began = spoke = time.perf_counter()
     for step in range(start, steps):
-        yield step
         now = time.perf_counter()
-        if now - spoke > 10 and step + 1 < steps:
+        if now - spoke > 10:
             spoke = now
-            seconds = (now - began) / (step + 1 - start) * (steps - step - 1)
-            print(f"step {step + 1:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+            seconds = (now - began) / (step - start) * (steps - step)
+            print(f"step {step:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+        yield step
 
 
 @contextlib.contextmanager
 def catch_ctrl_c():
     """A list that Ctrl-C fills, so that a run stops between two steps. A second one interrupts."""
     stops = []
-    before = signal.getsignal(signal.SIGINT)
 
     def stop(number, frame):
         stops.append(number)
         signal.signal(number, before)
 
-    signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield stops
     finally:
@@ -953,8 +952,8 @@ def progress(record, steps):
     loss = record.get("val_loss_at_temperature", record["val_loss"])
     bound = power(float(record["lipschitz_log10"]))
     return (f"step {record['step']:5d}/{steps}  train loss {record['train_loss']:.3f}  validation "
-            f"loss {loss:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
-            f"largest norm {record['max_weight_norm']:.3f}  untuned bound {bound}  "
+            f"loss {loss:.3f}  accuracy {record['val_accuracy']:.2%}  largest norm "
+            f"{record['max_weight_norm']:.3f}  untuned bound {bound}  "
             f"{record['ms_per_step']:.0f} ms/step")
 
 
@@ -982,18 +981,20 @@ def print_norms(norms, limits):
 def draw(path, title, log, norms, limits):
     """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
     from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
+    curves = {
+        "share of predictions that are right": [record["val_accuracy"] for record in log],
+        "norms of the weights, RMS->RMS": [list(each.values()) for each in norms],
+        "Lipschitz bound, untuned, log10": [float(record["lipschitz_log10"]) for record in log]}
     figure = Figure(figsize=(14, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
     steps = [record["step"] for record in log]
-    left.plot(steps, [100 * record["val_accuracy"] for record in log], ".-")
-    left.set(title=title, xlabel="step", ylabel="predictions that are right, %")
-    middle.plot(steps, [list(each.values()) for each in norms], ".-", label=list(norms[0]))
+    for panel, (label, values) in zip(panels, curves.items()):
+        panel.plot(steps, values, ".-")
+        panel.set(xlabel="step", ylabel=label)
     for limit in set(limits):
-        middle.axhline(limit, color="grey", linestyle=":", label=f"limit {limit:g}")
-    middle.set(title="norms of the weights", xlabel="step", ylabel="RMS->RMS")
-    middle.legend()
-    right.plot(steps, [float(record["lipschitz_log10"]) for record in log], ".-")
-    right.set(title="Lipschitz bound, untuned", xlabel="step", ylabel="log10")
+        panels[1].axhline(limit, color="grey", linestyle=":")
+    panels[1].legend([*norms[0], "limits"])
     figure.savefig(path, dpi=110)
 
 
@@ -1004,7 +1005,9 @@ def main(config):
     # ---- load
     config.limits()
     if config.sample:
-        return sample_from_run(config)
+        _, model, _ = load_checkpoint(config.sample)
+        device, dtype = choose_device(config)
+        return sample(model.to(device), config, dtype)
     with explain(f"--constraint {config.constraint}", "see --help"):
         constraint = find_constraint(config.constraint)
     rank, world_size, device, dtype = connect(config)
@@ -1012,26 +1015,28 @@ def main(config):
     if config.batch % (world_size * config.micro_batch):
         raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} process(es) x "
                         f"--micro_batch {config.micro_batch}; change one of them")
-    flex = cuda and dtype != torch.float64 and config.seq_len % BLOCK == 0
+    compiles = can_compile(device)
+    flex = compiles and dtype != torch.float64 and config.seq_len % BLOCK == 0
     if config.seq_len > LONGEST and not flex:
-        raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (a multiple "
-                        f"of {BLOCK}, and no --dtype float64); on a CPU give --preset tiny")
+        raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (of compute "
+                        f"capability 8, with Triton, a multiple of {BLOCK}, and no --dtype "
+                        "float64); on a CPU give --preset tiny")
     found = (None, None)
     if rank == 0:
-        found = find_run(config)[1:]
+        found = find_run(config)
     state, summary = share(found)
     if summary:
         return summary
     train, validation, data_name = load_data(config)
     if state and state["tokens"] != len(train):
         raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run began "
-                        f"with {state['tokens']}")
+                        f"with {state['tokens']}; give the same data")
 
     # ---- build
     model = Transformer(config).to(device)
     model.flex = flex
     loss_of = model.loss
-    if cuda:
+    if compiles:
         # Block by block: so the gradients of one travel while those of the next are computed.
         loss_of = torch.compile(model.loss, dynamic=False)
         for block in model.blocks:
@@ -1050,6 +1055,9 @@ def main(config):
     if rank == 0:
         out = make_folder(config)
         steps = count_steps(start, config.steps)
+        if cuda and not compiles:
+            print("This GPU is below compute capability 8, or Triton is missing: nothing is "
+                  "compiled, and attention holds a mask of T x T.")
         print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} "
               f"({len(train):,} tokens to train, {len(validation):,} to validate), run folder "
               f"{out}, from step {start}", flush=True)
@@ -1245,24 +1253,19 @@ def measure(model, validation, window, dtype, exchange, step, losses, ms_per_ste
     if exchange.rank > 0:
         return None
     bound = certificate(model)
-    of_weights = [norm for role, norm in bound["norms"].items() if role != "embedding"]
     tokens_a_step = model.config.batch * model.config.seq_len
-    memory_gib = None
-    if exchange.device.type == "cuda":
-        memory_gib = torch.cuda.max_memory_allocated() / 2**30
     return dict(
         step=step, train_loss=sum(losses) / len(losses), val_loss=val_loss,
-        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=max(of_weights),
+        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=bound["max_weight_norm"],
         lipschitz_log10=finite(bound["log10"]),
         lipschitz_product_log10=finite(bound["product_log10"]), activations=activations,
         ms_per_step=ms_per_step, tokens_per_second=1000 * tokens_a_step / ms_per_step,
-        memory_gib=memory_gib, losses=losses)
+        memory_gib=torch.cuda.max_memory_allocated() / 2**30, losses=losses)
 
 
 def report(config, model, out, log, data_name, dtype, world_size):
     """The end of a run: tuned certificate, summary.json, table and picture. Returns the summary."""
-    print("Tuning the certificate, by gradient descent on the bound (up to a width of 256): up to "
-          "a minute ...", flush=True)
+    print("Tuning the certificate: up to a minute ...", flush=True)
     bound = certificate(model, free=tuned(model))
     summary = summarize(
         config, model, log[-1], dtype, data=data_name, baseline=config.baseline,
@@ -1274,16 +1277,13 @@ def report(config, model, out, log, data_name, dtype, world_size):
 
     print(f"\n{config.preset}: muon + {config.constraint}, {config.steps} steps, "
           f"seed {config.seed}, data: {data_name}\n"
-          f"  accuracy {100 * summary['val_accuracy']:.2f} %, cross-entropy "
-          f"{summary['val_loss']:.3f}")
-    limits = {}
-    if summary["w_max"]:
-        limits = dict(summary["w_max"], embedding=1.0)
+          f"  accuracy {summary['val_accuracy']:.2%}, cross-entropy {summary['val_loss']:.3f}")
+    limits = {} if config.baseline else dict(summary["w_max"] or {}, embedding=1.0)
     print_norms(bound["norms"], limits)
     print("  Lipschitz constant, embeddings to logits (max-token RMS)")
-    for name in ("product", "ellipsoid"):
-        print(f"    {name:25} {power(bound[name + '_log10']):>12}")
-    print(f"    {'certificate: the smaller':25} {power(bound['log10']):>12}")
+    print(f"    product                   {power(bound['product_log10']):>12}\n"
+          f"    ellipsoid                 {power(bound['ellipsoid_log10']):>12}\n"
+          f"    certificate: the smaller  {power(bound['log10']):>12}")
     norms = [record["norms"] for record in log]
     draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits.values())
     print(f"Picture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample {out}\n"
@@ -1291,36 +1291,27 @@ def report(config, model, out, log, data_name, dtype, world_size):
     return summary
 
 
-def sample_from_run(config):
-    """What --sample does. Returns the text, which is printed as it comes."""
-    folder = Path(config.sample).expanduser()
-    if not (folder / "checkpoint.pt").exists():
-        there = [str(path.parent) for path in sorted(Path("runs").glob(f"{SCRIPT}*/*.pt"))]
-        raise UserError(f"--sample {folder}: has no checkpoint.pt; give the folder of a run: "
-                        f"{', '.join(there) or 'there is none in runs/'}")
-    _, model, _ = load_checkpoint(folder)
-    device, dtype = choose_device(config)
-    return sample(model.to(device), config, dtype)
-
-
 @torch.no_grad()
 def sample(model, config, dtype):
     """Print and return the prompt and `length` tokens. Each sees up to 1024 before it."""
     text = config.prompt
-    print(text, end="")
-    decode = bytes
-    tokens = list(text.encode() or b"\n")
-    if model.config.vocab != 256:  # else tokens are bytes
+    vocab = model.config.vocab
+    if vocab == 256:
+        decode = bytes
+        tokens = list(text.encode() or b"\n")
+    elif vocab == 50257:
         gpt2 = load_gpt2()
         decode = gpt2.decode_bytes
         tokens = [gpt2.eot_token, *gpt2.encode_ordinary(text)]
+    else:
+        raise UserError(f"--sample: this model has --vocab {vocab}; known are the tokens of 256, "
+                        "bytes, and of 50257, GPT-2's; call the model from Python")
+    print(text, end="")
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.length):
         seen = tokens[-min(model.config.seq_len, 1024):]
         window_BT = torch.tensor([seen], device=model.head_XD.device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double()
-        if not logits_V.isfinite().all():
-            raise UserError("the logits of this model are not finite: it cannot be sampled")
         z_V = (logits_V - logits_V.max()) / (config.temperature or 1e-30)
         token = torch.multinomial(z_V.softmax(0), 1, generator=generator).item()
         tokens.append(token)
@@ -1339,13 +1330,10 @@ def run_script():
     torch.set_flush_denormal(True)  # a softmax has many such numbers, which are slow on a CPU
     try:
         main(parse_arguments())
-    except (UserError, OSError) as problem:
-        print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{SCRIPT}.py: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    except (UserError, OSError, KeyboardInterrupt) as problem:
+        print(f"{SCRIPT}.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        return 130 if isinstance(problem, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":

@@ -64,10 +64,8 @@ def explain(what, remedy):
     """Whatever a library raises, as a UserError. Files, devices and networks fail in many ways."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as problem:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:160]
+        reason = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
         raise UserError(f"{what} ({reason}); {remedy}") from problem
 
 
@@ -80,15 +78,18 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, (list, tuple)):
                 value = ",".join(map(str, value))  # w_max=[3, 4, 5]
-            choices = CHOICES.get(field.name, [value])
-            least = 1 if field.type is int and field.default else 0
-            with explain(f"--{field.name} {value!r:.80}", f"give {field.type.__name__}"):
-                converted = field.type(value)
-                if field.type is not str and not (converted == value and least <= value < math.inf):
-                    raise ValueError(f"must be of that type, finite and at least {least}")
-                if value not in choices:
-                    raise ValueError(f"must be one of {', '.join(choices)}")
+            kind = field.type
+            least = 1 if kind is int and field.default else 0
+            needed = f"give a finite {kind.__name__}, at least {least}"
+            with explain(f"--{field.name} {value!r}", needed):
+                converted = kind(value)
+                if kind is not str and not least <= converted == float(value) < math.inf:
+                    raise ValueError("out of range")
             setattr(self, field.name, converted)
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"--{name} {value}: must be one of {', '.join(choices)}")
 
     @classmethod
     def of(cls, preset=None, **changes):
@@ -106,15 +107,15 @@ def parse_arguments(argv=None):
         words = [f"{key}={value}" for key, value in settings.items()]
         presets.append(f"  {name:14} {' '.join(words)}")
     parser = argparse.ArgumentParser(
-        description=__doc__.split("RESULT")[0], epilog="\n".join(presets), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+        description=__doc__.split("RESULT")[0], epilog="\n".join(presets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False)
     comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", inspect.getsource(Config)))
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type)
-        if field.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        names = sorted({f"--{field.name}", f"--{field.name.replace('_', '-')}"}, reverse=True)
-        parser.add_argument(*names, help=f"{comments[field.name]} [{field.default}]", **kind)
+        names = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        action = argparse.BooleanOptionalAction if field.type is bool else "store"
+        text = f"{comments[field.name]} [{field.default}]"
+        parser.add_argument(*sorted(names), action=action, help=text)
     return Config.of(**vars(parser.parse_args(argv)))
 
 
@@ -163,27 +164,25 @@ class Config(Settings):
 
     def limits(self):
         """{role of a matrix: its w_max}. UserError where settings do not fit each other."""
-        limits = self.w_max.split(",")
-        if len(limits) == 1:
-            limits = limits * len(ROLES)
         with explain(f"--w_max {self.w_max}", "give a number above 0, or 7 of them with commas"):
-            limits = [float(limit) for limit in limits]
-            if len(limits) != len(ROLES) or not all(0 < limit < math.inf for limit in limits):
-                raise ValueError(f"it is {limits}")
-        rope = self.positions == "rope"
-        if self.width % self.heads or rope and self.width // self.heads % 2:
-            raise UserError(f"--heads {self.heads}: must divide the width, {self.width}; for rope "
-                            "width / heads must be even")
-        if rope and self.logit_scale == 0:
+            limits = [float(limit) for limit in self.w_max.split(",")]
+            if len(limits) == 1:
+                limits *= 7
+            if len(limits) != 7 or not all(0 < limit < math.inf for limit in limits):
+                raise ValueError("out of range")
+        if self.width % (2 * self.heads):
+            raise UserError(f"--heads {self.heads}: must divide the width, {self.width}, into even "
+                            "parts, as RoPE turns pairs")
+        if self.positions == "rope" and self.logit_scale == 0:
             raise UserError("--logit_scale 0: must be above 0 for rope, which turns q and k")
         if self.residual_scale > 2 * self.blocks:
             raise UserError(f"--residual_scale {self.residual_scale}: must be at most 2 * blocks")
         if self.activation == "maxmin" and self.hidden % 2:
             raise UserError(f"--hidden {self.hidden}: must be even for maxmin, which sorts pairs")
-        preset_lr = PRESETS.get(self.preset, {}).get("lr", 0)
-        if self.optimizer == "adamw" and 0 < self.lr == preset_lr:
+        preset_lr = PRESETS.get(self.preset, {}).get("lr")
+        if self.optimizer == "adamw" and self.lr == preset_lr:
             raise UserError(f"--lr {self.lr}: is the preset's, for Muon, and too large for AdamW; "
-                            "give AdamW's own, such as --lr 0.003, and a --warmup such as 100")
+                            "give such as --lr 0.003 --warmup 100")
         return dict(zip(ROLES, limits))
 
 
@@ -381,6 +380,7 @@ def certificate(model, rho=0.0, free=None):
 
     log10     the certificate used, log10 of a constant from embeddings to logits (max-token RMS)
     norms     {role: largest RMS->RMS norm of its matrices; of the embedding: largest RMS}
+    max_weight_norm: the largest of them, without the embedding
     Arguments: rho is how far (RMS) embeddings may be from those of the table; free, the trainable
     weights of step 4 that `tuned` found, or None for zeros.
     """
@@ -388,10 +388,11 @@ def certificate(model, rho=0.0, free=None):
     norms = {}
     for role, W in model.matrices():
         norms[role] = max(norms.get(role, 0.0), exact_norm(W).item())
+    largest = max(norms.values())
     norms["embedding"] = largest_embedding(model)
     U_VD = model.config.final_scale * model.head_VD
     bounds = transformer_bounds(describe_blocks(model), norms["embedding"] + rho, U_VD, free)
-    return dict(bounds, norms=norms)
+    return dict(bounds, norms=norms, max_weight_norm=largest)
 
 
 def exact_copy(model):
@@ -411,9 +412,7 @@ def largest_embedding(model):
 def describe_blocks(model):
     """Of each block what transformer_bounds takes; of a model in float64."""
     config = model.config
-    gelu = None
-    if config.activation == "gelu":
-        gelu = (GELU_SLOPE, GELU_SCALE)
+    gelu = (GELU_SLOPE, GELU_SCALE) if config.activation == "gelu" else None
     described = []
     for block in model.blocks:
         own_share_H = None  # unknown, by content
@@ -507,17 +506,13 @@ def load_text(data):
                 data = "stand-in"
     if data == "stand-in":
         return stand_in(), data
-    if not path.is_file():
-        raise UserError(f"--data {data}: there is no such file; give a text file, or auto")
-    with explain(f"--data {data}: cannot be read", "give a text in UTF-8; to convert one: "
-                 "iconv -f ENCODING -t UTF-8 FILE"):
+    with explain(f"--data {data}: cannot be read", "give a text file in UTF-8 (iconv makes one)"):
         return path.read_text(encoding="utf-8-sig"), str(path)  # -sig drops a byte-order mark
 
 
 def download():
-    """Path of Shakespeare's plays in a cache, to which they come from the network."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "tinyshakespeare" / "input.txt"
+    """Path of Shakespeare's plays in torch's cache, to which they come from the network."""
+    path = Path(torch.hub.get_dir(), "tinyshakespeare", "input.txt")
     if not path.is_file():
         text = urllib.request.urlopen(TEXT_URL, timeout=4).read(2**22)
         if hashlib.sha256(text).hexdigest() != TEXT_SHA256:
@@ -595,19 +590,21 @@ def load_checkpoint(folder):
 
 
 def find_run(config):
-    """(model, all that was saved, summary) of the run in --out; None for what it does not have."""
+    """(all that was saved, summary) of the run in --out; None for what it does not have."""
     folder = Path(config.out).expanduser()
     if not config.out or not (folder / "checkpoint.pt").exists():
-        return None, None, None
-    own, model, state = load_checkpoint(folder)
+        return None, None
+    own, _, state = load_checkpoint(folder)
     for name, value in vars(own).items():
-        if name not in PLACES and value != getattr(config, name):
-            raise UserError(f"--out {folder}: its run has --{name} {value}, not "
-                            f"{getattr(config, name)}; give what it began with, or another --out")
-    if not (folder / "summary.json").exists():
-        return model, state, None
+        wanted = getattr(config, name)
+        if value != wanted and name not in PLACES:
+            raise UserError(f"--out {folder}: its run has --{name} {value}, not {wanted}; give "
+                            "that, or another --out")
+    summary = folder / "summary.json"
+    if not summary.exists():
+        return state, None
     print(f"The run in {folder} is finished; start another with another --out.")
-    return model, state, json.loads((folder / "summary.json").read_text())
+    return state, json.loads(summary.read_text())
 
 
 def make_folder(config):
@@ -628,7 +625,7 @@ def write(path, data):
     beside = path.with_name(path.name + ".part")
     try:
         beside.write_bytes(data if isinstance(data, bytes) else data.encode())
-        os.replace(beside, path)
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -652,25 +649,24 @@ def count_steps(start, steps):
     """The steps to come, with a sign of life every ten seconds."""
     began = spoke = time.perf_counter()
     for step in range(start, steps):
-        yield step
         now = time.perf_counter()
-        if now - spoke > 10 and step + 1 < steps:
+        if now - spoke > 10:
             spoke = now
-            seconds = (now - began) / (step + 1 - start) * (steps - step - 1)
-            print(f"step {step + 1:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+            seconds = (now - began) / (step - start) * (steps - step)
+            print(f"step {step:5d}/{steps}  about {seconds:.0f} s left", flush=True)
+        yield step
 
 
 @contextlib.contextmanager
 def catch_ctrl_c():
     """A list that Ctrl-C fills, so that a run stops between two steps. A second one interrupts."""
     stops = []
-    before = signal.getsignal(signal.SIGINT)
 
     def stop(number, frame):
         stops.append(number)
         signal.signal(number, before)
 
-    signal.signal(signal.SIGINT, stop)
+    before = signal.signal(signal.SIGINT, stop)
     try:
         yield stops
     finally:
@@ -697,8 +693,8 @@ def progress(record, steps):
     loss = record.get("val_loss_at_temperature", record["val_loss"])
     bound = power(float(record["lipschitz_log10"]))
     return (f"step {record['step']:5d}/{steps}  train loss {record['train_loss']:.3f}  validation "
-            f"loss {loss:.3f}  accuracy {100 * record['val_accuracy']:5.2f} %  "
-            f"largest norm {record['max_weight_norm']:.3f}  untuned bound {bound}  "
+            f"loss {loss:.3f}  accuracy {record['val_accuracy']:.2%}  largest norm "
+            f"{record['max_weight_norm']:.3f}  untuned bound {bound}  "
             f"{record['ms_per_step']:.0f} ms/step")
 
 
@@ -726,18 +722,20 @@ def print_norms(norms, limits):
 def draw(path, title, log, norms, limits):
     """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
     from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
+    curves = {
+        "share of predictions that are right": [record["val_accuracy"] for record in log],
+        "norms of the weights, RMS->RMS": [list(each.values()) for each in norms],
+        "Lipschitz bound, untuned, log10": [float(record["lipschitz_log10"]) for record in log]}
     figure = Figure(figsize=(14, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
     steps = [record["step"] for record in log]
-    left.plot(steps, [100 * record["val_accuracy"] for record in log], ".-")
-    left.set(title=title, xlabel="step", ylabel="predictions that are right, %")
-    middle.plot(steps, [list(each.values()) for each in norms], ".-", label=list(norms[0]))
+    for panel, (label, values) in zip(panels, curves.items()):
+        panel.plot(steps, values, ".-")
+        panel.set(xlabel="step", ylabel=label)
     for limit in set(limits):
-        middle.axhline(limit, color="grey", linestyle=":", label=f"limit {limit:g}")
-    middle.set(title="norms of the weights", xlabel="step", ylabel="RMS->RMS")
-    middle.legend()
-    right.plot(steps, [float(record["lipschitz_log10"]) for record in log], ".-")
-    right.set(title="Lipschitz bound, untuned", xlabel="step", ylabel="log10")
+        panels[1].axhline(limit, color="grey", linestyle=":")
+    panels[1].legend([*norms[0], "limits"])
     figure.savefig(path, dpi=110)
 
 
@@ -748,10 +746,12 @@ def main(config):
     config = copy.copy(config)  # the caller's stays as it is
     limits = config.limits()
     if config.sample:
-        return sample_from_run(config)
+        _, model, _ = load_checkpoint(config.sample)
+        device, dtype = choose_device(config)
+        return sample(model.to(device), config, dtype)
     with explain(f"--constraint {config.constraint}", "see --help"):
         constraint = find_constraint(config.constraint)
-    model, state, summary = find_run(config)
+    state, summary = find_run(config)
     if summary:
         return summary
     device, dtype = choose_device(config)
@@ -761,15 +761,14 @@ def main(config):
     encode(config.prompt, vocabulary)  # so that a wrong prompt is reported before training
 
     # ---- build
-    if not model:
-        model = Transformer(config, vocabulary)
-    model.to(device)
+    model = Transformer(config, vocabulary).to(device)
     optimizers = build_optimizers(model, config, limits, constraint, dtype)
     start = 0
     log = []
     if state:
         start = state["step"]
         log = state["log"]
+        model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     out = make_folder(config)
@@ -883,11 +882,10 @@ def measure(model, validation_N, step, losses, ms_per_step):
     """A record of the log. Its bound is untuned, which is quicker."""
     val_loss, hot, val_accuracy = evaluate(model, windows(validation_N, model.config.seq_len))
     bound = certificate(model)
-    of_weights = [norm for role, norm in bound["norms"].items() if role != "embedding"]
     return dict(
         step=step, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
         val_loss_at_temperature=hot, val_accuracy=val_accuracy, norms=bound["norms"],
-        max_weight_norm=max(of_weights), lipschitz_log10=finite(bound["log10"]),
+        max_weight_norm=bound["max_weight_norm"], lipschitz_log10=finite(bound["log10"]),
         ms_per_step=ms_per_step)
 
 
@@ -895,8 +893,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     """The end of a run: tuned certificate, summary.json, table, picture, sample. Returns the
     summary.
     """
-    print("Tuning the certificate, by gradient descent on the bound, and counting the tokens that "
-          "it certifies: up to a minute ...", flush=True)
+    print("Tuning the certificate, counting certified tokens: up to a minute ...", flush=True)
     weights = tuned(model)
     bound = certificate(model, free=weights)
     certified = certified_tokens(model, validation_N, weights)
@@ -911,18 +908,18 @@ def report(config, model, out, log, data_name, validation_N, dtype):
 
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, "
           f"seed {config.seed}, data: {data_name}\n"
-          f"  accuracy {100 * summary['val_accuracy']:.2f} %, cross-entropy "
-          f"{summary['val_loss_at_temperature']:.3f} (loss temperature "
-          f"{config.loss_temperature:g})")
+          f"  accuracy {summary['val_accuracy']:.2%}, "
+          f"cross-entropy {summary['val_loss_at_temperature']:.3f} "
+          f"(loss temperature {config.loss_temperature:g})")
     limits = dict(summary["w_max"] or {}, embedding=1.0)
     print_norms(bound["norms"], limits)
     print("  Lipschitz constant, embeddings to logits (max-token RMS)")
-    for name in ("product", "ellipsoid"):
-        print(f"    {name:25} {power(bound[name + '_log10']):>12}")
-    print(f"    {'certificate: the smaller':25} {power(bound['log10']):>12}")
+    print(f"    product                   {power(bound['product_log10']):>12}\n"
+          f"    ellipsoid                 {power(bound['ellipsoid_log10']):>12}\n"
+          f"    certificate: the smaller  {power(bound['log10']):>12}")
     print("  Certified tokens: right, however far up to rho (RMS) every embedding moves")
     for rho, share in shares.items():
-        print(f"    rho {rho:21} {100 * share:10.2f} %")
+        print(f"    rho {rho:21} {share:10.2%}")
     norms = [record["norms"] for record in log]
     draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits.values())
 
@@ -932,18 +929,6 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     print(f"Picture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample {out}\n"
           f"Attack its claims: python verify_lipschitz.py {out}")
     return summary
-
-
-def sample_from_run(config):
-    """What --sample does. Returns the text, which is printed as it comes."""
-    folder = Path(config.sample).expanduser()
-    if not (folder / "checkpoint.pt").exists():
-        there = [str(path.parent) for path in sorted(Path("runs").glob(f"{SCRIPT}*/*.pt"))]
-        raise UserError(f"--sample {folder}: has no checkpoint.pt; give the folder of a run: "
-                        f"{', '.join(there) or 'there is none in runs/'}")
-    _, model, _ = load_checkpoint(folder)
-    device, dtype = choose_device(config)
-    return sample(model.to(device), config, dtype)
 
 
 @torch.no_grad()
@@ -957,8 +942,6 @@ def sample(model, config, dtype):
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
         logits_V = model(window_BT, dtype)[0, -1].cpu().double() * model.config.loss_temperature
-        if not logits_V.isfinite().all():
-            raise UserError("the logits of this model are not finite: it cannot be sampled")
         z_V = (logits_V - logits_V.max()) / (config.temperature or 1e-30)
         token = torch.multinomial(z_V.softmax(0), 1, generator=generator).item()
         tokens.append(token)
@@ -976,13 +959,10 @@ def run_script():
     torch.set_flush_denormal(True)  # a softmax has many such numbers, which are slow on a CPU
     try:
         main(parse_arguments())
-    except (UserError, OSError) as problem:
-        print(f"{SCRIPT}.py: {problem}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{SCRIPT}.py: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    except (UserError, OSError, KeyboardInterrupt) as problem:
+        print(f"{SCRIPT}.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        return 130 if isinstance(problem, KeyboardInterrupt) else 2
 
 
 if __name__ == "__main__":

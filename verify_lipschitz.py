@@ -30,7 +30,6 @@ import json
 import math
 import re
 import sys
-import time
 import typing
 from pathlib import Path
 
@@ -260,6 +259,11 @@ def evaluate(logits, batches, factors, dtype=torch.float32):
     return found
 
 
+def say(text):
+    """What comes now, and which part of how many it is."""
+    print(f"  {text} ...", flush=True)
+
+
 class Table:
     """Rows: claims and what was recomputed; bounds and shares, and what attacks found."""
 
@@ -268,14 +272,6 @@ class Table:
         self.seed = options.seed
         self.rows = []
         self.data_name = ""
-        self.began = time.perf_counter()
-
-    def seconds(self):
-        return f"{time.perf_counter() - self.began:.0f} s"
-
-    def begin(self, text):
-        """Say what comes now, which part of how many it is, and how long it took so far."""
-        print(f"  {self.seconds():>5}  {text} ...", flush=True)
 
     def steps(self, usual):
         """The steps of a search."""
@@ -285,7 +281,7 @@ class Table:
         self.rows.append(dict(kind=kind, where=where, what=what, claimed=claimed, found=found,
                               verdict=verdict, note=note, **more))
 
-    def claim(self, where, what, claimed, expected, ignored=()):
+    def claim(self, where, what, claimed, expected, ignored=(), missing="not claimed"):
         """Compare a value of a file with what was recomputed; a dictionary value by value."""
         claimed = by_layer(claimed)
         expected = by_layer(expected)
@@ -298,12 +294,14 @@ class Table:
             return
         verdict = "agrees" if agrees(claimed, expected) else "BROKEN"
         if claimed is None and expected is not None:
-            verdict = "not claimed"
+            verdict = missing
         if isinstance(expected, Range):
             expected = expected.value
         if isinstance(expected, float):
             expected = finite(expected)
-        self.add("claim", where, what, claimed, expected, verdict)
+        if isinstance(expected, dict):
+            expected = ", ".join(expected)  # of a file or a table that is not there
+        self.add("claim", where, what or "the file", claimed, expected, verdict)
 
     def bound(self, where, what, certified, found, norm, slack=TOLERANCE, above="BROKEN"):
         """Compare the log10 of a bound with a number that must not be above it."""
@@ -347,7 +345,7 @@ def find_data(table, script, config, model, trained_on):
         if script is shakespeare and loaded[2] != model.vocabulary:
             raise script.UserError("its text has other characters than the run's")
         if script is nanogpt_lipschitz:
-            return loaded[1].read(0, min(len(loaded[1]), config.val_tokens + 1))
+            return loaded[1].read(0, config.val_tokens + 1)
         return loaded[1]
     except script.UserError:
         if options.data:
@@ -373,7 +371,7 @@ def verify_mlp(table, config, model, data):
     x_NP = images_NP[:table.options.images].double() / 255
     attacked = len(x_NP)
 
-    table.begin("1 of 3: certificate, and each layer")
+    say("1 of 3: certificate, and each layer")
     bound = mlp_cifar.certificate(model, steps=30)
     to_rms = log10(model.rms_per_l2)
     tight = bound["tight_log10"] + to_rms
@@ -385,7 +383,7 @@ def verify_mlp(table, config, model, data):
         starts = directions(8, 1, W.shape[1], seed=table.seed)
         table.attack(f"layer {i}", "norm", log10(norm), layer, starts, norm="RMS->RMS")
 
-    table.begin("2 of 3: the network, and pairs of logits")
+    say("2 of 3: the network, and pairs of logits")
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
     table.attack("network", "tight certificate", tight, as_tokens(model), starts, norm="RMS->RMS")
     y_S, j_S = torch.triu_indices(K, K, 1)[:, ::max(1, K * (K - 1) // 90)]  # at most 90 pairs
@@ -401,7 +399,7 @@ def verify_mlp(table, config, model, data):
     table.attack("network", "f_y - f_j / its certificate", 0.0, as_tokens(difference), starts,
                  norm="l2 of pixels->one number")
 
-    table.begin(f"3 of 3: {attacked} images under attack")
+    say(f"3 of 3: {attacked} images under attack")
     radius_N = mlp_cifar.certified_radii(model, pairs_KK, images_NP, labels_N)
     certified = {name: radius_N > radius for name, radius in RADII.items()}
     for name, radius in RADII.items():
@@ -431,7 +429,7 @@ def verify_transformer(table, script, config, model, tokens_N):
     """Attack the bounds of a transformer. Returns what its weights say and what its data say."""
     T = config.seq_len
     count = len(tokens_N)
-    table.begin("1 of 5: certificate")
+    say("1 of 5: certificate")
     weights = script.tuned(model)
     bound = script.certificate(model, free=weights)
     of_weights = dict(
@@ -439,7 +437,7 @@ def verify_transformer(table, script, config, model, tokens_N):
         lipschitz_product_log10=bound["product_log10"],
         lipschitz_norm=f"{NORM}, embeddings to logits, inside the ball")
 
-    table.begin(f"2 of 5: evaluation of {count} tokens")
+    say(f"2 of 5: evaluation of {count} tokens")
     factors = dict(val_loss=1.0)
     dtype = torch.float32
     if script is shakespeare:
@@ -462,7 +460,7 @@ def verify_transformer(table, script, config, model, tokens_N):
 
     real_STD = F.embedding(tokens_N.unfold(0, min(32, T), T)[:8], model.embedding_VD)
     attack_blocks(table, model, bound, real_STD)
-    table.begin("5 of 5: the network, and predictions")
+    say("5 of 5: the network, and predictions")
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real_STD, R * directions(*real_STD.shape, seed=table.seed)])
     table.attack("network", "certificate", bound["log10"], logits, starts, R)
@@ -500,7 +498,7 @@ def attack_blocks(table, model, bound, real_STD):
     radii = []
     for i, (block, row) in enumerate(zip(model.blocks, bound["rows"])):
         where = f"block {i + 1}"
-        table.begin(f"3 of 5: {where} of {len(model.blocks)}")
+        say(f"3 of 5: {where} of {len(model.blocks)}")
         radii += [row["radius_log10"], row["radius_mlp_log10"]]
         R = 10 ** min(60.0, row["radius_log10"])
         alone = log10(row["value"] + row["pattern"] * R * R)
@@ -515,7 +513,7 @@ def attack_blocks(table, model, bound, real_STD):
         attack_sublayer(table, where, "MLP", block.mlp, a, starts, R, log10(row["mlp"]),
                         with_stream)
 
-    table.begin("4 of 5: the way out of the ball")  # ascent of the largest token at the end
+    say("4 of 5: the way out of the ball")  # ascent of the largest token at the end
     radii.append(bound["radius_log10"])
     R = 10 ** radii[0]
     x_STD = torch.cat([real_STD, directions(8, T, D, seed=table.seed)])
@@ -565,10 +563,7 @@ def verify(table, path):
     saved = torch.load(path / "checkpoint.pt", map_location="cpu", weights_only=True)  # no code
     log = saved["log"]
     settings = {name: value for name, value in saved["config"].items() if name not in PLACES}
-    if written is None:
-        table.add("claim", "config.json", "the file", None, None, "not claimed")
-    else:
-        table.claim("config.json", "", written, settings, ignored=PLACES)
+    table.claim("config.json", "", written, settings, ignored=PLACES)
     script = SCRIPTS[saved["script"]]
     config, model, _ = script.load_checkpoint(path)
     limits = config.limits()
@@ -602,10 +597,7 @@ def verify(table, path):
         params=sum(p.numel() for p in model.parameters()),
         max_weight_norm=max(norm for name, norm in norms.items() if name != "embedding"),
         w_max=None if config.constraint == "none" else limits)
-    if summary is None:
-        table.add("claim", "summary.json", "the file", None, None, "nothing claimed")
-    else:
-        table.claim("summary.json", "", summary, expected, ignored=HISTORY)
+    table.claim("summary.json", "", summary, expected, ignored=HISTORY, missing="nothing claimed")
     if log:  # its last line is of the same weights, in part
         last = log[-1]
         same = {name: expected[name] for name in last.keys() & expected.keys()}
@@ -642,7 +634,7 @@ def print_table(table):
             print(f"  {row['where']:16} {ascii(row['what'])[1:-1]:28} {show(row, 'claimed'):>12} "
                   f"{show(row, 'found'):>12}  {row['verdict']:6}  {row['note']}")
     print(f"\n  {table.verdict()}: {len(table.rows)} rows, {len(shown)} of them shown; the claims "
-          f"that agree are in verify.json ({table.seconds()})")
+          "that agree are in verify.json")
 
 
 def main(names, options):
@@ -656,15 +648,16 @@ def main(names, options):
     for path in paths:
         print(f"\n{path}", flush=True)
         table = Table(options)
+        failure = None
         try:
             verify(table, path)
         except Exception as problem:  # a file may be wrong in hundreds of ways
-            if table.verdict() != "BROKEN":  # else a setting was changed, and fits no weights
-                reason = ascii(f"{type(problem).__name__}: {problem}")[1:-1][:300]
-                print(f"verify_lipschitz.py: {path}: could not be checked ({reason})",
-                      file=sys.stderr)
-                verdicts.add("could not be checked")
-                continue
+            failure = f"{type(problem).__name__}: {problem}"
+        if failure and table.verdict() != "BROKEN":  # else a changed setting fits no weights
+            reason = ascii(failure)[1:-1][:300]
+            print(f"verify_lipschitz.py: {path}: could not be checked ({reason})", file=sys.stderr)
+            verdicts.add("could not be checked")
+            continue
         print_table(table)
         verdicts.add(table.verdict())
         result = dict(verdict=table.verdict(), data=table.data_name, rows=table.rows)

@@ -77,8 +77,8 @@ def possible():
     return bool(shutil.which("g++")) and sys.platform.startswith("linux") and not torch.version.cuda
 
 
-def on_fake_cuda(cases):
-    """What happened in each case (flags, rank, world size, steps), from a process with the stub in it."""
+def with_stub(command):
+    """What a command did (subprocess.CompletedProcess), in a process with the stub in it."""
     torch_root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "stub.cpp").write_text(STUB)
@@ -86,9 +86,14 @@ def on_fake_cuda(cases):
             "g++", "-shared", "-fPIC", "-O0", "-std=c++20", "stub.cpp", "-o", "stub.so", f"-I{torch_root}/include",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", f"-L{torch_root}/lib", "-lc10",
             "-ltorch_cpu", f"-Wl,-rpath,{torch_root}/lib"], cwd=folder, check=True)
-        result = subprocess.run(
-            [sys.executable, __file__, json.dumps(cases)], capture_output=True, text=True, cwd=folder,
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=folder,
             env={**os.environ, "LD_PRELOAD": f"{folder}/stub.so", "OMP_NUM_THREADS": "1"})
+
+
+def on_fake_cuda(cases):
+    """What happened in each case (flags, rank, world size, steps), from a process with the stub in it."""
+    result = with_stub([sys.executable, __file__, json.dumps(cases)])
     found = [json.loads(line[4:]) for line in result.stdout.splitlines() if line.startswith("JSON")]
     if len(found) != len(cases):
         raise RuntimeError(result.stderr[-3000:])
@@ -211,6 +216,7 @@ def run(flags, rank, world_size, steps, compiled=True):
     nano.Exchange.share_weights, nano.Muon.step = after_a_step, before_the_update
     nano.load_data = lambda config: (Text(), Text(), "fake")
     nano.fast_dtype = constraints.fast_dtype = lambda device: torch.bfloat16
+    nano.can_compile = lambda device: True
     torch.cuda.set_device, torch.Tensor.pin_memory, torch.nn.Module.to = lambda device: None, lambda x: x, move
     dist.rendezvous = lambda *rest, **kwargs: iter([(Work(), 0, 0)])
     for name in ("reduce", "broadcast", "all_reduce"):

@@ -7,6 +7,19 @@ import torch
 SHAPES = [(8, 8), (24, 40), (40, 24), (64, 256), (256, 64), (1, 30), (30, 1), (96, 96)]
 
 
+def randn(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def hadamard(m):
+    """Of m rows, m a power of 2: orthogonal rows of entries 1 and -1."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < m:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
+
+
 def with_spectrum(m, n, s, seed=0, dtype=torch.float32):
     """U diag(s) V^T (m, n) with random orthonormal U, V; s has min(m, n) entries."""
     generator = torch.Generator().manual_seed(seed)
@@ -22,12 +35,13 @@ def spectra(r):
     ones = torch.ones(r, dtype=torch.float64)
     first = torch.zeros(r, dtype=torch.float64)
     first[0] = 1
+    noise = torch.rand(r, dtype=torch.float64, generator=generator)
     return {
         "flat": ones,
         "random": torch.linspace(1, 1 / r, r, dtype=torch.float64),
         "ill-conditioned 1e-3": torch.logspace(0, -3, r, dtype=torch.float64),
         "ill-conditioned 1e-7": torch.logspace(0, -7, r, dtype=torch.float64),
-        "clustered": 1 - 1e-4 * torch.rand(r, dtype=torch.float64, generator=generator) * (1 - first),
+        "clustered": 1 - 1e-4 * noise * (1 - first),
         "two clusters": torch.cat([ones[: (r + 1) // 2], 0.01 * ones[: r // 2]]),
         "one huge value": 1e-3 * ones + (1 - 1e-3) * first,
         "one very huge value": 1e-6 * ones + (1 - 1e-6) * first,

@@ -1,14 +1,13 @@
-"""msign against its own derivation and against SVDs; Muon against torch.optim.Muon and against what users do to it."""
+"""msign against its own derivation and SVDs; Muon against torch.optim.Muon and its users."""
 
 import copy
 import io
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
-from matrices import SHAPES, singular_values, spectra, with_spectrum
+from matrices import SHAPES, hadamard, randn, singular_values, spectra, with_spectrum
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import muon
@@ -42,18 +41,19 @@ def test_composition_never_exceeds_one_and_reaches_the_stated_range():
     assert composed(x).max() <= 1 + 1e-9
     assert composed(x[(x >= 0.003) & (x <= 1)]).min() >= 0.955
     of_the_docstring = composed(np.array([0.1, 0.01, 0.001]))
-    np.testing.assert_allclose(of_the_docstring, [0.956, 0.956, 0.446], atol=1e-3)
+    assert of_the_docstring == pytest.approx([0.956, 0.956, 0.446], abs=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", MSIGN_MAX)
 @pytest.mark.parametrize("shape", SHAPES + [(3, 500), (64, 600), (128, 150)])
 def test_msign_never_overshoots(shape, dtype):
     a, b, c = QUINTICS[0]
-    turning = np.sort(np.sqrt(np.roots([5 * c, 3 * b, a]).real))  # where the first quintic is 1, where it is smallest
+    turning = np.sort(np.sqrt(np.roots([5 * c, 3 * b, a]).real))  # of the first quintic
     r = min(shape)
     cases = list(spectra(r).values())
     for t in turning:
-        cases.append(torch.cat([torch.ones(1), torch.linspace(t - 0.02, t + 0.02, r - 1)]).double())
+        around = torch.linspace(t - 0.02, t + 0.02, r - 1)
+        cases.append(torch.cat([torch.ones(1), around]).double())
     for rank in (1, r // 2):  # what long matrices are divided by is then large where they are small
         cases.append(torch.where(torch.arange(r) < rank, 1.0, 1e-4).double())
     for s in cases:
@@ -65,29 +65,31 @@ def test_msign_never_overshoots(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_msign_is_the_polynomial_of_the_singular_values(shape):
-    """In float64 it must equal U p(s / bound) V^T, with bound as documented; so msign has the vectors of the SVD."""
-    G = with_spectrum(*shape, torch.linspace(1, 0.05, min(shape), dtype=torch.float64), dtype=torch.float64)
-    U, s, Vh = torch.linalg.svd(G, full_matrices=False)
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-3), (torch.float64, 1e-8)])
+def test_msign_is_the_polynomial_of_the_singular_values(dtype, error, shape):
+    """U p(s / bound) V^T, with bound as documented; so msign has the vectors of the SVD."""
+    s = torch.linspace(1, 0.05, min(shape), dtype=torch.float64)
+    G = with_spectrum(*shape, s, dtype=dtype)
+    U, s, Vh = torch.linalg.svd(G.double(), full_matrices=False)
     bound = (s**8).sum() ** 0.125  # ||A^2||_F^(1/4) with A = G G^T
     expected = (U * composed(s / bound)) @ Vh
-    torch.testing.assert_close(msign(G), expected, rtol=0, atol=1e-8)
-    assert singular_values(msign(G)).min() > 0.955
+    torch.testing.assert_close(msign(G).double(), expected, rtol=0, atol=error)
+    assert singular_values(msign(G)).min() > 0.955 - error
 
 
 def test_msign_of_zero_extremes_and_views():
     assert torch.equal(msign(torch.zeros(3, 5)), torch.zeros(3, 5))
-    batch = torch.stack([torch.zeros(4, 9), torch.randn(4, 9, generator=torch.Generator().manual_seed(0))])
-    assert torch.equal(msign(batch)[0], torch.zeros(4, 9)) and singular_values(msign(batch)[1]).min() > 0.9
     for tiny in (1e-44, 1e38):
-        assert 0.9 < singular_values(msign(torch.eye(4, 9) * tiny)).min()
-    assert msign(torch.full((2, 3), math.nan)).isnan().all() and msign(torch.tensor([[math.inf, 1.0]])).isnan().any()
-    G = torch.randn(5, 12, 30, generator=torch.Generator().manual_seed(0))
+        assert singular_values(msign(torch.eye(4, 9) * tiny)).min() > 0.9
+    assert msign(torch.full((2, 3), math.nan)).isnan().all()
+    assert msign(torch.tensor([[math.inf, 1.0]])).isnan().any()
+    G = randn(5, 12, 30).float()
+    G[0] = 0
     torch.testing.assert_close(msign(G.mT), msign(G).mT)  # tall, and not contiguous
     torch.testing.assert_close(msign(G[::2, :, ::3]), msign(G[::2, :, ::3].contiguous()))
     torch.testing.assert_close(torch.stack([msign(g) for g in G]), msign(G), rtol=0, atol=1e-5)
-    two_by_two = msign(G[:4].reshape(2, 2, 12, 30))
-    torch.testing.assert_close(two_by_two, msign(G[:4]).reshape(2, 2, 12, 30), rtol=0, atol=1e-6)
+    two_by_two = msign(G[:4].reshape(2, 2, 12, 30)).reshape(4, 12, 30)
+    torch.testing.assert_close(two_by_two, msign(G[:4]), rtol=0, atol=1e-6)
     with pytest.raises(ValueError, match="matrix"):
         msign(torch.ones(3))
     with pytest.raises(ValueError, match="float16"):
@@ -95,13 +97,13 @@ def test_msign_of_zero_extremes_and_views():
 
 
 def two_sizes(H, j):
-    """bfloat16 rounds the entries of each size the same way: the error is a matrix of rank 1, not noise."""
+    """bfloat16 rounds the entries of each size the same way: the error has rank 1."""
     return torch.where(H < 0, H * (1 + j / 256), H)
 
 
-# ---- what broke an earlier msign ------------------------------------------------------------------------------------
+# ---- what broke an earlier msign -----------------------------------------------------------------
 def attacks():
-    """(name, float64 matrix): rows of one sign, nearly constant ones, low ranks, heavy tails, gradients of a head."""
+    """(name, float64 matrix): of one sign, nearly constant, low ranks, heavy tails, a head's."""
     generator = torch.Generator().manual_seed(1)
 
     def rand(*shape):
@@ -112,8 +114,8 @@ def attacks():
 
     yield "outer, tall", torch.outer(torch.ones(1000), torch.linspace(0.3, 1, 10)).double()
     yield "outer, wide", torch.outer(torch.linspace(0.3, 1, 10), torch.ones(3072)).double()
-    for m, n in ((1, 1), (1, 1000), (2, 768), (2, 2048), (3, 768), (10, 3072), (16, 4096), (24, 40), (64, 300),
-                 (100, 149), (100, 151), (130, 384)):
+    for m, n in ((1, 1), (1, 1000), (2, 768), (2, 2048), (3, 768), (10, 3072), (16, 4096), (24, 40),
+                 (64, 300), (100, 149), (100, 151), (130, 384)):
         for noise in (0, 1e-7, 1e-5, 2e-3, 0.1):
             yield f"constant rows, noise {noise}", randn(m, 1) * (1 + noise * randn(m, n))
             yield f"one sign, spread {noise}", 1 - noise * rand(m, n)
@@ -128,24 +130,17 @@ def attacks():
     label = torch.multinomial(tokens, 4096, replacement=True, generator=generator)
     h = 1 + 0.1 * randn(4096, 8)
     yield "identity + constant", torch.eye(16, dtype=torch.float64) + 0.1
-    hadamard = 1 - 2 * torch.eye(4, dtype=torch.float64)
-    hadamard = torch.kron(torch.kron(hadamard, hadamard), hadamard)
+    symmetric = 1 - 2 * torch.eye(4, dtype=torch.float64)
+    symmetric = torch.kron(torch.kron(symmetric, symmetric), symmetric)  # a Hadamard matrix
     squares = torch.zeros(127)
     squares[[x * x % 127 for x in range(1, 127)]] = 1
     i = torch.arange(127)
     paley = torch.where(i[:, None] == i, 0.0, 2 * squares[(i[:, None] - i) % 127] - 1).double()
-    for H in (hadamard, torch.cat([hadamard] * 8, 1), paley):
+    for H in (symmetric, symmetric.repeat(1, 8), paley):
         for j in range(-30, 31, 2):
             yield f"two sizes, {j}", two_sizes(H, j)
-    yield "head 50304 x 8", (h.mean(0) / 50304).expand(50304, 8).clone().index_add_(0, label, -h / 4096)
-
-
-def sylvester(m):
-    """The Hadamard matrix of m rows, m a power of 2."""
-    H = torch.ones(1, 1)
-    while len(H) < m:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H
+    mean = (h.mean(0) / 50304).expand(50304, 8).clone()
+    yield "head 50304 x 8", mean.index_add_(0, label, -h / 4096)
 
 
 def test_the_worst_case_known_in_bfloat16():
@@ -153,24 +148,27 @@ def test_the_worst_case_known_in_bfloat16():
     largest = {}
     for m in (64, 256, 512):
         for j in (-40, 0, 36, 38, 40, 42):
-            G = two_sizes(sylvester(m).repeat(1, 5), j).bfloat16()
+            G = two_sizes(hadamard(m).repeat(1, 5), j).bfloat16()
             largest[m, j] = sigma(msign(G).double()).item()
     assert max(largest.values()) <= MSIGN_MAX[torch.bfloat16]
     if fast_dtype("cpu") == torch.bfloat16:  # other CPUs add up in another order
-        assert max(largest, key=largest.get) == (512, 40) and largest[512, 40] == pytest.approx(1.056, abs=0.005)
+        assert max(largest, key=largest.get) == (512, 40)
+        assert largest[512, 40] == pytest.approx(1.056, abs=0.005)
 
 
-@pytest.mark.parametrize("dtype, scales", [(torch.float32, (1, 1e-43, 1e30)), (torch.bfloat16, (1, 1e-39, 1e30)),
-                                           (torch.float64, (1e-310, 1))])
+@pytest.mark.parametrize("dtype, scales", [
+    (torch.float32, (1, 1e-43, 1e30)), (torch.bfloat16, (1, 1e-39, 1e30)),
+    (torch.float64, (1e-310, 1))])
 def test_msign_of_what_broke_it(dtype, scales):
-    """About 5,000 inputs in all: never above its bound, never NaN, whatever the scale and the layout."""
+    """About 5,000 inputs in all: never above its bound, never NaN, of any scale and layout."""
     count = 0
     for name, G in attacks():
         many = len(G) < 50000 and not name.startswith("two sizes")
         for scale in scales if many else (1,):
             X = (G / G.abs().max() * scale).to(dtype)
             for Y in (X, X.mT, X.mT.contiguous()) if many else (X, X.mT.contiguous()):
-                assert singular_values(msign(Y)).max() <= MSIGN_MAX[dtype], (name, tuple(Y.shape), scale)
+                largest = singular_values(msign(Y)).max()
+                assert largest <= MSIGN_MAX[dtype], (name, tuple(Y.shape), scale)
                 count += 1
     assert count > 400
 
@@ -178,7 +176,7 @@ def test_msign_of_what_broke_it(dtype, scales):
 @pytest.mark.parametrize("shape", [(2, 2), (2, 3), (2, 7), (3, 3), (4, 4), (4, 10)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_msign_of_many_small_matrices(shape, dtype):
-    """20,000 Gaussians of each shape: one in ten thousand of 2 x 2 in bfloat16 once went to 10^5."""
+    """Gaussians: one in ten thousand of 2 x 2 in bfloat16 once went to 10^5."""
     G = torch.randn(20_000, *shape, generator=torch.Generator().manual_seed(shape[1])).to(dtype)
     if shape == (2, 2):
         G[0] = torch.tensor([[-0.5, -2.234375], [-1.671875, -1.2421875]])
@@ -186,7 +184,7 @@ def test_msign_of_many_small_matrices(shape, dtype):
 
 
 def test_msign_of_stacks_of_mixed_scales():
-    singles = [1 - 1e-3 * torch.rand(5, 300, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    singles = [1 - 1e-3 * randn(5, 300, seed=i).sigmoid().float() for i in range(4)]
     stack = torch.stack([a * s for a, s in zip(singles, (1e-40, 1, 1e30, 0))])
     for one, alone in zip(msign(stack), singles):
         assert singular_values(one).max() <= MSIGN_MAX[torch.float32]
@@ -195,22 +193,8 @@ def test_msign_of_stacks_of_mixed_scales():
     assert msign(stack)[1].isnan().all() and msign(stack)[[0, 2, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (40, 24), (20, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_msign_is_the_polar_factor(shape, dtype, monkeypatch):
-    """msign has the vectors of the SVD. How far its s are from 1 follows from what is documented and tested above."""
-    s = torch.linspace(1, 0.1, min(shape), dtype=torch.float64)
-    G = with_spectrum(*shape, s, dtype=dtype)
-    U, _, Vh = torch.linalg.svd(G.double(), full_matrices=False)
-    # The largest s is known to rank^(1/8) < 1.5, so all are in [0.003, 1], where the composition is at least 0.955.
-    rounding = MSIGN_MAX[dtype] - 1
-    assert torch.linalg.matrix_norm(msign(G).double() - U @ Vh, ord=2) <= 1 - 0.955 + rounding
-    monkeypatch.setattr(muon, "QUINTICS", ((15 / 8, -10 / 8, 3 / 8),) * 20)  # (converges to 1)
-    assert torch.linalg.matrix_norm(msign(G).double() - U @ Vh, ord=2) <= rounding
-
-
 class SplitSums(TorchDispatchMode):
-    """What CUDA may do with bfloat16 products, where its setting allows it: partial sums, added in bfloat16."""
+    """What CUDA may do with bfloat16 products, where its setting allows it: sums in bfloat16."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
@@ -228,31 +212,35 @@ class SplitSums(TorchDispatchMode):
 
 
 def test_partial_sums_in_bfloat16():
-    """Emulated: with CUDA's default msign would exceed its bound; it turns the setting off, and puts it back."""
-    cases = [G.bfloat16() for name, G in attacks() if G.shape in ((64, 300), (2, 768)) or name == "identity + constant"]
+    """Emulated: with CUDA's default msign would exceed its bound. It sets it, and puts it back."""
+    matmul, cases = torch.backends.cuda.matmul, []
+    for name, G in attacks():
+        if G.shape in ((64, 300), (2, 768)) or name == "identity + constant":
+            cases.append(G.bfloat16())
 
     def largest(f):
         with SplitSums():
             return max(singular_values(f(G)).max().item() for G in cases)
 
-    assert largest(msign.__wrapped__) > MSIGN_MAX[torch.bfloat16]  # (without the remedy)
+    assert largest(msign.__wrapped__) > MSIGN_MAX[torch.bfloat16]  # without the remedy
     try:
         for setting in (False, True):
-            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = setting
+            matmul.allow_bf16_reduced_precision_reduction = setting
             assert largest(msign) <= MSIGN_MAX[torch.bfloat16]
-            assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is setting
+            assert matmul.allow_bf16_reduced_precision_reduction is setting
     finally:
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
+        matmul.allow_bf16_reduced_precision_reduction = True
 
 
-# ---- Muon against torch.optim.Muon -----------------------------------------------------------------------------------
-def both(shape, W0, gradients, monkeypatch, ours, **theirs):
-    """(our weights, torch's) after these gradients, with the classical Newton-Schulz quintic until it converges."""
+# ---- Muon against torch.optim.Muon ---------------------------------------------------------------
+def both(W0, gradients, monkeypatch, ours, **theirs):
+    """(our weights, torch's), with the classical Newton-Schulz quintic until it converges."""
     classical = (15 / 8, -10 / 8, 3 / 8)
     monkeypatch.setattr(muon, "QUINTICS", (classical,) * 20)
     a, b = torch.nn.Parameter(W0.clone()), torch.nn.Parameter(W0.clone())
     optimizers = (Muon([a], momentum=0.9, **ours),
-                  torch.optim.Muon([b], momentum=0.9, nesterov=True, ns_coefficients=classical, ns_steps=20, **theirs))
+                  torch.optim.Muon([b], momentum=0.9, nesterov=True, ns_coefficients=classical,
+                                   ns_steps=20, **theirs))
     for G in gradients:
         a.grad, b.grad = G.clone(), G.clone()
         for optimizer in optimizers:
@@ -261,23 +249,25 @@ def both(shape, W0, gradients, monkeypatch, ours, **theirs):
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 24), (24, 40)])
-def test_muon_against_torch(shape, monkeypatch):
-    """Same gradients, same polynomial: same weights, in either of torch's own parametrisations of the learning rate."""
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon_against_torch(adjust, shape, monkeypatch):
+    """The same weights, in either of torch's own parametrisations of the learning rate."""
     spectrum = torch.linspace(1, 0.3, 24, dtype=torch.float64)
-    W0, gradients = with_spectrum(*shape, spectrum), [with_spectrum(*shape, spectrum, seed=i) for i in range(8)]
+    W0, *gradients = [with_spectrum(*shape, spectrum, seed=i) for i in range(9)]
     rms = math.sqrt(shape[0] / shape[1])  # what an update of norm 1 is multiplied by here
-    for adjust, factor in (("original", max(1.0, rms)), ("match_rms_adamw", 0.2 * math.sqrt(max(shape)))):
-        theirs = dict(lr=0.1 * rms / factor, adjust_lr_fn=adjust, weight_decay=0.0)
-        a, b = both(shape, W0, gradients, monkeypatch, dict(lr=0.1), **theirs)
-        moved = (b - W0).norm()
-        assert moved > 1 and (a - b).norm() / moved < 0.02  # torch computes in bfloat16
+    factor = dict(original=max(1.0, rms), match_rms_adamw=0.2 * math.sqrt(max(shape)))[adjust]
+    theirs = dict(lr=0.1 * rms / factor, adjust_lr_fn=adjust, weight_decay=0.0)
+    a, b = both(W0, gradients, monkeypatch, dict(lr=0.1), **theirs)
+    moved = (b - W0).norm()
+    assert moved > 1 and (a - b).norm() / moved < 0.02  # torch computes in bfloat16
 
 
 def test_weight_decay_against_torch(monkeypatch):
-    """The constraint weight_decay is decoupled decay of strength 1 / w_max. (After the update, so lr^2 / w_max off.)"""
-    W0, G = with_spectrum(24, 24, torch.linspace(1, 0.3, 24)), with_spectrum(24, 24, torch.ones(24), seed=1)
+    """Decoupled decay of strength 1 / w_max. (After the update, so lr^2 / w_max off.)"""
+    W0 = with_spectrum(24, 24, torch.linspace(1, 0.3, 24))
+    gradients = [with_spectrum(24, 24, torch.ones(24), seed=1)] * 20
     ours = dict(lr=0.01, constraint=weight_decay, w_max=2.0)
-    a, b = both((24, 24), W0, [G] * 20, monkeypatch, ours, lr=0.01, weight_decay=0.5)
+    a, b = both(W0, gradients, monkeypatch, ours, lr=0.01, weight_decay=0.5)
     assert (a - b).norm() / (b - W0).norm() < 0.02
 
 
@@ -287,39 +277,25 @@ def test_update_has_norm_lr(shape, dtype):
     W = torch.nn.Parameter(torch.zeros(shape))
     W.grad = with_spectrum(*shape, torch.linspace(1, 0.5, min(shape), dtype=torch.float64))
     Muon([W], lr=0.3, dtype=dtype).step()
-    assert 0.97 * 0.3 <= singular_values(W.data).max() / math.sqrt(shape[0] / shape[1]) <= 0.3 * MSIGN_MAX[dtype]
+    assert 0.97 * 0.3 <= exact_norm(W) <= 0.3 * MSIGN_MAX[dtype]
 
 
 def test_same_shapes_are_one_batch_and_constraint_follows_update():
-    generator = torch.Generator().manual_seed(0)
-    start = [0.05 * torch.randn(6, 10, generator=generator) for _ in range(3)]
-    grads = [torch.randn(6, 10, generator=generator) for _ in range(3)]
-    together = [torch.nn.Parameter(w.clone()) for w in start]
-    apart = [torch.nn.Parameter(w.clone()) for w in start]
-    stack = torch.nn.Parameter(torch.stack(start))
-    kwargs = dict(lr=0.9, constraint=hard_cap, w_max=0.7)
-    for w, v, g in zip(together, apart, grads):
-        w.grad, v.grad = g.clone(), g.clone()
-    stack.grad = torch.stack(grads)
-    for optimizer in [Muon(together, **kwargs), Muon([stack], **kwargs)] + [Muon([w], **kwargs) for w in apart]:
-        optimizer.step()
-    for w, v, u in zip(together, apart, stack):
-        torch.testing.assert_close(w, v, rtol=0, atol=1e-5)
-        torch.testing.assert_close(w, u, rtol=0, atol=1e-5)
-        assert singular_values(w.data).max() == pytest.approx(0.7 * math.sqrt(6 / 10), rel=1e-4)
+    start, grads = 0.05 * randn(3, 6, 10), randn(3, 6, 10, seed=1)
+    together, apart = ([torch.nn.Parameter(W.clone()) for W in start] for _ in range(2))
+    stack = torch.nn.Parameter(start.clone())
+    stack.grad = grads.clone()
+    for W, V, G in zip(together, apart, grads):
+        W.grad, V.grad = G.clone(), G.clone()
+    for matrices in (together, [stack], *[[V] for V in apart]):
+        Muon(matrices, lr=0.9, constraint=hard_cap, w_max=0.7).step()
+    for W, V, U in zip(together, apart, stack):
+        torch.testing.assert_close(W, V, rtol=0, atol=1e-5)
+        torch.testing.assert_close(W, U, rtol=0, atol=1e-5)
+        assert exact_norm(W) == pytest.approx(0.7, rel=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_constraint_is_given_the_step_norm(dtype):
-    received = []
-    W = torch.nn.Parameter(torch.zeros(4, 4))
-    W.grad = torch.eye(4)
-    Muon([W], lr=0.25, w_max=2.0, dtype=dtype,
-         constraint=lambda W, w_max, step_norm: received.append((w_max, step_norm)) or W).step()
-    assert received == [(2.0, pytest.approx(0.25 * MSIGN_MAX[dtype or torch.float32]))]
-
-
-# ---- the limit ------------------------------------------------------------------------------------------------------
+# ---- the limit -----------------------------------------------------------------------------------
 WAITING = sorted(name for name, f in CONSTRAINTS.items() if hasattr(f, "can_wait"))
 
 
@@ -330,9 +306,9 @@ def held(optimizer, W):
 
 
 @pytest.mark.parametrize("name", WAITING)
-@pytest.mark.parametrize("lr, every", [(0.07, 1), (0.03, 3), (0.004, 4)])  # 15/16 w_max is the lowest target
+@pytest.mark.parametrize("lr, every", [(0.07, 1), (0.03, 3), (0.004, 4)])  # not below 15/16 w_max
 def test_limit_holds_after_each_step_though_the_constraint_waits(lr, every, name):
-    """The worst case, steps that all push the same way, for two matrices of which one starts far above the limit."""
+    """Steps that all push the same way, for two matrices of which one starts far above it."""
     calls, step = [], lr * MSIGN_MAX[torch.float32]
 
     def constraint(W, w_max, step_norm):
@@ -340,8 +316,8 @@ def test_limit_holds_after_each_step_though_the_constraint_waits(lr, every, name
         return CONSTRAINTS[name](W, w_max, step_norm)
 
     constraint.can_wait = True
-    push = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    a, b = (torch.nn.Parameter(-norm * (6 / 4) ** 0.5 * torch.linalg.qr(push)[0]) for norm in (3.0, 0.5))
+    push = (6 / 4) ** 0.5 * torch.linalg.qr(randn(6, 4))[0].float()
+    a, b = (torch.nn.Parameter(-norm * push) for norm in (3.0, 0.5))
     optimizer = Muon([a, b], lr=lr, momentum=0.0, constraint=constraint, w_max=1.0, every=4)
     for _ in range(60):
         for W in (a, b):
@@ -350,13 +326,13 @@ def test_limit_holds_after_each_step_though_the_constraint_waits(lr, every, name
         assert held(optimizer, a) and held(optimizer, b)
     assert calls[0] == (pytest.approx(1 + step), math.inf)  # once to begin
     assert len(calls) == math.ceil(60 / every) + 1
-    for w_max, step_norm in calls[1:]:
-        assert w_max == pytest.approx(1 - (every - 1) * step) and step_norm == pytest.approx(every * step)
+    for call in calls[1:]:
+        assert call == pytest.approx((1 - (every - 1) * step, every * step))
 
 
 @pytest.mark.parametrize("dtype, target", [(torch.float32, 1.8999), (torch.bfloat16, 1.893)])
 def test_the_example_of_waiting(dtype, target):
-    """Above _constrain: w_max 2, lr 0.1, every 4. There is room for one step, so it runs at every second one."""
+    """Above _constrain: room for one step, so the constraint runs at every second one."""
     calls = []
 
     def constraint(W, w_max, step_norm):
@@ -374,31 +350,36 @@ def test_the_example_of_waiting(dtype, target):
 
 
 @pytest.mark.parametrize("name", WAITING)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", MSIGN_MAX)
 @pytest.mark.parametrize("seed", range(3))
 def test_limit_holds_whatever_happens_between_the_steps(seed, dtype, name):
-    """Learning rates and limits change, gradients are missing, constraints come and go; writes, reloads, copies."""
+    """Rates and limits change, gradients are missing, constraints come and go; writes, copies."""
     generator = torch.Generator().manual_seed(seed)
+    weights = torch.float64 if dtype == torch.float64 else torch.float32
 
     def chance(p):
         return torch.rand((), generator=generator).item() < p
 
-    weights = torch.float64 if dtype == torch.float64 else torch.float32
-    Ws = [torch.nn.Parameter(with_spectrum(6, 9, torch.linspace(0.1, 0.5, 6), dtype=weights)) for _ in range(3)]
-    optimizer = Muon(Ws, lr=0.01, momentum=0.5, constraint=CONSTRAINTS[name], w_max=1.0, dtype=dtype, every=4)
+    def noise():
+        return torch.randn(6, 9, generator=generator, dtype=weights)
+
+    start = with_spectrum(6, 9, torch.linspace(0.1, 0.5, 6), dtype=weights)
+    Ws = [torch.nn.Parameter(start.clone()) for _ in range(3)]
+    optimizer = Muon(Ws, lr=0.01, momentum=0.5, constraint=CONSTRAINTS[name], w_max=1.0,
+                     dtype=dtype, every=4)
     saved = copy.deepcopy(optimizer.state_dict())
     for _ in range(120):
         group = optimizer.param_groups[0]
-        group.update(lr=0.05 * torch.rand((), generator=generator).item() ** 3, w_max=0.7 if chance(0.1) else 1.0)
+        group["lr"] = 0.05 * torch.rand((), generator=generator).item() ** 3
+        group["w_max"] = 0.7 if chance(0.1) else 1.0
         if chance(0.05):  # the limit is not ours to keep for a while
             group["constraint"] = None if chance(0.5) else lambda W, w_max, step_norm: 1.5 * W
             for W in Ws:
-                W.grad = torch.randn(6, 9, generator=generator, dtype=weights)
+                W.grad = noise()
             optimizer.step()
             group["constraint"] = CONSTRAINTS[name]
         if chance(0.1):
-            with torch.no_grad():
-                Ws[0].copy_(torch.randn(6, 9, generator=generator))
+            Ws[0].data.copy_(noise())
             optimizer.forget()
         if chance(0.1):
             rewound = chance(0.5)
@@ -408,20 +389,23 @@ def test_limit_holds_whatever_happens_between_the_steps(seed, dtype, name):
         if chance(0.1):
             Ws, optimizer = copy.deepcopy((Ws, optimizer))
         for W in Ws:
-            W.grad = None if chance(0.2) else -W.detach() + 0.1 * torch.randn(6, 9, generator=generator, dtype=weights)
+            W.grad = None if chance(0.2) else -W.detach() + 0.1 * noise()
         optimizer.step()
         assert all(held(optimizer, W) for W in Ws if W.grad is not None)
 
 
-WRITES = {"no_grad": lambda W, new: torch.no_grad()(W.copy_)(new), "data": lambda W, new: setattr(W, "data", new),
-          "vector": lambda W, new: torch.nn.utils.vector_to_parameters(new.flatten(), [W])}
+WRITES = {
+    "no_grad": lambda W, new: torch.no_grad()(W.copy_)(new),
+    "data": lambda W, new: setattr(W, "data", new),
+    "vector": lambda W, new: torch.nn.utils.vector_to_parameters(new.flatten(), [W])}
 
 
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("norm, lr", [(10.0, 0.01), (1e20, 0.01), (10.0, 1e-4), (10.0, 0.0)])  # at 0 nothing counts up
+@pytest.mark.parametrize("norm, lr", [  # at a rate of 0 nothing counts up
+    (10.0, 0.01), (1e20, 0.01), (10.0, 1e-4), (10.0, 0.0)])
 def test_a_write_that_nobody_announced(norm, lr, write, every):
-    """Norm 10 or more at a limit of 1, small steps: never NaN, within the limit after at most 64 steps, for good."""
+    """Never NaN, and within the limit of 1 after at most 64 small steps, for good."""
     W = torch.nn.Parameter(torch.zeros(12, 12))
     optimizer = Muon([W], lr=lr, constraint=soft_cap, w_max=1.0, every=every)
     generator, within = torch.Generator().manual_seed(0), []
@@ -435,67 +419,11 @@ def test_a_write_that_nobody_announced(norm, lr, write, every):
     assert all(within[:5]) and all(within[5 + 64 - 1:])
 
 
-@pytest.mark.parametrize("what", ["weights first", "optimizer first", "deepcopy", "optimizer alone"])
-def test_a_state_from_another_time(what):
-    """A state saved when the norm was 0.2, with weights that are at the limit."""
-    W = torch.nn.Parameter(0.2 * torch.eye(8))
-    optimizer = Muon([W], lr=0.02, momentum=0.0, constraint=soft_cap, w_max=1.0, every=4)
-
-    def push():
-        W.grad = -torch.eye(8)
-        optimizer.step()
-
-    push()
-    early = copy.deepcopy(optimizer.state_dict())
-    for _ in range(60):
-        push()
-    assert exact_norm(W) > 0.9
-    if what == "weights first":
-        W.data = torch.eye(8)
-    if what == "deepcopy":
-        W, optimizer = copy.deepcopy((W, optimizer))
-    else:
-        optimizer.load_state_dict(early)
-    if what == "optimizer first":
-        W.data = torch.eye(8)
-    for _ in range(20):
-        push()
-        assert exact_norm(W) <= 1 + 1e-4
-
-
-def test_training_on_bright_images_stays_finite():
-    """Features all close to 1: long rows of one sign in the gradient, which once ended in NaN."""
-    torch.manual_seed(0)
-    x, y, layer = 1 - 1e-3 * torch.rand(512, 3072), torch.randint(10, (512,)), torch.nn.Linear(3072, 10, bias=False)
-    optimizer = Muon(layer.parameters(), lr=0.1, constraint=soft_cap, w_max=1.0)
-    for _ in range(10):
-        before = layer.weight.detach().clone()
-        torch.nn.functional.cross_entropy(layer(x), y).backward()
-        optimizer.param_groups[0]["constraint"] = None
-        optimizer.step()
-        assert exact_norm(layer.weight - before) <= 0.1 * MSIGN_MAX[torch.float32]
-        optimizer.zero_grad()
-        optimizer.param_groups[0]["constraint"] = soft_cap
-        layer.weight.grad = torch.zeros_like(layer.weight)
-        optimizer.step()
-        assert exact_norm(layer.weight) <= 1 + 1e-4
-
-
-def test_weight_decay_under_muon_keeps_the_limit():
-    W = torch.nn.Parameter(torch.zeros(8, 8))
-    optimizer = Muon([W], lr=0.1, constraint=weight_decay, w_max=1.0)
-    for _ in range(100):
-        W.grad = -torch.eye(8)
-        optimizer.step()
-        assert singular_values(W.data).max() <= 1
-    assert singular_values(W.data).min() > 0.85  # equilibrium at w_max - lr, less what msign falls short of 1
-
-
-# ---- states ---------------------------------------------------------------------------------------------------------
+# ---- states --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("name", WAITING)
 def test_state_dict_is_safe_to_load_and_continues(name, every):
-    """Bit by bit the same as without a stop, at the limit and with small steps: there constraints wait."""
+    """Bit by bit, at the limit and with small steps: there constraints wait."""
     def make():
         W = torch.nn.Parameter(0.2 * torch.ones(3, 5))
         return W, Muon([W], lr=0.01, constraint=CONSTRAINTS[name], w_max=1.0, every=every)
@@ -522,17 +450,18 @@ def test_state_dict_is_safe_to_load_and_continues(name, every):
 
 
 def test_states_that_do_not_fit_are_refused():
-    def used(W, optimizer):
+    def used(optimizer):
         W.grad = torch.ones_like(W)
         optimizer.step()
         return optimizer.state_dict()
 
     W = torch.nn.Parameter(torch.zeros(3, 4))
     optimizer = Muon([W], lr=0.1, constraint=hard_cap, w_max=1.0)
-    for state in (used(W, torch.optim.Muon([W])), torch.optim.Muon([W]).state_dict(), used(W, torch.optim.AdamW([W]))):
-        with pytest.raises(ValueError, match=r"another optimizer"):
+    fresh = torch.optim.Muon([W]).state_dict()
+    for state in (fresh, used(torch.optim.Muon([W])), used(torch.optim.AdamW([W]))):
+        with pytest.raises(ValueError, match="another optimizer"):
             optimizer.load_state_dict(state)
-        used(W, optimizer)  # and nothing was harmed
+        used(optimizer)  # and nothing was harmed
 
 
 def test_a_state_without_a_limit_leaves_the_limit():
@@ -544,40 +473,12 @@ def test_a_state_without_a_limit_leaves_the_limit():
     assert optimizer.param_groups[0]["w_max"] == 1 and exact_norm(W) <= 1 + 1e-4
 
 
-def test_flattened_states_of_distributed_checkpoints():
-    from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict,
-                                                         set_optimizer_state_dict)
-
-    def make():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.Linear(5, 4, bias=False))
-        return model, Muon(model.parameters(), lr=0.1, constraint=hard_cap, w_max=1.0, every=4)
-
-    def step(model, optimizer, seed):
-        model(torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    model, optimizer = make()
-    for seed in range(5):
-        step(model, optimizer, seed)
-    flat = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-    other_model, other = make()
-    set_optimizer_state_dict(other_model, other, flat, options=options)
-    other_model.load_state_dict(model.state_dict())
-    for seed in range(5, 12):
-        step(model, optimizer, seed)
-        step(other_model, other, seed)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters()))
-    assert other.param_groups[0]["constraint"] is hard_cap
-
-
-# ---- in other people's programs -------------------------------------------------------------------------------------
+# ---- in other people's programs ------------------------------------------------------------------
 def problem():
     """(model, its optimizer, one step's loss)."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 4, bias=False))
+    layers = [torch.nn.Linear(6, n, bias=False) for n in (6, 4)]
+    model = torch.nn.Sequential(*layers)
     for layer in model:
         layer.weight.data = hard_cap(layer.weight.data, 0.5)
     x = torch.randn(16, 6)
@@ -585,15 +486,13 @@ def problem():
     def loss():
         return (model(x) - 1).square().mean()
 
-    return model, Muon(model.parameters(), lr=0.1, constraint=soft_cap, w_max=1.0, every=4), loss
+    optimizer = Muon(model.parameters(), lr=0.1, constraint=soft_cap, w_max=1.0, every=4)
+    return model, optimizer, loss
 
 
 def test_learning_rates_as_tensors_schedules_and_closures():
     model, optimizer, loss = problem()
-    plain = copy.deepcopy((model, optimizer))
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(plain[1], max_lr=0.1, total_steps=20,
-                                                   base_momentum=0.85, max_momentum=0.95)
     ramp = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 5))  # from 0
     start = [p.clone() for p in model.parameters()]
 
@@ -603,59 +502,36 @@ def test_learning_rates_as_tensors_schedules_and_closures():
         value.backward()
         return value
 
-    assert optimizer.step(closure) > 0
+    first = optimizer.step(closure)
     for p, q in zip(model.parameters(), start):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # a learning rate of 0 leaves weights as they are
-    momenta = set()
-    for _ in range(12):
-        first = optimizer.step(closure)
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # a learning rate of 0
+    for step in range(12):
         ramp.step()
-        for p in plain[0].parameters():
-            p.grad = torch.randn_like(p)
-        plain[1].step()
-        schedule.step()
-        momenta.add(plain[1].param_groups[0]["momentum"])
-        assert all(exact_norm(p) <= 1 + 1e-4 for p in [*model.parameters(), *plain[0].parameters()])
-    assert len(momenta) > 8 and first > loss()
-
-
-def test_missing_gradients_and_frozen_parameters():
-    model, optimizer, loss = problem()
-    model[0].weight.requires_grad_(False)
-    model[0].weight.data.mul_(10)  # beyond the limit, and not ours to move
-    before = model[0].weight.clone()
-    for _ in range(70):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    assert torch.equal(model[0].weight, before) and exact_norm(model[1].weight) <= 1 + 1e-4
-    model[0].weight.requires_grad_(True)
-    loss().backward()
-    optimizer.step()
-    assert exact_norm(model[0].weight) <= 1 + 1e-4  # within it from its first step
+        optimizer.param_groups[0]["momentum"] = 0.85 + step / 100  # as OneCycleLR does
+        optimizer.step(closure)
+        assert all(exact_norm(p) <= 1 + 1e-4 for p in model.parameters())
+    assert first > loss()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_makes_no_update(bad):
     model, optimizer, loss = problem()
+    W, other = model.parameters()
     optimizer.param_groups[0]["constraint"] = None  # (it would run)
     for step in range(8):
         optimizer.zero_grad()
         loss().backward()
-        before = [p.detach().clone() for p in model.parameters()]
+        before = [p.detach().clone() for p in (W, other)]
         if step == 4:
-            model[0].weight.grad[1, 2] = bad
+            W.grad[1, 2] = bad
         optimizer.step()
-        assert all(p.isfinite().all() for p in model.parameters())
-        if step == 4:
-            assert torch.equal(model[0].weight, before[0])
-            assert optimizer.state[model[0].weight]["momentum"].isfinite().all()
-        assert not torch.equal(model[1].weight, before[1])
+        assert all(p.isfinite().all() for p in (W, other, optimizer.state[W]["momentum"]))
+        assert torch.equal(W, before[0]) == (step == 4) and not torch.equal(other, before[1])
     optimizer.param_groups[0]["constraint"] = soft_cap
     for _ in range(70):
-        model[0].weight.grad = torch.full_like(model[0].weight, bad)
+        W.grad = torch.full_like(W, bad)
         optimizer.step()
-        assert exact_norm(model[0].weight) <= 1 + 1e-4
+        assert exact_norm(W) <= 1 + 1e-4
 
 
 @pytest.mark.parametrize("lr", [-0.01, math.nan, math.inf])
@@ -667,20 +543,6 @@ def test_a_learning_rate_that_went_wrong_stops_before_anything_is_written(lr):
     with pytest.raises(ValueError, match="lr is .* must be finite"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
-
-
-def test_grad_scaler():
-    model, optimizer, loss = problem()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    for step in range(4):
-        before = model[0].weight.detach().clone()
-        optimizer.zero_grad()
-        scaler.scale(loss()).backward()
-        if step == 2:
-            model[0].weight.grad[0, 0] = math.inf
-        scaler.step(optimizer)
-        scaler.update()
-        assert torch.equal(model[0].weight, before) == (step == 2)
 
 
 def test_sparse_gradients_are_as_dense_ones():
@@ -717,36 +579,24 @@ def test_a_constraint_that_returns_something_else_is_refused(result):
         Muon(Ws, constraint=lambda W, w_max, step_norm: result, w_max=1.0).step()
 
 
-def test_torch_compile_of_step_runs_it_as_it_is():
-    model, optimizer, loss = problem()
-    twin = copy.deepcopy((model, optimizer))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compiled = torch.compile(optimizer.step, backend="eager")
-        for _ in range(3):
-            loss().backward()
-            for p, q in zip(model.parameters(), twin[0].parameters()):
-                q.grad = p.grad.clone()
-            compiled()
-            twin[1].step()
-            optimizer.zero_grad()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin[0].parameters()))
-
-
-def test_muon_refuses():
-    W = torch.nn.Parameter(torch.zeros(3, 3))
-    for shape in ((3,), (4, 3, 3, 3), (0, 3)):
-        with pytest.raises(ValueError, match=r"must be a matrix.*convolution"):
-            Muon([torch.nn.Parameter(torch.zeros(shape))])
-    for weights, dtype in ((torch.float16, None), (torch.complex64, torch.float32), (torch.float32, torch.float16)):
-        with pytest.raises(ValueError, match=r"\(3, 3\) in .*(float16|complex64)"):
-            Muon([torch.nn.Parameter(torch.zeros(3, 3, dtype=weights))], dtype=dtype)
-    for wrong in (dict(lr=-1.0), dict(lr=math.nan), dict(lr=math.inf), dict(momentum=1.0), dict(every=0),
-                  dict(every=65), dict(constraint="hard_cap", w_max=1.0), dict(constraint=hard_cap),
-                  dict(constraint=hard_cap, w_max=0.0), dict(constraint=hard_cap, w_max=math.nan)):
-        with pytest.raises(ValueError, match="Muon: .* must be"):
-            Muon([W], **wrong)
-    optimizer = Muon([W])
-    with pytest.raises(ValueError, match="matrix"):
-        optimizer.add_param_group(dict(params=[torch.nn.Parameter(torch.zeros(3))]))
+@pytest.mark.parametrize("shape, weights, dtype, says", [
+    ((3,), None, None, "must be a matrix.*convolution"),
+    ((4, 3, 3, 3), None, None, "must be a matrix"), ((0, 3), None, None, "must be a matrix"),
+    ((3, 3), torch.float16, None, r"\(3, 3\) in .*float16"),
+    ((3, 3), torch.complex64, torch.float32, "complex64"),
+    ((3, 3), torch.float32, torch.float16, "float16")])
+def test_muon_refuses_parameters(shape, weights, dtype, says):
+    optimizer = Muon([torch.nn.Parameter(torch.zeros(2, 2))])
+    wrong = torch.nn.Parameter(torch.zeros(shape, dtype=weights))
+    with pytest.raises(ValueError, match=says):
+        optimizer.add_param_group(dict(params=[wrong], dtype=dtype))
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(lr=-1.0), dict(lr=math.nan), dict(lr=math.inf), dict(momentum=1.0), dict(every=0),
+    dict(every=65), dict(constraint="hard_cap", w_max=1.0), dict(constraint=hard_cap),
+    dict(constraint=hard_cap, w_max=0.0), dict(constraint=hard_cap, w_max=math.nan)])
+def test_muon_refuses_settings(wrong):
+    with pytest.raises(ValueError, match="Muon: .* must be"):
+        Muon([torch.nn.Parameter(torch.zeros(3, 3))], **wrong)

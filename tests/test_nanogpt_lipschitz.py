@@ -741,10 +741,10 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     cases = {
         "kill": (["--out", tmp_path / "kill"], "Signal 9 (SIGKILL)"),
         "exception": (["--out", tmp_path / "exception"], "ValueError: a fault of one rank"),
-        "disk": (["--out", tmp_path / "disk"], "rank 0: [Errno 28] No space left on device"),
-        "token": (["--out", tmp_path / "token", "--data", data], f"rank 1: {data / 'train.bin'}: holds token 299"),
-        "checkpoint": (["--out", damaged], f"rank 0: {damaged / 'checkpoint.pt'}: is no checkpoint"),
-        "flag": (["--batch", 3], "rank 0: --batch 3: must be a multiple of 2 process(es)"),
+        "disk": (["--out", tmp_path / "disk"], "[Errno 28] No space left on device"),
+        "token": (["--out", tmp_path / "token", "--data", data], f"{data / 'train.bin'}: holds token 299"),
+        "checkpoint": (["--out", damaged], f"{damaged / 'checkpoint.pt'}: is no checkpoint"),
+        "flag": (["--batch", 3], "--batch 3: must be a multiple of 2 process(es)"),
     }
     settings = flags(micro_batch=1, steps=20)
     running, ended, seconds = {}, {}, {}
@@ -843,7 +843,7 @@ def test_help_is_complete(capsys):
     (["--activation", "relu"], "must be one of"), (["--hidden", "33", "--activation", "maxmin"], "even for maxmin"),
     (["--baseline"], "none for the baseline"), (["--residual_scale", "99"], "at most 2 * blocks"),
     (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "results/prepare.py"),
-    (["--constraint", "huge"], "--constraint huge"), (["--sample", "nowhere"], "has no checkpoint.pt"),
+    (["--constraint", "huge"], "--constraint huge"), (["--sample", "nowhere"], "is no checkpoint"),
     (["--preset", "cap1"], "needs a GPU for --seq_len 49152")])
 def test_wrong_flags(wrong, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -31,7 +31,7 @@ TUTORIALS = ("mlp_cifar", "shakespeare", "nanogpt_lipschitz")
 SECTIONS = ("Settings", "A run, its folder and its checkpoint", "Tools of a training loop", "On the command line")
 OWN = {"Config", "Block", "Transformer", "rotate", "build_model", "certificate", "tuned", "describe_blocks",
        "largest_embedding", "load_data", "choose_batch", "build_optimizers", "measure", "evaluate", "report", "sample",
-       "sample_from_run", "main"}
+       "main"}
 pytestmark = pytest.mark.usefixtures("few_images", "blank_pictures")
 
 
@@ -253,7 +253,7 @@ def test_a_long_run_gives_signs_of_life(monkeypatch, capsys):
     monkeypatch.setattr(mlp_cifar.time, "perf_counter", lambda: next(clock))
     assert list(mlp_cifar.count_steps(10, 18)) == list(range(10, 18))
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["step    13/18  about 20 s left", "step    16/18  about 8 s left"]
+    assert lines == ["step    12/18  about 36 s left", "step    15/18  about 14 s left"]
 
 
 def test_a_second_ctrl_c_interrupts_at_once(request):

@@ -89,7 +89,7 @@ class Files:
 def test_true_runs_are_held(runs, capsys):
     assert verify_lipschitz.main([str(runs)], options(budget=0.3, images=60, windows=2)) == 0
     said = capsys.readouterr().out
-    assert " s  3 of 5: block 2 of 2 ...\n" in said and " s  3 of 3: 60 images" in said  # how far it is
+    assert "  3 of 5: block 2 of 2 ...\n" in said and "  3 of 3: 60 images" in said  # how far it is
     places = dict(mlp={"layer 1", "layer 3", "network", "weights", "test images", "config.json"},
                   nano={"block 2", "network", "stream"}, content={"block 1", "stream", "validation text"},
                   position={"block 1", "weights", "network", "checkpoint's log", "log.jsonl"})
