@@ -398,6 +398,7 @@ def load_images(source, label):
 def stand_in(train=20_000, test=4_000):
     """Ten classes of drawings: five outlines, filled or hollow, of any place, size and colour."""
     N = train + test
+    print(f"Drawing {N:,} pictures: some seconds ...", flush=True)
     generator = torch.Generator().manual_seed(20_250_713)
     label_N = torch.arange(N) % 10
     place_2N11 = torch.rand(2, N, 1, 1, generator=generator) - 0.5
@@ -764,6 +765,7 @@ def measure(model, test_set, step, losses, ms_per_step):
 
 def report(config, model, out, log, data_name, test_set, dtype):
     """The end of a run: tuned certificate, summary.json, table, picture. Returns the summary."""
+    print("Tuning the certificate: some seconds ...", flush=True)
     bound = certificate(model, steps=30)
     radius_N = certified_radii(model, bound["pairs_log10_KK"], *test_set)
     certified = {name: (radius_N > r).double().mean().item() for name, r in RADII.items()}

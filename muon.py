@@ -150,7 +150,8 @@ class Muon(torch.optim.Optimizer):
     arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
     limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
     update, and its entries restart their momentum at 0. While the gradient of a matrix is zero in
-    every entry, its updates shrink by the factor momentum a step.
+    every entry, its updates shrink by the factor momentum a step. On a GPU soft_cap goes on pulling
+    at such a matrix.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,
@@ -210,13 +211,24 @@ class Muon(torch.optim.Optimizer):
             batches = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    batches.setdefault((p.shape, p.dtype, p.device), []).append(p)
+                    rests = self._track_activity(p, float(group["momentum"]))
+                    batches.setdefault((p.shape, p.dtype, p.device, rests), []).append(p)
             for batch in batches.values():
                 with torch.autocast(batch[0].device.type, enabled=False):
                     step_norm = self._update(batch, group)
                     if group["constraint"] is not None:
                         self._constrain(batch, group, step_norm)
         return loss
+
+    def _track_activity(self, p, momentum):
+        """Returns whether the gradient is known to be 0. A GPU would be waited for, and is not."""
+        # A gradient of zeros shrinks the momentum, but msign does not see the scale: a weight would
+        # go on in the same direction for thousands of steps. So updates shrink as the momentum.
+        state = self.state[p]
+        idle = p.grad.to_dense().abs().amax((-2, -1), keepdim=True) == 0
+        activity = state.get("activity", torch.ones(())).to(p.device, torch.float32)
+        state["activity"] = torch.where(idle, momentum * activity, 1.0)
+        return p.is_cpu and idle.all().item()
 
     def _update(self, batch, group):
         """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns the largest norm of a step."""
@@ -229,14 +241,9 @@ class Muon(torch.optim.Optimizer):
         for p in batch:
             gradient = p.grad.to_dense()  # that of an embedding may be sparse
             state = self.state[p]
-            if not state:
+            if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
-                state["activity"] = p.new_ones(())
             M = state["momentum"].lerp_(gradient, 1 - momentum)
-            # Gradients of zeros shrink M, but msign does not see the scale: W would go on in the
-            # same direction for thousands of steps. So the update shrinks as M does.
-            idle = gradient.abs().amax() == 0
-            state["activity"] = torch.where(idle, momentum * state["activity"], 1.0).to(M.dtype)
             nesterov = torch.lerp(gradient, M, momentum)
             directions.append(nesterov.to(group["dtype"] or M.dtype))
         updates = msign(stack(directions))
@@ -253,13 +260,10 @@ class Muon(torch.optim.Optimizer):
         largest = 0.0
         for p, update in zip(batch, updates):
             activity = self.state[p]["activity"]
-            length = lr
-            if p.is_cpu:
-                length *= activity.item()
-            else:  # a GPU would be waited for, so the bound counts a whole step
-                update.mul_(activity)
-            p.add_(update, alpha=-length * (fan_out / fan_in) ** 0.5)
-            step_norm = length * MSIGN_MAX[updates.dtype]
+            p.add_(update.mul_(activity), alpha=-lr * (fan_out / fan_in) ** 0.5)
+            step_norm = lr * MSIGN_MAX[updates.dtype]
+            if p.is_cpu:  # on a GPU a whole step is counted
+                step_norm *= activity.max().item()
             self.bounds[p] = self.bounds.get(p, math.inf) + step_norm
             largest = max(largest, step_norm)
         return largest
@@ -289,7 +293,8 @@ class Muon(torch.optim.Optimizer):
         norm_at_most = max(self.bounds[p] for p in batch)
         W = stack(batch)
         target = limit
-        overshoot = step_norm
+        # What cannot wait, a decay above all, acts at full strength where gradients are 0, too.
+        overshoot = float(group["lr"]) * MSIGN_MAX[group["dtype"] or W.dtype]
         bound = math.inf
         if can_wait:
             reach = limit + step_norm
@@ -323,7 +328,11 @@ def find_faults(group):
         if not callable(group["constraint"]):
             faults.append(f"constraint is {group['constraint']!r}, must be a function or None")
     for name, (least, most) in ranges.items():
-        if not least <= (group[name] or 0) <= most:
+        try:
+            fits = least <= float(group[name] or 0) <= most
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
             faults.append(f"{name} is {group[name]}, must be from {least} to {most:g}")
     for p in group["params"]:
         dtypes = {p.dtype, group["dtype"] or p.dtype}

@@ -633,8 +633,11 @@ def print_table(table):
         for row in rows:
             print(f"  {row['where']:16} {ascii(row['what'])[1:-1]:28} {show(row, 'claimed'):>12} "
                   f"{show(row, 'found'):>12}  {row['verdict']:6}  {row['note']}")
+    above = sum(row["verdict"] == "above its limit" for row in shown)
     print(f"\n  {table.verdict()}: {len(table.rows)} rows, {len(shown)} of them shown; the claims "
           "that agree are in verify.json")
+    if above:
+        print(f"  BUT {above} NORMS ARE ABOVE THEIR LIMITS, which this constraint does not promise")
 
 
 def main(names, options):

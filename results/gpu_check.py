@@ -12,6 +12,7 @@ minutes more: --only fineweb.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -54,6 +55,7 @@ SMALL = dict(width=64, blocks=2, heads=2, hidden=128, vocab=500, seq_len=256, wi
 LIMIT = 1e-4  # by which a norm may exceed its limit, relative
 LOW_LIMIT = 0.012  # the same for a soft cap that computes in bfloat16: see its docstring
 MAP_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # relative, against float64
+SOFT_CAP_ERROR = 0.008  # it takes away 3 %, so 0.05 would allow anything
 ATTENTION_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.03}
 LOSS_ERROR = {torch.float32: 5e-4, torch.bfloat16: 5e-3}  # of ten steps, against float64
 SAME_RUN = 1e-3  # losses of a run that was stopped or spread; for weights ten times as much
@@ -194,7 +196,7 @@ def check_maps(run):
                 pair = largest_singular_value(new) / scale - 1, distance(new, expected)
                 found.setdefault(dtype, []).append(pair)
         for dtype, pairs in found.items():
-            add_map(run, name, dtype, f"{len(pairs)} shapes", map(max, zip(*pairs)))
+            add_map(run, name, dtype, f"{len(pairs)} shapes", map(largest, zip(*pairs)))
 
     for name, norm in BEFORE.items():  # on a CPU one is enough to run this code
         if not run.compiles() or run.device.type == "cpu" and name != "soft_cap":
@@ -210,13 +212,24 @@ def check_maps(run):
             add_map(run, name, dtype, "torch.compile, against eager", pair)
 
 
+def largest(values):
+    """The largest, or NaN if one is: Python's max may drop it."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
+
+
+def largest_difference(losses, others):
+    return largest(abs(a - b) for a, b in zip(losses, others, strict=True))
+
+
 def add_map(run, name, dtype, how, pair):
     """Two rows: of the norm, and of the distance to what is expected."""
     excess, error = pair
     allowed = allowed_excess(name, dtype, run.device)
     allowed_error = MAP_ERROR[dtype]
-    if allowed == LOW_LIMIT:  # it computes in bfloat16
+    if allowed == LOW_LIMIT:  # it computes in bfloat16, but only what it takes away, a few percent
         allowed_error = MAP_ERROR[torch.bfloat16]
+    if name == "soft_cap" and allowed_error == MAP_ERROR[torch.bfloat16]:
+        allowed_error = SOFT_CAP_ERROR
     name = f"{name}, {label(dtype)}, {how}"
     run.add(f"{name}: largest norm - 1", excess, allowed)
     run.add(f"{name}: distance", error, allowed_error)
@@ -306,7 +319,7 @@ def check_attention(run):
                 graphs.append(counters["stats"]["unique_graphs"])
                 errors += map(distance, found, expected)
             name = f"{kind}, {label(dtype)}"
-            run.add(f"{name}: distance to a dense mask in float64", max(errors),
+            run.add(f"{name}: distance to a dense mask in float64", largest(errors),
                     ATTENTION_ERROR[dtype])
             if not on_cpu:
                 add_graphs(run, f"{name}: graphs compiled for other windows", graphs, before)
@@ -424,7 +437,7 @@ def check_training(run, preset):
     seen = train(config)
     run.add(f"sequences of {config.seq_len} tokens: distance of the first loss to ln V",
             abs(seen.losses[0] - math.log(config.vocab)), 1e-3)
-    run.add(f"loss after {config.steps} steps by the first", seen.losses[-1] / seen.losses[0], 1.0)
+    run.add(f"loss after {config.steps} steps by the first", seen.losses[-1] / seen.losses[0], 0.995)
     if not config.baseline:
         allowed = LIMIT
         if config.constraint == "soft_cap":
@@ -459,7 +472,7 @@ def last_excess(model):
     for role, W in [*model.blocks[-1].matrices(), ("head", model.head_VD)]:
         norm = largest_singular_value(W) / constraints.sigma_per_norm(W)
         found.append(norm / limits[role] - 1)
-    return max(found)
+    return largest(found)
 
 
 def muon_ms(optimizer, constraint):
@@ -485,7 +498,7 @@ def check_losses(run):
     for dtype in run.dtypes():
         name = label(dtype)
         seen = train(run.config("cap1", small=True, steps=10, dtype=name))
-        difference = max(abs(a - b) for a, b in zip(seen.losses, exact.losses, strict=True))
+        difference = largest_difference(seen.losses, exact.losses)
         run.add(f"{name}: largest difference of 10 losses to float64 on the CPU", difference,
                 LOSS_ERROR[dtype])
     if run.device.type == "cpu":
@@ -520,11 +533,11 @@ def check_checkpoint(run):
 
 
 def compare(run, kind, a, b, allowed):
-    difference = max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
+    difference = largest_difference(a.losses, b.losses)
     run.add(f"{kind}: largest difference of {len(a.losses)} losses", difference, allowed)
     others = b.model.state_dict()
     distances = [distance(W, others[name]) for name, W in a.model.state_dict().items()]
-    run.add(f"{kind}: largest relative distance of a weight", max(distances), 10 * allowed)
+    run.add(f"{kind}: largest relative distance of a weight", largest(distances), 10 * allowed)
 
 
 # ==== Several processes ===========================================================================
@@ -653,6 +666,7 @@ def main(argv=None):
         for key in run.launched:
             del os.environ[key]
         facts = describe(run)
+        print(f"  {'':72} {'measured':>12} {'allowed':>8}  verdict")
         for run.part in options.only:
             print(run.part, flush=True)
             try:
@@ -672,8 +686,11 @@ def main(argv=None):
                 gc.collect()
                 torch.cuda.empty_cache()
     broken = [row for row in run.rows if row["verdict"] == "broken"]
-    print(f"{len(broken)} of {len(run.rows)} rows are broken; {time.monotonic() - began:.0f} s. "
-          f"Send {out}")
+    counts = collections.Counter(row["verdict"].split(":")[0] for row in run.rows)
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
+    print(f"{counts}; {time.monotonic() - began:.0f} s; {out}")
+    if run.device.type == "cuda":
+        print("Please send that file in an issue.")
     for row in broken:
         print_row(row)
     return min(len(broken), 1)

@@ -93,6 +93,23 @@ def no_constraint(patch):
     patch.setattr(nano, "find_constraint", lambda name: constraints.none)
 
 
+def nothing_is_trained(patch):
+    patch.setattr(muon.Muon, "_update", lambda self, batch, group: 0.0)
+    patch.setattr(muon.Muon, "_constrain", lambda self, batch, group, step_norm: None)
+
+
+def a_divided_soft_cap(patch):
+    """In float32. It keeps the limit, but singular values far below the limit shrink as much."""
+    soft_cap = constraints.soft_cap
+
+    def divided(W, w_max, step_norm=0.0):
+        if W.dtype == torch.float64:
+            return soft_cap(W, w_max, step_norm)
+        return W * (w_max / (w_max + step_norm))
+
+    patch.setattr(constraints, "soft_cap", divided)
+
+
 def another_first_loss(patch):
     loss = nano.Transformer.loss
     patch.setattr(nano.Transformer, "loss", lambda model, x_ND, y_N: loss(model, x_ND, y_N) + 0.01 * len(y_N))
@@ -122,7 +139,9 @@ def forgotten_gradients(patch):
 
 
 @pytest.mark.parametrize("part, fault, what", [
-    ("maps", larger_msign, "msign"), ("maps", no_hard_cap, "hard_cap"), ("attention", one_block_less, "block_mask"),
+    ("maps", larger_msign, "msign"), ("maps", a_divided_soft_cap, "soft_cap"),
+    ("cap1", nothing_is_trained, "by the first"),
+    ("maps", no_hard_cap, "hard_cap"), ("attention", one_block_less, "block_mask"),
     ("attention", another_scale, "by position"), ("losses", shorter_steps_in_float32, "float32"),
     ("checkpoint", lost_momentum, "gone on"), ("cap1", no_constraint, "after each of"),
     ("specnorm8", no_constraint, "eigenvalues"), ("tight", no_constraint, "after each of"),
@@ -157,7 +176,7 @@ def test_an_exception_is_a_row_and_the_other_parts_go_on(monkeypatch, tmp_path, 
     assert gpu_check.main(["--device", "cpu", "--only", "maps,fineweb", "--out", str(out)]) == 1
     rows = json.loads(out.read_text())["rows"]
     assert [row["verdict"].split(":")[0] for row in rows] == ["broken", "skipped"]
-    assert rows[0]["what"] == "ZeroDivisionError: division by zero" and "1 of 2 rows" in capsys.readouterr().out
+    assert rows[0]["what"] == "ZeroDivisionError: division by zero" and "1 broken, 1 skipped" in capsys.readouterr().out
 
 
 def test_an_old_gpu_is_a_sentence(monkeypatch, tmp_path, capsys):

@@ -788,41 +788,42 @@ def short(wait):
     return f"{function} linalg.eigh" if "linalg.eigh" in line else function
 
 
-@pytest.fixture(scope="module")
-def on_fake_cuda():
-    """{name of a case: what happened}: half a minute."""
-    if not memory.possible():
-        pytest.skip("needs g++, Linux, and a CPU build of torch")
-    return dict(zip(FAKE, memory.on_fake_cuda(list(FAKE.values()))))
+@pytest.mark.skipif(not memory.possible(), reason="needs g++, Linux, and a CPU build of torch")
+def test_on_fake_cuda():
+    """One test, as all cases are of one process: half a minute."""
+    found = dict(zip(FAKE, memory.on_fake_cuda(list(FAKE.values()))))
+    for name in FAKE:
+        if "rank" not in name:
+            steps_wait_only_where_they_are_logged(name, found[name])
+    peak_memory_is_what_results_say([found[name] for name in memory.PRESETS])
+    ranks_make_the_same_collectives_in_the_same_order(found)
 
 
-@pytest.mark.parametrize("name", [name for name in FAKE if "rank" not in name])
-def test_steps_on_cuda_wait_only_where_they_are_logged(name, on_fake_cuda):
+def steps_wait_only_where_they_are_logged(name, found):
     """Backward included, compiled at full size for the four presets: one copy to the GPU for each micro-batch, no
     tensor of the CPU in a graph, and nothing that looks at a result before the check for divergence in the last step,
     but what WAITS lists."""
-    found = on_fake_cuda[name]
-    assert found["end"] == "Logged" and len(found["steps"]) == 4
+    assert found["end"] == "Logged" and len(found["steps"]) == 4, name
     for step, expected in zip(found["steps"], WAITS.get(name, [set()] * 3)):
-        assert {short(wait) for wait in step["waits"]} == expected
+        assert {short(wait) for wait in step["waits"]} == expected, name
         if step is not found["steps"][0]:
-            assert step["copies"] == ["aten._to_copy.default"] * (2 if "two" in name else 1)
+            assert step["copies"] == ["aten._to_copy.default"] * (2 if "two" in name else 1), name
 
 
-def test_peak_memory_is_what_results_say(on_fake_cuda):
+def peak_memory_is_what_results_say(found):
     with open(memory.TABLE) as f:
         table = list(csv.DictReader(f))
-    for row, now in zip(table, memory.rows([on_fake_cuda[name] for name in memory.PRESETS]), strict=True):
+    for row, now in zip(table, memory.rows(found), strict=True):
         assert row["preset"] == now["preset"]
         for key in list(now)[1:]:
             assert float(row[key]) == pytest.approx(now[key], rel=0.1), (row["preset"], key)
 
 
-def test_eight_ranks_make_the_same_collectives_in_the_same_order(on_fake_cuda):
+def ranks_make_the_same_collectives_in_the_same_order(found):
     """Of the first step: each gradient to its owner, each weight from it. Else sums would be of different matrices."""
-    calls = [on_fake_cuda[f"rank {rank}"]["steps"][0]["calls"] for rank in (0, 3, 7)]
+    calls = [found[f"rank {rank}"]["steps"][0]["calls"] for rank in (0, 3, 7)]
     assert calls[0] == calls[1] == calls[2] and len(calls[0]) == 28
-    calls = on_fake_cuda["cap1"]["steps"][1]["calls"]
+    calls = found["cap1"]["steps"][1]["calls"]
     assert [call[0] for call in calls] == ["reduce"] * 74 + ["broadcast"] * 74
     assert {call[2] for call in calls} == set(range(8))
 
