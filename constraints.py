@@ -632,6 +632,11 @@ def log10(x):
     return math.log10(x) if x > 0 else -math.inf
 
 
+def add_log10(x, y):
+    """log10(10^x + 10^y), also where these overflow."""
+    return np.logaddexp(x * LN10, y * LN10).item() / LN10
+
+
 def power(exponent, down=False):
     """10^exponent, to read, also where it overflows.
 
@@ -651,6 +656,9 @@ def power(exponent, down=False):
 #   attention(x)_t = beta sum_h o_h v_h sum_(j <= t) P^h_tj x_j,   mlp(x) = w_out f(w_in x) / scale
 #   P^h_t = softmax over j of s q_h x_t . k_h x_j + bias,   q_h and k_h with or without RoPE
 #
+# by content, or without q_h and k_h by position. A block by content may have a cap: if the RMS of
+# q_h x_t, k_h x_j or v_h x_j is above the cap, the vector is scaled down to it, as cap_rows does.
+#
 # A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
 # length. Attention has no bound on all of space, as larger tokens move its pattern more (Kim,
 # Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex, so a bound
@@ -659,9 +667,9 @@ def power(exponent, down=False):
 @dataclass
 class Block:
     """What the bounds need of a block. Matrices are in float64."""
-    # The product: constants of steps 3 to 6.
+    # The product: constants of steps 3 to 7.
     value: float  # attention's constant where the pattern does not change, and its gain
-    pattern: float  # what the changed pattern adds, divided by R^2
+    pattern: float  # what the changed pattern adds; without a cap divided by R^2
     mlp: float  # the MLP's constant
     mlp_gain: float  # its largest output, divided by R
     # The ellipsoid: x_t <- stream x_t + sum_h C_h sum_j P^h_tj x_j, then x_t <- mlp(x_t).
@@ -675,6 +683,10 @@ class Block:
     q_HED: Tensor | None = None
     k_HED: Tensor | None = None
     rotates: bool = False  # with RoPE
+    cap: float = 0.0  # the largest length of k_h x_j, of v_h x_j, and of q_h x_t / s; 0: no cap
+    s: float = 0.0
+    o_HDE: Tensor | None = None  # a beta o_h
+    v_HED: Tensor | None = None
 
 
 # ---- THE PRODUCT: how long a difference gets in a sublayer ---------------------------------------
@@ -692,19 +704,26 @@ class Block:
 #      pattern = beta 2 s D sigma(o) sigma(Q). Attention's constant is value + pattern R^2.
 #      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
 #      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
-#   5. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
-#   6. MLP: let n = sigma(w_out) sigma(w_in). MaxMin has constant n and output n R. GeLU has slopes
+#   5. With a cap: scaling down to a ball is the projection onto it, which brings no two vectors
+#      further apart. So step 3 holds as it is. Let c = cap sqrt(E), the largest length of queries,
+#      keys and values. Then |m_h| <= c e_h and e_h <= s c (|q_h dx_t| + |k_h dx_j|): the radius is
+#      gone. The query's token is the same for all heads, and keys come from any token. So
+#      sqrt(sum_h e_h^2) <= s c (sigma(q) + sqrt(sum_h sigma(k_h)^2)), and pattern R^2 becomes
+#      pattern = beta s c^2 sigma(o) (sigma(q) + sqrt(sum_h sigma(k_h)^2)).
+#   6. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
+#   7. MLP: let n = sigma(w_out) sigma(w_in). MaxMin has constant n and output n R. GeLU has slopes
 #      in [1 - g, g] and |gelu(z)| <= |z|. Divided by a scale, it has constant n g / scale and
 #      output n R / scale.
-#   7. Residual: R starts as the largest RMS of an embedding. Each sublayer multiplies it by
-#      (1 - a) + a output / R, with the output of step 5 or 6. It multiplies the network's constant
-#      by (1 - a) + a constant, with the constant of step 4 or 6. Last comes the norm of the head.
-def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None):
+#   8. Residual: R starts as the largest RMS of an embedding. Each sublayer multiplies it by
+#      (1 - a) + a output / R, with the output of step 6 or 7. It multiplies the network's constant
+#      by (1 - a) + a constant, with that of step 4, 5 or 7. Last comes the norm of the head.
+def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None, cap=0.0):
     """What transformer_bounds takes of a block.
 
     W            {role: matrix in float64}, roles q, k (by content), v, o, in, out
     p_H          by position: as in Block; None: by content, with s = logit_scale / (D / H)
-    gelu         (g, scale) of step 6; None: MaxMin
+    gelu         (g, scale) of step 7; None: MaxMin
+    cap          largest RMS of a head's queries, keys and values by content; 0: no cap
     """
     D = len(W["v"])
     v_HED = W["v"].view(heads, -1, D)
@@ -714,15 +733,20 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
     beta_o = beta * sigma(W["o"]).item() * up
     value = beta_o * v_H.norm().item()
 
+    s = logit_scale * heads / D
+    longest = cap * (D / heads) ** 0.5
     pattern = 0.0
     q_HED = k_HED = None
     if p_H is None:  # by content
         q_HED = W["q"].view(heads, -1, D)
         k_HED = W["k"].view(heads, -1, D)
-        Q_HED = (v_H * sigma(k_HED))[:, None, None] * q_HED
-        # s D = logit_scale H
-        pattern = beta_o * 2 * logit_scale * heads * sigma(Q_HED.flatten(0, 1)).item()
-        q_HED = logit_scale * heads / D * q_HED
+        k_H = sigma(k_HED)
+        if cap:
+            pattern = beta_o * s * longest**2 * (sigma(W["q"]) + k_H.norm()).item()
+        else:
+            Q_HED = (v_H * k_H)[:, None, None] * q_HED
+            pattern = beta_o * 2 * s * D * sigma(Q_HED.flatten(0, 1)).item()
+        q_HED = s * q_HED
 
     g = scale = 1.0
     spread = token_spread = None
@@ -732,12 +756,13 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
         token_spread = 0.5
     gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
     w_out = a * W["out"] / scale
-    C_HDD = a * beta * o_HDE @ v_HED
+    o_HDE = a * beta * o_HDE
+    C_HDD = o_HDE @ v_HED
     differences = mlp_slopes(1 - a, W["in"], w_out, spread)
     tokens = mlp_slopes(1 - a, W["in"], w_out, token_spread)
     return Block(value, pattern, gain * g, gain,
                  1 - a, C_HDD, differences, tokens,
-                 p_H, q_HED, k_HED, rotates)
+                 p_H, q_HED, k_HED, rotates, longest, s, o_HDE, v_HED)
 
 
 # ---- THE ELLIPSOID: what one sublayer stretches most, the next does not --------------------------
@@ -789,21 +814,55 @@ def ellipsoid_pattern(S, X, q_HED, k_HED, C_HDD, rotates,
     return ellipsoid((CXC_HDD / t_H11**2).sum(0), log)
 
 
+# With a cap tokens may be anywhere, and lengths are enough. Let o_h contain a beta.
+#   f. |m_h| <= c e_h takes the place of e_h E(X) in a, and o_h is applied to m_h. So c^2 o_h o_h^T
+#      takes the place of C_h X C_h^T in b.
+#   g. e_h <= c |s q_h dx_t| + s c |k_h dx_j|, by step 5. In the second terms each head has a token
+#      of its own. So n_second = sqrt(sum_h (t_h s c)^2 sigma(k_h S k_h^T)) in e.
+#   h. Values: y_h is an average of vectors no longer than |v_h dx_j|. So o_h y_h is in the
+#      ellipsoid of sigma(v_h S v_h^T) o_h o_h^T.
+def longest_image(W_HED, S):
+    """The largest |W_h z| for z in E(S), of each head (H,)."""
+    return eigvalsh(ellipsoid_image(W_HED, S))[:, -1].clamp(min=1e-300).sqrt()
+
+
+def capped_values(S, block):
+    """S' (H, D, D): the ellipsoids of all o_h y_h, for tokens that change within E(S)."""
+    longest_H = longest_image(block.v_HED, S)
+    root_HDE = longest_H[:, None, None] * block.o_HDE
+    return root_HDE @ root_HDE.mT
+
+
+def capped_pattern(S, block, weights_H=0.0):
+    """(S', log') that holds sum_h o_h m_h, for tokens that change within E(S)."""
+    first_HED = block.cap * block.q_HED
+    second_H = block.s * block.cap * longest_image(block.k_HED, S)
+    values_HDD = block.cap**2 * block.o_HDE @ block.o_HDE.mT
+    log_H = ellipsoid(values_HDD)[1]
+    log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
+    start_H = (log_H - torch.logaddexp(log_first_H, 2 * second_H.log())) / 4
+    t_H11 = (weights_H + start_H).exp()[:, None, None]
+    n_first = ellipsoid_norm(S, 0.0, (t_H11 * first_HED).flatten(0, 1)).exp()
+    n_second = (t_H11[:, 0, 0] * second_H).norm()
+    log = 2 * ((1 + 1e-6) * (n_first + n_second)).log()
+    return ellipsoid((values_HDD / t_H11**2).sum(0), log)
+
+
 # Then block after block, from dx_t in E(D I):
-#   8. E(S) is convex and symmetric: if all tokens change within E(S), so do their averages,
+#   9. E(S) is convex and symmetric: if all tokens change within E(S), so do their averages,
 #      whatever the pattern.
-#   9. The MLP with its stream is an ellipsoid_layer (mlp_slopes).
-#  10. Pattern by position, which does not change: head h gives a token at least p_h of itself, and
+#  10. The MLP with its stream is an ellipsoid_layer (mlp_slopes).
+#  11. Pattern by position, which does not change: head h gives a token at least p_h of itself, and
 #      an average y_h of the rest. So the token changes by the sum of G_0 dx_t and all G_h y_h, with
 #      G_0 = stream I + sum_h p_h C_h, and G_h = (1 - p_h) C_h.
-#  11. Pattern by content: p_h = 0, and the changed pattern is one more term of the sum. It depends
-#      on where tokens are: in E(X), from X = R^2 D I on by the same steps.
-#  12. The same difference lies in many ellipsoids, one for each choice of weights. Each term of the
+#  12. Pattern by content: p_h = 0, and the changed pattern is one more term of the sum. Without a
+#      cap it depends on where tokens are: in E(X), from X = R^2 D I on by the same steps.
+#  13. The same difference lies in many ellipsoids, one for each choice of weights. Each term of the
 #      next sum may use the one that suits it best, so a block hands on as many as the next block
-#      has terms of step 10. A block by content takes a single one.
-#  13. In the end, logits U x change by at most sqrt(sigma(U S U^T) / V) in RMS.
+#      has terms of step 11. A block by content takes a single one.
+#  14. In the end, logits U x change by at most sqrt(sigma(U S U^T) / V) in RMS.
 def attention_terms(block):
-    """(G, size): G_0, ..., G_H of step 10 (P, D, D), and `size` of ellipsoid_image for them."""
+    """(G, size): G_0, ..., G_H of step 11 (P, D, D), and `size` of ellipsoid_image for them."""
     C_HDD = block.C_HDD
     eye = eye_like(C_HDD)
     p_H11 = torch.zeros(len(C_HDD), 1, 1).to(eye)
@@ -815,7 +874,7 @@ def attention_terms(block):
 
 
 def after_mlp(slopes, S_P, log_P, M, weights, kind):
-    """(S, log) (M, D, D) and (M,): behind the sum of these terms and the MLP, step 12."""
+    """(S, log) (M, D, D) and (M,): behind the sum of these terms and the MLP, step 13."""
     J, A, B, size = slopes
     parts_MP = weights(f"{kind} parts", M, len(S_P))
     neurons_MN = weights(f"{kind} neurons", M, len(J))
@@ -848,7 +907,12 @@ def ellipsoid_blocks(blocks, R, free):
         weights = functools.partial(find_weights, free, i, eye)
         G_P, size = attention_terms(block)
         S_P, log_P = ellipsoid(ellipsoid_image(G_P, S_M, size), log_M)
-        if block.p_H is None:
+        if block.p_H is None and block.cap:
+            values_HDD, values_H = ellipsoid(capped_values(S_M[0], block))
+            S, log = capped_pattern(S_M[0], block, weights("heads", len(block.o_HDE)))
+            S_P = torch.cat([S_P[:1], values_HDD, S[None]])
+            log_P = torch.cat([log_P[:1], log_M + values_H, log_M + log])
+        elif block.p_H is None:
             H, E, _ = block.q_HED.shape
             S, log = ellipsoid_pattern(
                 S_M[0], X_M[0], block.q_HED, block.k_HED, block.C_HDD, block.rotates,
@@ -856,7 +920,7 @@ def ellipsoid_blocks(blocks, R, free):
             S_P = torch.cat([S_P, S[None]])
             # S and X went in without their logs. e_h^2 scales as S X, and m_h is in e_h E(X).
             log_P = torch.cat([log_P, log + log_M + 2 * log_XM])
-        if any(later.p_H is None for later in blocks[i:]):
+        if any(later.p_H is None and not later.cap for later in blocks[i:]):
             X_P, log_XP = ellipsoid(ellipsoid_image(G_P, X_M, size), log_XM)
             X_M, log_XM = after_mlp(block.mlp_tokens, X_P, log_XP, 1, weights, "token")
         M = 1
@@ -876,8 +940,8 @@ def transformer_bounds(blocks, R, U_VD, free=None):
     log10           the smaller of product_log10 and ellipsoid_log10
     body_log10      the product before the head; radius_log10: R after the last block
     end             its (S, log)
-    rows            one for each block: constants of steps 3 to 6, R before each sublayer, and the
-                    factor of attention
+    rows            one for each block: constants of steps 3 to 7, R before each sublayer, and
+                    attention's constant, alone and with the stream
     """
     rows = []
     body_log10 = 0.0
@@ -885,9 +949,12 @@ def transformer_bounds(blocks, R, U_VD, free=None):
     for block in blocks:
         a = 1 - block.stream
         value_log10 = log10(block.stream + a * block.value)
-        pattern_log10 = log10(a * block.pattern) + 2 * radius_log10
-        attention_log10 = np.logaddexp(value_log10 * LN10, pattern_log10 * LN10).item() / LN10
-        rows.append(dict(value=block.value, pattern=block.pattern,
+        pattern_log10 = log10(block.pattern)
+        if not block.cap:
+            pattern_log10 += 2 * radius_log10
+        alone_log10 = add_log10(log10(block.value), pattern_log10)
+        attention_log10 = add_log10(value_log10, log10(a) + pattern_log10)
+        rows.append(dict(value=block.value, pattern=block.pattern, alone_log10=alone_log10,
                          mlp=block.mlp, mlp_gain=block.mlp_gain,
                          radius_log10=radius_log10,
                          radius_mlp_log10=radius_log10 + value_log10,

@@ -140,7 +140,9 @@ class Config(Settings):
     hidden: int = 3072  # neurons of an MLP
     window: int = 1792  # tokens that attention sees at the end of training; in most blocks half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
-    logit_scale: float = 24.0  # on q.k / (D / H). The baseline has no larger logit. 0: by position
+    content: str = "all"  # blocks whose attention is by content, as 0,2; all; none: by position
+    logit_scale: float = 24.0  # on q.k / (D / H), by content. The baseline has no larger logit
+    cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
     residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
@@ -179,6 +181,9 @@ class Config(Settings):
                 limits *= 7
             if len(limits) != 7 or not all(0 < limit < math.inf for limit in limits):
                 raise ValueError("out of range")
+        with explain(f"--content {self.content}", "give all, none, or blocks counted from 0"):
+            if not self.content_blocks() <= set(range(self.blocks)):
+                raise ValueError(f"the last block is {self.blocks - 1}")
         if self.width % (4 * self.heads):
             raise UserError(f"--heads {self.heads}: 4 * heads must divide the width, {self.width}, "
                             "as RoPE turns half of the pairs in a head")
@@ -191,9 +196,17 @@ class Config(Settings):
                             "norm layers have no bound")
         return dict(zip(ROLES, limits))
 
+    def content_blocks(self):
+        """The set of blocks whose attention looks at content."""
+        if self.content == "none":
+            return set()
+        if self.content == "all":
+            return set(range(self.blocks))
+        return {int(number) for number in self.content.split(",")}
+
 
 CHOICES = dict(activation=("gelu", "maxmin"), dtype=("auto", "float32", "bfloat16", "float64"))
-POSITION = dict(activation="maxmin", logit_scale=0.0, attention_scale=0.0, final_scale=40.0)
+POSITION = dict(activation="maxmin", content="none", attention_scale=0.0, final_scale=40.0)
 TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
             seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0,
             lr=0.1, head_lr=0.1, embed_lr=0.02, momentum_warmup=30)
@@ -313,14 +326,15 @@ class Block(torch.nn.Module):
         self.mix = config.residual_scale / (2 * config.blocks)
         self.attention_scale = config.attention_scale or config.heads**-0.5
         D = config.width
-        if config.logit_scale > 0:
+        self.sees_content = index in config.content_blocks()
+        if self.sees_content:
             self.q = torch.nn.Parameter(torch.zeros(D, D))
             self.k = torch.nn.Parameter(torch.zeros(D, D))
         self.v = torch.nn.Parameter(torch.zeros(D, D))
         self.o = torch.nn.Parameter(torch.zeros(D, D))
         self.w_in = torch.nn.Parameter(torch.zeros(config.hidden, D))
         self.w_out = torch.nn.Parameter(torch.zeros(D, config.hidden))
-        if config.logit_scale == 0:
+        if not self.sees_content:
             # Attention by position: the logits of a head are a sum of n waves in the distance d to
             # a token, sum_i a_i cos(speed_i d) + b_i sin(speed_i d). The fastest turns by 2 radians
             # a token, a wave of 3 tokens. The slowest is longer than the window, so that the sum
@@ -355,7 +369,7 @@ class Block(torch.nn.Module):
         """out_t = beta sum_h o_h sum_j P^h_tj v_h x_j over all j that t sees, with the pattern
         P^h_t = softmax over j of s q_h x_t . k_h x_j with RoPE, or of waves in t - j.
         """
-        average = self.by_content if self.config.logit_scale > 0 else self.by_position
+        average = self.by_content if self.sees_content else self.by_position
         y_BTD = average(x_BTD, mask).transpose(1, 2).reshape(x_BTD.shape)
         return F.linear(y_BTD, (self.attention_scale * self.o).to(x_BTD.dtype))
 
@@ -365,6 +379,11 @@ class Block(torch.nn.Module):
         H = self.config.heads
         W = torch.cat([self.q, self.k, self.v]).to(x_BTD.dtype)
         parts = F.linear(x_BTD, W).view(B, T, 3 * H, D // H).transpose(1, 2)
+        if self.config.cap:
+            # Longer vectors are scaled down. That is the projection onto a ball, which brings no
+            # two vectors further apart; others stay as they are. So attention has a Lipschitz
+            # constant for tokens of any length, and no logit is above logit_scale * cap^2.
+            parts = cap_rows(parts, self.config.cap)
         q_BHTE, k_BHTE, v_BHTE = parts.chunk(3, 1)
         if self.config.baseline:
             q_BHTE = F.rms_norm(q_BHTE, q_BHTE.shape[-1:])
@@ -541,12 +560,12 @@ def describe_blocks(model):
     described = []
     for block in model.blocks:
         own_share_H = None  # unknown, by content
-        if config.logit_scale == 0:
+        if not block.sees_content:
             own_share_H = block.own_share_H()  # step 1
         matrices = {role: in_float64(W) for role, W in block.matrices()}
         described.append(block_bounds(
             matrices, config.heads, block.mix, block.attention_scale, own_share_H,
-            config.logit_scale, True, gelu))
+            config.logit_scale, True, gelu, config.cap))
     return described
 
 
@@ -1191,8 +1210,8 @@ def build_optimizers(model, config, exchange, constraint, dtype):
 
     # Embeddings and waves are no matrices that multiply anything: Adam trains them.
     others = [dict(params=[model.embedding_VD], peak_lr=config.embed_lr)]
-    if config.logit_scale == 0:
-        for block in model.blocks:
+    for block in model.blocks:
+        if not block.sees_content:
             others.append(dict(params=[block.query_HE], peak_lr=config.bias_lr))
     others = [group for group in others if exchange.owns(group["params"][0])]
 

@@ -132,8 +132,10 @@ class Config(Settings):
     hidden: int = 1024  # neurons of an MLP
     seq_len: int = 256  # characters in a window
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
-    positions: str = "rope"  # rope, or bias: on attention logits, learned, by distance
-    logit_scale: float = 1.0  # factor on the attention logits q.k / (D / H); 0: no q and k
+    content: str = "all"  # blocks whose attention is by content, as 0,2; all; none: by position
+    positions: str = "rope"  # of content: rope, or bias on logits, as by position
+    logit_scale: float = 1.0  # factor on the attention logits q.k / (D / H), by content
+    cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
     residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
@@ -173,8 +175,9 @@ class Config(Settings):
         if self.width % (2 * self.heads):
             raise UserError(f"--heads {self.heads}: must divide the width, {self.width}, into even "
                             "parts, as RoPE turns pairs")
-        if self.positions == "rope" and self.logit_scale == 0:
-            raise UserError("--logit_scale 0: must be above 0 for rope, which turns q and k")
+        with explain(f"--content {self.content}", "give all, none, or blocks counted from 0"):
+            if not self.content_blocks() <= set(range(self.blocks)):
+                raise ValueError(f"the last block is {self.blocks - 1}")
         if self.residual_scale > 2 * self.blocks:
             raise UserError(f"--residual_scale {self.residual_scale}: must be at most 2 * blocks")
         if self.activation == "maxmin" and self.hidden % 2:
@@ -185,13 +188,21 @@ class Config(Settings):
                             "give such as --lr 0.003 --warmup 100")
         return dict(zip(ROLES, limits))
 
+    def content_blocks(self):
+        """The set of blocks whose attention looks at content."""
+        if self.content == "none":
+            return set()
+        if self.content == "all":
+            return set(range(self.blocks))
+        return {int(number) for number in self.content.split(",")}
+
 
 CHOICES = dict(activation=("gelu", "maxmin"), positions=("rope", "bias"),
                optimizer=("muon", "adamw"), dtype=("auto", "float32", "bfloat16"))
 PAPER = dict(batch=512, steps=2000, evals=10)  # and the defaults above
 # For a small constant: attention by position, where the pattern does not depend on the input, so
 # that it adds nothing to the bound; MaxMin, which shortens no vector; more of each block in x.
-SMALL = dict(activation="maxmin", positions="bias", logit_scale=0.0, attention_scale=0.0, blocks=4,
+SMALL = dict(activation="maxmin", content="none", attention_scale=0.0, blocks=4,
              heads=2, hidden=512, residual_scale=4.0, w_max="1", steps=1000, lr=0.04, embed_lr=0.05,
              momentum=0.9)
 PRESETS = {
@@ -240,14 +251,16 @@ class Block(torch.nn.Module):
         self.mix = config.residual_scale / (2 * config.blocks)
         self.attention_scale = config.attention_scale or config.heads**-0.5
         D = config.width
-        if config.logit_scale > 0:
+        self.sees_content = index in config.content_blocks()
+        self.has_bias = config.positions == "bias" or not self.sees_content
+        if self.sees_content:
             self.q = torch.nn.Parameter(torch.zeros(D, D))
             self.k = torch.nn.Parameter(torch.zeros(D, D))
         self.v = torch.nn.Parameter(torch.zeros(D, D))
         self.o = torch.nn.Parameter(torch.zeros(D, D))
         self.w_in = torch.nn.Parameter(torch.zeros(config.hidden, D))
         self.w_out = torch.nn.Parameter(torch.zeros(D, config.hidden))
-        if config.positions == "bias":
+        if self.has_bias:
             # At first head h of block i looks h * 2^i characters back (h * 32 from i = 5 on). The
             # shorter these steps are, the more sharply it looks.
             step = 2 ** min(index, 5)
@@ -268,10 +281,10 @@ class Block(torch.nn.Module):
         position_T = torch.arange(T, device=x_BTD.device)
         distance_TT = position_T[:, None] - position_T
         bias_HTT = torch.zeros(1, T, T, device=x_BTD.device)
-        if self.config.positions == "bias":
+        if self.has_bias:
             bias_HTT = self.bias_HT[:, distance_TT.clamp(min=0)]
         bias_HTT = bias_HTT.masked_fill(distance_TT < 0, -math.inf)  # tokens to come are not seen
-        average = self.by_content if self.config.logit_scale > 0 else self.by_position
+        average = self.by_content if self.sees_content else self.by_position
         y_BTD = average(x_BTD, bias_HTT).transpose(1, 2).reshape(B, T, D)
         return F.linear(y_BTD, (self.attention_scale * self.o).to(x_BTD.dtype))
 
@@ -283,6 +296,13 @@ class Block(torch.nn.Module):
         W = torch.cat([s * self.q, self.k, self.v]).to(x_BTD.dtype)
         parts = F.linear(x_BTD, W).view(B, T, 3 * H, D // H).transpose(1, 2)
         q_BHTE, k_BHTE, v_BHTE = parts.chunk(3, 1)
+        if self.config.cap:
+            # Longer vectors are scaled down. That is the projection onto a ball, which brings no
+            # two vectors further apart; others stay as they are. So attention has a Lipschitz
+            # constant for tokens of any length, and no logit is above logit_scale * cap^2.
+            q_BHTE = cap_rows(q_BHTE, s * self.config.cap)
+            k_BHTE = cap_rows(k_BHTE, self.config.cap)
+            v_BHTE = cap_rows(v_BHTE, self.config.cap)
         if self.config.positions == "rope":
             q_BHTE = rotate(q_BHTE)
             k_BHTE = rotate(k_BHTE)
@@ -416,11 +436,11 @@ def describe_blocks(model):
     described = []
     for block in model.blocks:
         own_share_H = None  # unknown, by content
-        if config.logit_scale == 0:
+        if not block.sees_content:
             own_share_H = block.bias_HT.softmax(1)[:, 0]  # step 1
         described.append(block_bounds(
             dict(block.matrices()), config.heads, block.mix, block.attention_scale, own_share_H,
-            config.logit_scale, config.positions == "rope", gelu))
+            config.logit_scale, config.positions == "rope", gelu, config.cap))
     return described
 
 
@@ -855,8 +875,8 @@ def build_optimizers(model, config, limits, constraint, dtype):
         groups = [dict(params=matrices, peak_lr=config.lr or 0.003)]
         of_matrices = torch.optim.AdamW(groups, betas=(config.momentum, 0.95), weight_decay=0.0)
     groups = [dict(params=[model.embedding_VD], peak_lr=config.embed_lr)]
-    if config.positions == "bias":
-        biases = [block.bias_HT for block in model.blocks]
+    biases = [block.bias_HT for block in model.blocks if block.has_bias]
+    if biases:
         groups.append(dict(params=biases, peak_lr=config.bias_lr))
     return [of_matrices, torch.optim.Adam(groups, betas=(0.9, 0.95))]
 

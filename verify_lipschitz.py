@@ -501,11 +501,10 @@ def attack_blocks(table, model, bound, real_STD):
         say(f"3 of 5: {where} of {len(model.blocks)}")
         radii += [row["radius_log10"], row["radius_mlp_log10"]]
         R = 10 ** min(60.0, row["radius_log10"])
-        alone = log10(row["value"] + row["pattern"] * R * R)
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=table.seed + i),
                             split_tokens(block, model.config.heads, T, R)])
-        attack_sublayer(table, where, "attention", block.attention, a, starts, R, alone,
-                        row["attention_log10"])
+        attack_sublayer(table, where, "attention", block.attention, a, starts, R,
+                        row["alone_log10"], row["attention_log10"])
         R = 10 ** min(60.0, row["radius_mlp_log10"])
         with_stream = log10((1 - a) + a * row["mlp"])
         both = torch.cat([starts, real[2 * i + 1]])

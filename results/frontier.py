@@ -32,7 +32,7 @@ LEFT_OUT = {"preset", "out", "data", "evals", "seed", "device"}  # of the flags 
 
 
 def architecture(config):
-    if config.logit_scale == 0:
+    if config.content == "none":
         return "attention by position"
     if config.positions == "bias":
         return "by position and content"

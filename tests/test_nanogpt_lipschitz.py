@@ -142,6 +142,7 @@ def random_model(seed=0, norm=1.5, **changes):
 
 # ---- certificate -----------------------------------------------------------------------------------------------------
 BY_POSITION = dict(nano.POSITION, residual_scale=2.0)
+MIXED = dict(content="1", cap=0.5, logit_scale=4.0)
 
 
 def waves(block, T):
@@ -151,18 +152,18 @@ def waves(block, T):
     return [nano.rotate(x_HE[:, None].expand(-1, T, -1), block.speeds) for x_HE in (block.query_HE, key_HE)]
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(activation="maxmin"), BY_POSITION])
+@pytest.mark.parametrize("changes", [dict(), dict(activation="maxmin"), BY_POSITION, MIXED])
 def test_certificate_is_the_one_of_shakespeare(changes, monkeypatch):
     """One derivation, two models; the slopes of GeLU's two forms apart."""
     monkeypatch.setattr(shakespeare, "GELU_SLOPE", nano.GELU_SLOPE)
     model = random_model(**changes)
     fields = {f.name for f in dataclasses.fields(shakespeare.Config)}
     twin = {k: v for k, v in vars(model.config).items() if k in fields and k not in ("preset", "dtype")}
-    twin = shakespeare.Config(**twin, positions="rope" if model.config.logit_scale else "bias")
+    twin = shakespeare.Config(**twin)
     twin = shakespeare.Transformer(twin, "".join(map(chr, range(256)))).double()
     twin.load_state_dict({k.replace("head_XD", "head_VD"): v for k, v in model.state_dict().items()}, strict=False)
     for block, other in zip(model.blocks, twin.blocks):
-        if model.config.logit_scale == 0:
+        if not block.sees_content:
             query_HTE, key_HTE = waves(block, model.config.seq_len)
             other.bias_HT = torch.nn.Parameter((query_HTE * key_HTE[:, :1]).sum(-1))
             torch.testing.assert_close(block.own_share_H(), other.bias_HT.softmax(-1)[:, 0], rtol=1e-5, atol=0)
@@ -180,7 +181,7 @@ def test_stand_in_is_the_one_of_shakespeare(small_stand_in):
     assert small_stand_in == shakespeare.stand_in()
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(heads=4, activation="maxmin", residual_scale=2.0), BY_POSITION])
+@pytest.mark.parametrize("changes", [dict(), dict(heads=4, activation="maxmin", residual_scale=2.0), BY_POSITION, MIXED])
 def test_certificate_survives_attack(changes, monkeypatch):
     """Within the ball of embeddings, with documents that begin in the middle and a window shorter than the text."""
     monkeypatch.setattr(nano, "BLOCK", 3)
@@ -413,7 +414,7 @@ def test_schedule():
     assert windows.index(1792) / 6200 == pytest.approx(0.963, abs=1e-3)
 
 
-@pytest.mark.parametrize("changes", [dict(), BY_POSITION])
+@pytest.mark.parametrize("changes", [dict(), BY_POSITION, MIXED])
 def test_groups_of_parameters(changes):
     """Each weight in one group, of its owner; limits and learning rates by role; momentum is Muon's alone."""
     config = tiny(**changes, vocab=250, w_max="1,2,3,4,5,6,7", lr=0.3, head_lr=0.2, embed_lr=0.1, bias_lr=0.4)

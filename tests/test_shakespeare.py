@@ -128,9 +128,10 @@ def split_tokens(model, R):
 
 
 # ---- the certificate, step by step ---------------------------------------------------------------
-CONTENT = dict(logit_scale=1.0)
-POSITION = dict(logit_scale=0.0, positions="bias")
-CASES = [  # attention by content with RoPE, with a bias, with neither; then by position alone
+CONTENT = dict(content="all", logit_scale=1.0)
+POSITION = dict(content="none")
+CAPPED = dict(CONTENT, cap=0.5, logit_scale=6.0)
+CASES = [  # attention by content with RoPE, with a bias, with neither; by position; with a cap; mixed
     dict(CONTENT, heads=1, positions="rope", activation="gelu", attention_scale=1 / 3),
     dict(CONTENT, heads=2, positions="rope", activation="gelu", residual_scale=2.0),
     dict(CONTENT, heads=4, positions="rope", activation="maxmin", attention_scale=0.0),
@@ -141,11 +142,18 @@ CASES = [  # attention by content with RoPE, with a bias, with neither; then by 
     dict(POSITION, heads=1, activation="gelu", attention_scale=1.0, residual_scale=3.0),
     dict(POSITION, heads=2, activation="maxmin", attention_scale=0.0, residual_scale=4.0),
     dict(POSITION, heads=4, activation="maxmin", attention_scale=1.0),
-    dict(POSITION, heads=8, activation="gelu", attention_scale=0.0)]
+    dict(POSITION, heads=8, activation="gelu", attention_scale=0.0),
+    dict(CAPPED, heads=1, positions="rope", activation="gelu", attention_scale=1.0),
+    dict(CAPPED, heads=4, positions="rope", activation="maxmin", residual_scale=2.0),
+    dict(CAPPED, heads=2, positions="bias", activation="gelu", cap=3.0),
+    dict(content="0", heads=4, activation="maxmin", attention_scale=1.0),
+    dict(content="1", heads=2, activation="gelu", residual_scale=2.0),
+    dict(CAPPED, content="1", heads=4, activation="gelu", residual_scale=2.0),
+    dict(CAPPED, content="0", heads=2, activation="maxmin", attention_scale=1.0)]
 KINDS = ("orthogonal", "random", "rank 1", "permutation", "identical heads")
 # Each case with orthogonal weights, and each with one of the others.
 BOTH = [(case, kind) for i, case in enumerate(CASES) for kind in (KINDS[0], KINDS[1 + i % 4])]
-THREE = {"rope": CASES[1], "bias": CASES[4], "position": CASES[9]}
+THREE = {"rope": CASES[1], "bias": CASES[4], "position": CASES[9], "capped": CASES[12]}
 three_cases = pytest.mark.parametrize("case", THREE.values(), ids=THREE)
 D, T = 16, 6
 
@@ -174,7 +182,7 @@ def test_the_attack_is_strong():
 
 # ---- the product: steps 1 to 7 of THE PRODUCT in constraints.py
 @pytest.mark.parametrize("kind", KINDS[:2])
-@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 5, 6, 9)], ids=named)
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 5, 6, 9, 11, 12, 13)], ids=named)
 def test_no_sublayer_exceeds_its_row(case, kind):
     """Steps 3 to 6, and their sums with the stream (step 7), at the radius of each."""
     model = random_model(kind, norm=1.5, **case)
@@ -186,7 +194,7 @@ def test_no_sublayer_exceeds_its_row(case, kind):
 
     for start in (None, split_tokens(model, R)):
         found = attack(block.attention, R, T, D, start=start)
-        assert found <= row["value"] + row["pattern"] * R**2
+        assert found <= 10 ** row["alone_log10"]
         assert attack(mixed, R, T, D, start=start) <= 10 ** row["attention_log10"]
     assert attack(block.attention, R, T, D, lengths_of_values) <= row["value"] * R
     assert attack(block.mlp, R_mlp, 1, D) <= row["mlp"]
@@ -561,6 +569,38 @@ def test_tuning_helps_and_leaves_what_it_is_given(case):
     best = certificate(model, free=free)["ellipsoid_log10"]
     assert best < certificate(model)["ellipsoid_log10"]
     assert mean_pair(for_pairs) < mean_pair(free) < mean_pair(None)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "cap" in case and case["content"] == "all"],
+                         ids=named)
+def test_with_caps_no_ball_is_needed(case):
+    """Step 5: tokens of any length. And where nothing is above its cap, the cap changes nothing."""
+    model = random_model("random", blocks=2, norm=1.5, **case)
+    certified = certificate(model)["log10"]
+
+    def logits(x):
+        return F.linear(model.blocks(x), model.config.final_scale * model.head_VD)
+
+    for R in (0.1, 1.0, 30.0):
+        assert math.log10(attack(logits, R, T, D, steps=60)) <= certified
+    x = 1e-3 * randn(4, T, D)
+    capped = logits(x)
+    model.config.cap = 0.0
+    torch.testing.assert_close(logits(x), capped, rtol=0, atol=0)
+    assert not torch.equal(logits(1e3 * x), capped)
+
+
+def test_a_cap_of_content_blocks_costs_less_than_a_ball():
+    """The promise of results/norm_free.py: orthogonal weights of norm 4, four blocks."""
+    settings = dict(blocks=4, heads=4, norm=4.0, residual_scale=1.0, attention_scale=1 / 3)
+    bounds = {}
+    for content in ("all", "2", "none"):
+        for cap in (0.0, 1.0):
+            scale = 8.0 if cap else 1.0
+            model = random_model("orthogonal", content=content, cap=cap, logit_scale=scale, **settings)
+            bounds[content, cap] = certificate(model)["log10"]
+    assert bounds["none", 0.0] == bounds["none", 1.0] < bounds["2", 1.0]
+    assert bounds["2", 1.0] < bounds["2", 0.0] - 1 and bounds["all", 1.0] < bounds["all", 0.0] - 4
 
 
 # ---- numbers that leave the range ----------------------------------------------------------------
@@ -971,7 +1011,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
 # ---- on the command line -------------------------------------------------------------------------
 @pytest.mark.parametrize("flags, says", [
     ("--w_max 0", "above 0"), ("--w_max 1,2", "7 of them"), ("--heads 3", "must divide"),
-    ("--heads 256 --preset paper", "even"), ("--logit_scale 0 --preset paper", "rope"),
+    ("--heads 256 --preset paper", "even"), ("--content 3 --preset paper", "--content 3"),
     ("--hidden 7", "even"), ("--residual_scale 9", "at most"), ("--optimizer adamw", "for Muon"),
     ("--activation relu", "maxmin"), ("--constraint clip", "soft_cap"),
     ("--data /no/such/file", "No such file"), ("--prompt \u2603", "does not know"),

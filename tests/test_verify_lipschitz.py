@@ -301,7 +301,8 @@ def test_a_certificate_without_heads_is_broken_in_a_run(runs, monkeypatch):
     def without_heads(*arguments, **more):
         bound = honest(*arguments, **more)
         for row in bound["rows"]:
-            row.update(value=row["value"] / 4, pattern=row["pattern"] / 4, attention_log10=row["attention_log10"] - 0.4)
+            row["alone_log10"] -= math.log10(4)
+            row["attention_log10"] -= 0.4
         return bound
 
     monkeypatch.setattr(shakespeare, "certificate", without_heads)
@@ -462,7 +463,7 @@ def test_a_certificate_at_a_radius_is_of_the_larger_ball(rho):
 def test_a_factor_on_the_logits_is_in_all_bounds_and_certifies_nothing():
     found = []
     for scale in (1.0, 8.0):
-        model = attention_layer("orthogonal", 2, "bias", logit_scale=0.0, final_scale=scale)
+        model = attention_layer("orthogonal", 2, "bias", content="none", final_scale=scale)
         bound = shakespeare.certificate(model)
         tokens_N = torch.randint(8, (400,), generator=torch.Generator().manual_seed(0))
         shares = [kept_N.sum().item() for kept_N in shakespeare.certified_tokens(model, tokens_N).values()]
@@ -473,7 +474,7 @@ def test_a_factor_on_the_logits_is_in_all_bounds_and_certifies_nothing():
 def test_own_shares_of_nanogpt_are_given():
     """Its attention by position, as computed: no token gives itself less, in windows shorter than a sequence."""
     config = nanogpt_lipschitz.Config.of("tiny", width=16, blocks=1, heads=2, hidden=32, seq_len=64, window=32,
-                                         vocab=256, logit_scale=0.0, attention_scale=1.0)
+                                         vocab=256, content="none", attention_scale=1.0)
     block = nanogpt_lipschitz.Transformer(config).double().blocks[0]
     block.v.data = block.o.data = torch.eye(16).double()  # so a token's output is the average of tokens, head by head
     x_TTD = torch.eye(64).double()[:, :, None].expand(64, 64, 16)  # in row t only token t is not 0

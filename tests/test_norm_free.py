@@ -1,0 +1,102 @@
+"""results/norm_free.py and results/promise.py."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import nanogpt_lipschitz as nano
+import shakespeare
+from constraints import exact_norm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+import norm_free  # noqa: E402
+import promise  # noqa: E402
+
+SMALL = dict(width=32, hidden=64, heads=4, seq_len=16, window=16, val_tokens=100, batch=2,
+             micro_batch=2, steps=2)
+
+
+# ---- what a preset promises ----------------------------------------------------------------------
+def random_at_limits(model, seed):
+    """Random matrices, each with its norm at its limit."""
+    limits = model.config.limits()
+    generator = torch.Generator().manual_seed(seed)
+    for role, W in model.matrices():
+        W.data = torch.randn(W.shape, generator=generator, dtype=torch.float64)
+        if seed % 2:
+            W.data[1:] = W.data[:1]  # rank 1
+        W.data *= limits[role] / exact_norm(W)
+    model.embedding_VD.data = F.normalize(model.embedding_VD.double(), dim=1)
+    model.embedding_VD.data *= model.embedding_VD.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("preset, changes", [
+    ("tiny", dict()), ("tiny_tight", dict()), ("tiny", dict(content="1", cap=1.0)),
+    ("tiny", dict(content="0,2", w_max="4,3,2,1,2,3,4"))])
+def test_no_weights_within_limits_exceed_the_promise(preset, changes):
+    promised = promise.promise(nano, preset, **changes)["promised_log10"]
+    config = nano.Config.of(preset, width=64, hidden=128, vocab=128, **changes)
+    for seed in range(4):
+        model = nano.Transformer(config).double()
+        random_at_limits(model, seed)
+        assert nano.certificate(model)["product_log10"] <= promised
+
+
+@pytest.mark.parametrize("script, preset", [(nano, "tiny"), (shakespeare, "plain100")])
+def test_the_promise_does_not_depend_on_the_width(script, preset):
+    """And orthogonal matrices attain it, at the preset's own width."""
+    config = script.Config.of(preset)
+    vocabulary = ["".join(map(chr, range(65)))] if script is shakespeare else []
+    model = script.Transformer(config, *vocabulary).double()
+    promise.drive_to_limits(model, config.limits())
+    promised = promise.promise(script, preset)["promised_log10"]
+    assert script.certificate(model)["product_log10"] == pytest.approx(promised, abs=2e-3)
+
+
+def test_what_promises_nothing():
+    assert promise.promise(nano, "tiny_baseline")["promised_log10"] == "inf"
+    for constraint in promise.NO_PROMISE:
+        assert promise.promise(nano, "tiny", constraint=constraint)["promised_log10"] == "inf"
+
+
+# ---- rivals --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind, squash", [("DyT", torch.tanh), ("Derf", torch.erf)])
+def test_a_rival_has_squash_layers_in_the_place_of_norms(kind, squash):
+    config = nano.Config.of("tiny_baseline", **SMALL)
+    with norm_free.rival(kind):
+        model = nano.Transformer(config)
+        assert [role for role, _ in model.matrices()] == [
+            role for role, _ in nano.Transformer(config).matrices()]
+        layers = [m for m in model.modules() if isinstance(m, norm_free.Squash)]
+        assert len(layers) == 2 * config.blocks + 1
+        x_BTD = torch.randn(2, 16, 32)
+        torch.testing.assert_close(layers[0](x_BTD), squash(norm_free.ALPHA[kind] * x_BTD))
+        for block in model.blocks:
+            block.o.data.zero_()
+            block.w_out.data.zero_()
+        # Blocks that do nothing leave the last layer alone, and no RMSNorm on the stream.
+        torch.testing.assert_close(model.body(x_BTD), squash(norm_free.ALPHA[kind] * x_BTD))
+        scaled = model.body(10 * x_BTD)
+        assert not torch.allclose(scaled, model.body(x_BTD), rtol=0.1)
+    assert nano.Block is not type(model.blocks[0])  # all is as it was
+
+
+@pytest.mark.parametrize("name", norm_free.ROWS)
+def test_every_row_trains(name, tmp_path, monkeypatch):
+    small = {key: value for key, value in SMALL.items() if key != "steps"}
+    row = norm_free.train(name, 2, 0, tmp_path / "run", **small)
+    assert 0 < row["val_loss"] < 6 and row["largest_entry"] > 0
+    bounded = "norm layers" not in name and name not in norm_free.ALPHA
+    assert math.isfinite(float(row["lipschitz_log10"])) == bounded
+
+
+def test_rivals_train_their_layers(tmp_path):
+    small = {key: value for key, value in SMALL.items() if key != "steps"}
+    norm_free.train("Derf", 3, 0, tmp_path / "run", **small)
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert saved["blocks.0.squash.0.alpha"] != 0.5
+    assert saved["squash.gain_D"].std() > 0
