@@ -158,7 +158,7 @@ class Config(Settings):
             if len(limits) == 1:
                 limits *= self.depth
             if len(limits) != self.depth or not all(0 < limit < math.inf for limit in limits):
-                raise ValueError("out of range")
+                raise ValueError(f"it is {limits}")
         if self.activation == "maxmin" and self.width % 2:
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
         if self.lowpass > 32:

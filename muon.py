@@ -221,14 +221,15 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _track_activity(self, p, momentum):
-        """Returns whether the gradient is known to be 0. A GPU would be waited for, and is not."""
+        """Returns whether p is known to come to rest. A GPU would be waited for, and is not."""
         # A gradient of zeros shrinks the momentum, but msign does not see the scale: a weight would
-        # go on in the same direction for thousands of steps. So updates shrink as the momentum.
+        # go on in the same direction for thousands of steps. So updates shrink as the momentum. One
+        # that never had a gradient has no direction to go on in: it starts far above 1.
         state = self.state[p]
         idle = p.grad.to_dense().abs().amax((-2, -1), keepdim=True) == 0
-        activity = state.get("activity", torch.ones(())).to(p.device, torch.float32)
+        activity = state.get("activity", torch.tensor(1e30)).to(p.device, torch.float32)
         state["activity"] = torch.where(idle, momentum * activity, 1.0)
-        return p.is_cpu and idle.all().item()
+        return p.is_cpu and state["activity"].max().item() < 1
 
     def _update(self, batch, group):
         """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns the largest norm of a step."""
@@ -259,7 +260,7 @@ class Muon(torch.optim.Optimizer):
         fan_out, fan_in = batch[0].shape[-2:]
         largest = 0.0
         for p, update in zip(batch, updates):
-            activity = self.state[p]["activity"]
+            activity = self.state[p]["activity"].clamp(max=1)
             p.add_(update.mul_(activity), alpha=-lr * (fan_out / fan_in) ** 0.5)
             step_norm = lr * MSIGN_MAX[updates.dtype]
             if p.is_cpu:  # on a GPU a whole step is counted

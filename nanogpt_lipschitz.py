@@ -180,7 +180,7 @@ class Config(Settings):
             if len(limits) == 1:
                 limits *= 7
             if len(limits) != 7 or not all(0 < limit < math.inf for limit in limits):
-                raise ValueError("out of range")
+                raise ValueError(f"it is {limits}")
         with explain(f"--content {self.content}", "give all, none, or blocks counted from 0"):
             if not self.content_blocks() <= set(range(self.blocks)):
                 raise ValueError(f"the last block is {self.blocks - 1}")

@@ -171,7 +171,7 @@ class Config(Settings):
             if len(limits) == 1:
                 limits *= 7
             if len(limits) != 7 or not all(0 < limit < math.inf for limit in limits):
-                raise ValueError("out of range")
+                raise ValueError(f"it is {limits}")
         if self.width % (2 * self.heads):
             raise UserError(f"--heads {self.heads}: must divide the width, {self.width}, into even "
                             "parts, as RoPE turns pairs")
