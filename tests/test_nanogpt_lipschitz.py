@@ -55,7 +55,7 @@ def small_stand_in():
 
 
 def tiny(**changes):
-    return Config.of("tiny", **{**TINY, **changes})
+    return Config.of("tiny_paper", **{**TINY, **changes})
 
 
 def flags(**changes):
@@ -434,7 +434,7 @@ def test_groups_of_parameters(changes):
     assert found["blocks.0.w_in"] == (0.15, 0.9, 5) and found["blocks.1.o"] == (0.15, 0.9, 4)
     assert found["head_XD"] == (0.1, 0.9, pytest.approx(7 * (250 / 256) ** 0.5))
     assert found["embedding_VD"] == (0.05, None, None)
-    assert found.get("blocks.1.query_HE") == ((0.2, None, None) if changes else None)
+    assert found.get("blocks.0.query_HE") == ((0.2, None, None) if changes else None)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def random_at_limits(model, seed):
 
 
 @pytest.mark.parametrize("preset, changes", [
-    ("tiny", dict()), ("tiny_tight", dict()), ("tiny", dict(content="1", cap=1.0)),
+    ("tiny_paper", dict()), ("tiny_tight", dict()), ("tiny", dict()),
     ("tiny", dict(content="0,2", w_max="4,3,2,1,2,3,4"))])
 def test_no_weights_within_limits_exceed_the_promise(preset, changes):
     promised = promise.promise(nano, preset, **changes)["promised_log10"]
@@ -46,7 +46,7 @@ def test_no_weights_within_limits_exceed_the_promise(preset, changes):
         assert nano.certificate(model)["product_log10"] <= promised
 
 
-@pytest.mark.parametrize("script, preset", [(nano, "tiny"), (shakespeare, "plain100")])
+@pytest.mark.parametrize("script, preset", [(nano, "tiny"), (nano, "tiny_paper"), (shakespeare, "plain100")])
 def test_the_promise_does_not_depend_on_the_width(script, preset):
     """And orthogonal matrices attain it, at the preset's own width."""
     config = script.Config.of(preset)

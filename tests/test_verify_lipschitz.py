@@ -473,7 +473,7 @@ def test_a_factor_on_the_logits_is_in_all_bounds_and_certifies_nothing():
 
 def test_own_shares_of_nanogpt_are_given():
     """Its attention by position, as computed: no token gives itself less, in windows shorter than a sequence."""
-    config = nanogpt_lipschitz.Config.of("tiny", width=16, blocks=1, heads=2, hidden=32, seq_len=64, window=32,
+    config = nanogpt_lipschitz.Config.of("tiny_paper", width=16, blocks=1, heads=2, hidden=32, seq_len=64, window=32,
                                          vocab=256, content="none", attention_scale=1.0)
     block = nanogpt_lipschitz.Transformer(config).double().blocks[0]
     block.v.data = block.o.data = torch.eye(16).double()  # so a token's output is the average of tokens, head by head
