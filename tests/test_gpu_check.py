@@ -225,9 +225,6 @@ def go_through():
             nano.can_compile = lambda device: False  # as a card of compute capability 7
             constraints.fast_dtype = nano.fast_dtype = muon.fast_dtype = lambda device: torch.float32
             gpu_check.check_attention(run)
-            # The choice of another kernel would ask a real driver.
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                gpu_check.check_training(run, "tight")
     print("DONE", len(run.rows), sum(row["verdict"] == "broken" for row in run.rows))
 
 

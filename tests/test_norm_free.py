@@ -87,6 +87,7 @@ def test_a_rival_has_squash_layers_in_the_place_of_norms(kind, squash):
 
 @pytest.mark.parametrize("name", norm_free.ROWS)
 def test_every_row_trains(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(nano, "tuned", lambda model: None)  # takes seconds
     small = {key: value for key, value in SMALL.items() if key != "steps"}
     row = norm_free.train(name, 2, 0, tmp_path / "run", **small)
     assert 0 < row["val_loss"] < 6 and row["largest_entry"] > 0

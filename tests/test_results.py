@@ -185,6 +185,7 @@ def few_steps(f, x_STD, radius, asked, steps):
 
 def test_depth(tmp_path, monkeypatch):
     monkeypatch.setattr(depth, "VAL_TOKENS", 1000)
+    monkeypatch.setattr(depth.nanogpt_lipschitz, "tuned", lambda model: None)  # takes seconds
     table = str(tmp_path / "depth.csv")
     options = ["--blocks", "2", "--steps", "2", "--seeds", "1", "--csv", table, "--runs", str(tmp_path)]
     depth.main([*options, "--lrs", "0.1,1e30"])
@@ -341,6 +342,14 @@ def test_flags_of_command(command, capsys):
         assert re.search(rf"{flag}\b", text), flag
     if script in ("mlp_cifar", "shakespeare", "nanogpt_lipschitz"):
         importlib.import_module(script).parse_arguments(words[2:])  # the preset exists, numbers are numbers
+
+
+def test_the_baseline_has_the_rates_that_were_searched():
+    """The bold row of section 12's search: learning rate, embed_lr, head_lr, logit_scale."""
+    preset = importlib.import_module("nanogpt_lipschitz").PRESETS["tiny_baseline"]
+    searched = re.search(r"\*\*([\d., ]+)\*\*; 0.05, 0.1, 0.004, 12", README)[1]
+    names = ("lr", "embed_lr", "head_lr", "logit_scale")
+    assert [float(number) for number in searched.split(",")] == [preset[name] for name in names]
 
 
 def test_each_script_has_a_command():
