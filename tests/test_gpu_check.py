@@ -222,9 +222,6 @@ def go_through():
         with Numbers():
             for run.part in ("maps", "attention", "cap1"):
                 gpu_check.PARTS[run.part](run)
-            nano.can_compile = lambda device: False  # as a card of compute capability 7
-            constraints.fast_dtype = nano.fast_dtype = muon.fast_dtype = lambda device: torch.float32
-            gpu_check.check_attention(run)
     print("DONE", len(run.rows), sum(row["verdict"] == "broken" for row in run.rows))
 
 

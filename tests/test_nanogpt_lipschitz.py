@@ -59,7 +59,8 @@ def tiny(**changes):
 
 
 def flags(**changes):
-    return [word for k, v in {**TINY, **changes}.items() for word in (f"--{k}", str(v))]
+    settings = {"preset": "tiny_paper", **TINY, **changes}
+    return [word for k, v in settings.items() for word in (f"--{k}", str(v))]
 
 
 def run(folder, **changes):
@@ -881,7 +882,7 @@ def test_endings(tmp_path):
     assert status == 2 and errors.count("\n") == 1 and "holds token 299" in errors
     assert not (tmp_path / "failed").exists()
     status, _, errors = end(stopped)
-    folder = Path("runs/nanogpt_lipschitz_tiny_seed0")
+    folder = Path("runs/nanogpt_lipschitz_tiny_paper_seed0")
     assert status == 130 and errors.splitlines()[-1].endswith(f"to resume, repeat the command with --out {folder}")
     assert checkpoint(tmp_path / folder)["step"] % 10 == 0 and (tmp_path / folder / "config.json").exists()
 
