@@ -116,8 +116,7 @@ def rest(constraint, kind, steps=200, **settings):
     return seen
 
 
-@pytest.mark.parametrize("on_cpu", [True, False])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype, on_cpu", [(None, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("kind", ["alone", "busy", "stack"])
 def test_a_weight_comes_to_rest_without_gradients(kind, dtype, on_cpu, monkeypatch):
     """The branch of a GPU, too, in which nobody looks at values."""
