@@ -660,10 +660,10 @@ def power(exponent, down=False):
 # q_h x_t, k_h x_j or v_h x_j is above the cap, the vector is scaled down to it, as cap_rows does.
 #
 # A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
-# length. Attention has no bound on all of space, as larger tokens move its pattern more (Kim,
-# Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex, so a bound
-# on derivatives is a bound on differences. dx is a difference, C_h = o_h v_h, and sigma(.) the
-# largest singular value.
+# length. Attention without a cap has no bound on all of space, as larger tokens move its pattern
+# more (Kim, Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex,
+# so a bound on derivatives is a bound on differences. dx is a difference, C_h = o_h v_h, and
+# sigma(.) the largest singular value.
 @dataclass
 class Block:
     """What the bounds need of a block. Matrices are in float64."""
@@ -684,7 +684,7 @@ class Block:
     k_HED: Tensor | None = None
     rotates: bool = False  # with RoPE
     cap: float = 0.0  # the largest length of k_h x_j, of v_h x_j, and of q_h x_t / s; 0: no cap
-    s: float = 0.0
+    s: float = 0.0  # the factor on q . k
     o_HDE: Tensor | None = None  # a beta o_h
     v_HED: Tensor | None = None
 
