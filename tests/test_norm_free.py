@@ -63,6 +63,35 @@ def test_what_promises_nothing():
         assert promise.promise(nano, "tiny", constraint=constraint)["promised_log10"] == "inf"
 
 
+# ---- caps ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("script", [shakespeare, nano], ids=lambda script: script.SCRIPT)
+def test_attention_with_a_cap_is_its_formula(script, size):
+    """Queries, keys and values of each head, one by one, scaled down where their RMS is above it."""
+    H, E, T, cap = 2, 8, 5, 0.7
+    config = script.Config(width=H * E, heads=H, blocks=1, hidden=8, seq_len=T, cap=cap,
+                           logit_scale=3.0, attention_scale=0.5, preset=script.Config.preset)
+    block = script.Block(config, 0).double()
+    generator = torch.Generator().manual_seed(0)
+    for _, W in block.matrices():
+        W.data = torch.randn(W.shape, generator=generator, dtype=torch.float64) / 2
+    x_BTD = size * torch.randn(3, T, H * E, generator=generator, dtype=torch.float64)
+
+    def project(W):
+        z_BTHE = (x_BTD @ W.T).view(3, T, H, E)
+        rms = z_BTHE.square().mean(-1, keepdim=True).sqrt()
+        return torch.where(rms > cap, z_BTHE * cap / rms, z_BTHE).transpose(1, 2)
+
+    q, k, v = project(block.q), project(block.k), project(block.v)
+    speeds = [] if script is shakespeare else [nano.rope_speeds(q)]
+    logits = 3.0 / E * script.rotate(q, *speeds) @ script.rotate(k, *speeds).mT
+    assert logits.abs().max() <= 3.0 * cap**2 * (1 + 1e-6)
+    sees = torch.ones(T, T, dtype=torch.bool).tril()
+    y = logits.masked_fill(~sees, -math.inf).softmax(-1) @ v
+    expected = 0.5 * y.transpose(1, 2).reshape(x_BTD.shape) @ block.o.T
+    torch.testing.assert_close(block.attention(x_BTD), expected, rtol=1e-5, atol=1e-8)
+
+
 # ---- rivals --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind, squash", [("DyT", torch.tanh), ("Derf", torch.erf)])
 def test_a_rival_has_squash_layers_in_the_place_of_norms(kind, squash):
