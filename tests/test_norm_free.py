@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import constraints
 import nanogpt_lipschitz as nano
 import shakespeare
 from constraints import exact_norm
@@ -90,6 +91,47 @@ def test_attention_with_a_cap_is_its_formula(script, size):
     y = logits.masked_fill(~sees, -math.inf).softmax(-1) @ v
     expected = 0.5 * y.transpose(1, 2).reshape(x_BTD.shape) @ block.o.T
     torch.testing.assert_close(block.attention(x_BTD), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_ellipsoids_of_a_cap_where_they_are_known(heads):
+    """Identical heads may do the same: each term is `heads` times that of one, steps f, g and h."""
+    E, D, s, cap = 3, 5, 0.3, 0.7
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, root = (torch.randn(rows, D, generator=generator).double() for rows in (E, E, E, D))
+    o = torch.randn(D, E, generator=generator).double()
+    q_HED, k_HED, v_HED, o_HDE = (W.expand(heads, *W.shape) for W in (s * q, k, v, o))
+    block = constraints.Block(0.0, 0.0, 0.0, 0.0, 0.5, None, None, None, None, q_HED, k_HED, True,
+                              cap, s, o_HDE, v_HED)
+
+    def sigma(W):
+        return torch.linalg.svdvals(W)[0].item()
+
+    S = root @ root.T
+    eye = torch.eye(D).double()
+    e = cap * s * (sigma(q @ root) + sigma(k @ root))
+    found = constraints.ellipsoid_norm(*constraints.capped_pattern(S, block), eye).exp()
+    assert found.item() == pytest.approx(heads * sigma(o) * cap * e, rel=1e-5)
+    for S_h in constraints.capped_values(S, block):
+        found = constraints.ellipsoid_norm(S_h, 0.0, eye).exp()
+        assert found.item() == pytest.approx(sigma(o) * sigma(v @ root), rel=1e-5)
+
+
+def test_the_product_of_a_cap():
+    """Step 5 of THE PRODUCT, by an SVD, for RMS->RMS."""
+    config = nano.Config.of("tiny", width=16, heads=2, hidden=8, vocab=20, cap=0.7)
+    model = nano.Transformer(config).double()
+    generator = torch.Generator().manual_seed(0)
+    for _, W in model.matrices():
+        W.data = torch.randn(W.shape, generator=generator, dtype=torch.float64)
+    block = model.blocks[1]
+    row = nano.certificate(model)["rows"][1]
+    keys = torch.linalg.svdvals(block.k.unflatten(0, (2, -1)))[:, 0].norm()
+    reach = torch.linalg.svdvals(block.q)[0] + keys
+    o = config.attention_scale * torch.linalg.svdvals(block.o)[0]
+    expected = o * config.logit_scale * config.cap**2 * reach
+    assert row["pattern"] == pytest.approx(expected.item(), rel=1e-8)
+    assert 10 ** row["alone_log10"] == pytest.approx(row["value"] + row["pattern"], rel=1e-9)
 
 
 # ---- rivals --------------------------------------------------------------------------------------
