@@ -226,7 +226,11 @@ class Muon(torch.optim.Optimizer):
         # go on in the same direction for thousands of steps. So updates shrink as the momentum. One
         # that never had a gradient has no direction to go on in: it starts far above 1.
         state = self.state[p]
-        idle = p.grad.to_dense().abs().amax((-2, -1), keepdim=True) == 0
+        gradient = p.grad.to_dense()
+        if p.is_cpu and gradient[..., 0, :].any(-1).all():  # nearly always, and quick to see
+            state["activity"] = torch.ones(())
+            return False
+        idle = gradient.abs().amax((-2, -1), keepdim=True) == 0
         activity = state.get("activity", torch.tensor(1e30)).to(p.device, torch.float32)
         state["activity"] = torch.where(idle, momentum * activity, 1.0)
         return p.is_cpu and state["activity"].max().item() < 1
@@ -261,10 +265,12 @@ class Muon(torch.optim.Optimizer):
         largest = 0.0
         for p, update in zip(batch, updates):
             activity = self.state[p]["activity"].clamp(max=1)
-            p.add_(update.mul_(activity), alpha=-lr * (fan_out / fan_in) ** 0.5)
             step_norm = lr * MSIGN_MAX[updates.dtype]
             if p.is_cpu:  # on a GPU a whole step is counted
                 step_norm *= activity.max().item()
+            if not p.is_cpu or activity.min() < 1:
+                update.mul_(activity)
+            p.add_(update, alpha=-lr * (fan_out / fan_in) ** 0.5)
             self.bounds[p] = self.bounds.get(p, math.inf) + step_norm
             largest = max(largest, step_norm)
         return largest
