@@ -696,6 +696,7 @@ class Block:
 #      softmax changes by at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So
 #      |m_h| <= e_h r.
 #   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
+#      So a head may as well give each token the key of the one before it, as key_offset does.
 #   3. o is applied to the v_h y_h of the heads side by side. So |beta sum_h C_h y_h| <= value, with
 #      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times

@@ -144,6 +144,7 @@ class Config(Settings):
     content: str = "all"  # blocks that attend by content: all, odd, none or as 0,2; else position
     logit_scale: float = 24.0  # on q.k / (D / H), by content. The baseline has no larger logit
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
+    key_offset: bool = False  # half of the heads by content give a token the key of the one before
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
     residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
@@ -321,6 +322,23 @@ def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
     return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask[:, None], scale=scale)
 
 
+def offset_keys(k_BHTE, first_BT=None):
+    """In the second half of the heads a token gets the key of the one before it.
+
+    A head then finds what came after tokens like the present one: it can copy, alone. Otherwise a
+    head in an earlier block must learn first to write down what came before. The bound is the same,
+    as it lets keys come from any token. From modded-nanogpt (its pull request 169), which offsets
+    half of each head in place of half of the heads. That would lengthen keys, and so the bound, by
+    up to sqrt(2). The first token of a document (first_BT) keeps its own.
+    """
+    half = k_BHTE.shape[1] // 2
+    own_BHTE = k_BHTE[:, half:]
+    before_BHTE = torch.cat([own_BHTE[:, :, :1], own_BHTE[:, :, :-1]], 2)
+    if first_BT is not None:
+        before_BHTE = torch.where(first_BT[:, None, :, None], own_BHTE, before_BHTE)
+    return torch.cat([k_BHTE[:, :half], before_BHTE], 1)
+
+
 class Block(torch.nn.Module):
     """x <- (1 - a) x + a attention(x), then x <- (1 - a) x + a mlp(x), with a = mix. No biases.
 
@@ -374,15 +392,18 @@ class Block(torch.nn.Module):
         waves_TE = torch.cat([angle.cos(), angle.sin()], -1)
         return (query_HE @ waves_TE.T).softmax(-1)[:, 0]
 
-    def attention(self, x_BTD, mask=None):
+    def attention(self, x_BTD, mask=None, first_BT=None):
         """out_t = beta sum_h o_h sum_j P^h_tj v_h x_j over all j that t sees, with the pattern
         P^h_t = softmax over j of s q_h x_t . k_h x_j with RoPE, or of waves in t - j.
         """
-        average = self.by_content if self.sees_content else self.by_position
-        y_BTD = average(x_BTD, mask).transpose(1, 2).reshape(x_BTD.shape)
+        if self.sees_content:
+            y_BHTE = self.by_content(x_BTD, mask, first_BT)
+        else:
+            y_BHTE = self.by_position(x_BTD, mask)
+        y_BTD = y_BHTE.transpose(1, 2).reshape(x_BTD.shape)
         return F.linear(y_BTD, (self.attention_scale * self.o).to(x_BTD.dtype))
 
-    def by_content(self, x_BTD, mask):
+    def by_content(self, x_BTD, mask, first_BT):
         """sum_j P^h_tj v_h x_j (B, H, T, E), where queries and keys depend on tokens."""
         B, T, D = x_BTD.shape
         H = self.config.heads
@@ -394,6 +415,8 @@ class Block(torch.nn.Module):
             # constant for tokens of any length, and no logit is above logit_scale * cap^2.
             parts = cap_rows(parts, self.config.cap)
         q_BHTE, k_BHTE, v_BHTE = parts.chunk(3, 1)
+        if self.config.key_offset:
+            k_BHTE = offset_keys(k_BHTE, first_BT)
         if self.config.baseline:
             q_BHTE = F.rms_norm(q_BHTE, q_BHTE.shape[-1:])
             k_BHTE = F.rms_norm(k_BHTE, k_BHTE.shape[-1:])
@@ -425,11 +448,12 @@ class Block(torch.nn.Module):
             return F.linear(maxmin(h), self.w_out.to(dtype))
         return F.linear(F.gelu(h), (self.w_out / GELU_SCALE).to(dtype))
 
-    def forward(self, x_BTD, mask=None):
+    def forward(self, x_BTD, mask=None, first_BT=None):
         if self.config.baseline:
-            x_BTD = x_BTD + self.attention(F.rms_norm(x_BTD, x_BTD.shape[-1:]), mask)
+            normed_BTD = F.rms_norm(x_BTD, x_BTD.shape[-1:])
+            x_BTD = x_BTD + self.attention(normed_BTD, mask, first_BT)
             return x_BTD + self.mlp(F.rms_norm(x_BTD, x_BTD.shape[-1:]))
-        x_BTD = torch.lerp(x_BTD, self.attention(x_BTD, mask), self.mix)
+        x_BTD = torch.lerp(x_BTD, self.attention(x_BTD, mask, first_BT), self.mix)
         return torch.lerp(x_BTD, self.mlp(x_BTD), self.mix)
 
 
@@ -484,6 +508,7 @@ class Transformer(torch.nn.Module):
         """The end of the stream. docs_BT None: one document. entries: a list to fill, or None."""
         if docs_BT is None:
             docs_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.int64)
+        first_BT = F.pad(docs_BT.diff(dim=1), (1, 0)) != 0
         window_blocks = math.ceil((window or self.config.window) / BLOCK)
         build_mask = block_mask if self.flex else dense_mask
         far = build_mask(docs_BT, window_blocks)
@@ -492,7 +517,7 @@ class Transformer(torch.nn.Module):
         see_far = (0, n // 3, n - 1 - n // 3, n - 1)  # of 12 blocks 0, 4, 7 and 11
         for i, block in enumerate(self.blocks):
             mask = far if i in see_far else near
-            x_BTD = block(x_BTD, mask)
+            x_BTD = block(x_BTD, mask, first_BT)
             if entries is not None:
                 entries.append(x_BTD.detach().abs().max().float())
         if self.config.baseline:

@@ -136,6 +136,7 @@ class Config(Settings):
     positions: str = "rope"  # of content: rope, or bias on logits, as by position
     logit_scale: float = 1.0  # factor on the attention logits q.k / (D / H), by content
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
+    key_offset: bool = False  # half of the heads by content give a token the key of the one before
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
     residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
@@ -305,6 +306,14 @@ class Block(torch.nn.Module):
             q_BHTE = cap_rows(q_BHTE, s * self.config.cap)
             k_BHTE = cap_rows(k_BHTE, self.config.cap)
             v_BHTE = cap_rows(v_BHTE, self.config.cap)
+        if self.config.key_offset:
+            # In half of the heads a token gets the key of the one before it. Such a head finds what
+            # came after characters like the present one: it can copy, alone. The bound is the same,
+            # as it lets keys come from any token. From modded-nanogpt, which offsets half of each
+            # head: that would lengthen keys, and so the bound, by up to sqrt(2).
+            own_BHTE = k_BHTE[:, H // 2:]
+            before_BHTE = torch.cat([own_BHTE[:, :, :1], own_BHTE[:, :, :-1]], 2)
+            k_BHTE = torch.cat([k_BHTE[:, :H // 2], before_BHTE], 1)
         if self.config.positions == "rope":
             q_BHTE = rotate(q_BHTE)
             k_BHTE = rotate(k_BHTE)

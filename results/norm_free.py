@@ -76,8 +76,8 @@ def rival(kind):
         def matrices(self):
             return [(role, W) for role, W in super().matrices() if not role.startswith("squash")]
 
-        def forward(self, x_BTD, mask=None):
-            x_BTD = x_BTD + self.attention(self.squash[0](x_BTD), mask)
+        def forward(self, x_BTD, mask=None, first_BT=None):
+            x_BTD = x_BTD + self.attention(self.squash[0](x_BTD), mask, first_BT)
             return x_BTD + self.mlp(self.squash[1](x_BTD))
 
     class Transformer(nano.Transformer):

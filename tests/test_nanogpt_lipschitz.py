@@ -143,7 +143,7 @@ def random_model(seed=0, norm=1.5, **changes):
 
 # ---- certificate -----------------------------------------------------------------------------------------------------
 BY_POSITION = dict(nano.POSITION, residual_scale=2.0)
-MIXED = dict(content="1", cap=0.5, logit_scale=4.0)
+MIXED = dict(content="1", cap=0.5, logit_scale=4.0, key_offset=True)
 
 
 def waves(block, T):
@@ -378,8 +378,9 @@ def test_attention_by_position_is_a_sum_of_waves():
     assert 2 * math.pi / block.speeds.min() > 200 and 3 < 2 * math.pi / block.speeds.max() < 4
 
 
-def test_attention_sees_its_own_document_only():
-    model = random_model()
+@pytest.mark.parametrize("key_offset", [False, True])
+def test_attention_sees_its_own_document_only(key_offset):
+    model = random_model(key_offset=key_offset)
     x_BTD = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     docs_BT = torch.tensor([[0] * 8 + [1] * 12])
     before = model.body(x_BTD, docs_BT)
@@ -394,7 +395,7 @@ def test_long_layers_are_the_authors():
     """Of 12 blocks 0, 4, 7 and 11 see the whole window, the others half of it; at least one block of positions."""
     seen, model = [], Transformer(tiny(blocks=12, residual_scale=1.0))
     for block in model.blocks:
-        block.forward = lambda x, mask: seen.append(int(mask[0, -1].sum())) or x
+        block.forward = lambda x, mask, first: seen.append(int(mask[0, -1].sum())) or x
     model.body(torch.zeros(1, 1024, 16), window=512)
     assert [i for i, n in enumerate(seen) if n == 512] == [0, 4, 7, 11] and set(seen) == {256, 512}
     seen.clear()

@@ -65,13 +65,17 @@ def test_what_promises_nothing():
 
 
 # ---- caps ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("size, key_offset", [(1e-3, False), (1.0, True), (30.0, False)])
 @pytest.mark.parametrize("script", [shakespeare, nano], ids=lambda script: script.SCRIPT)
-def test_attention_with_a_cap_is_its_formula(script, size):
-    """Queries, keys and values of each head, one by one, scaled down where their RMS is above it."""
-    H, E, T, cap = 2, 8, 5, 0.7
+def test_attention_with_a_cap_is_its_formula(script, size, key_offset):
+    """Queries, keys and values of each head, one by one, scaled down where their RMS is above it.
+
+    With key_offset the later heads have the key of the token before.
+    """
+    H, E, T, cap = 3, 8, 5, 0.7
     config = script.Config(width=H * E, heads=H, blocks=1, hidden=8, seq_len=T, cap=cap,
-                           logit_scale=3.0, attention_scale=0.5, preset=script.Config.preset)
+                           logit_scale=3.0, attention_scale=0.5, key_offset=key_offset,
+                           preset=script.Config.preset)
     block = script.Block(config, 0).double()
     generator = torch.Generator().manual_seed(0)
     for _, W in block.matrices():
@@ -84,6 +88,8 @@ def test_attention_with_a_cap_is_its_formula(script, size):
         return torch.where(rms > cap, z_BTHE * cap / rms, z_BTHE).transpose(1, 2)
 
     q, k, v = project(block.q), project(block.k), project(block.v)
+    if key_offset:
+        k = torch.stack([k[:, 0], *(k[:, h, [0, 0, 1, 2, 3]] for h in (1, 2))], 1)
     speeds = [] if script is shakespeare else [nano.rope_speeds(q)]
     logits = 3.0 / E * script.rotate(q, *speeds) @ script.rotate(k, *speeds).mT
     assert logits.abs().max() <= 3.0 * cap**2 * (1 + 1e-6)
