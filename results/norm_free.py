@@ -2,14 +2,15 @@
 
     python results/norm_free.py                        # tiny's shape, 300 steps, three seeds
     python results/norm_free.py --steps 2000 --seeds 1
+    python results/norm_free.py --shape deep --steps 200
+    python results/norm_free.py --shape english --data FOLDER --steps 1000 --seeds 1
     python results/norm_free.py --search --rows "DyT"  # rates and settings on text held out
 
-One shape, the same data and steps, Muon for all matrices. Each row has rates of its own, which were
-searched on the end of the training text (--search prints the neighbours of the chosen ones). Rows:
-the baseline with RMSNorm, QK norm and softcap; the same with attention by content in a few blocks;
-DyT (Zhu et al. 2025) and Derf (Chen et al. 2025) in the place of RMSNorm; no norms and no
-constraint; and soft caps, with attention by content in all blocks, a few, or none. Rows that are in
-the CSV are not run again.
+The same data and steps for all rows, and Muon for all matrices. Each row has rates of its own,
+which were searched on the end of the training text: --search prints the neighbours of the chosen
+ones. Rows: the baseline with RMSNorm, QK norm and softcap; the same with attention by content in
+some blocks; both with keys offset; DyT (Zhu et al. 2025) and Derf (Chen et al. 2025) in the place
+of RMSNorm; no norms and no constraint; and soft caps. Rows that are in the CSV are not run again.
 """
 
 import argparse
@@ -25,24 +26,35 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
 import nanogpt_lipschitz as nano  # noqa: E402
 
 ROWS = {  # name: preset, what differs from it
     "norm layers": ("tiny_baseline", dict()),
-    "norm layers, content in 2 of 4 blocks": ("tiny_baseline", dict(content="odd")),
-    "DyT": ("tiny_baseline", dict()),
-    "Derf": ("tiny_baseline", dict()),
-    "no constraint": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
-    "no constraint, content in 2, caps": ("tiny", dict(constraint="none")),
+    "norm layers, content in odd blocks": ("tiny_baseline", dict(content="odd")),
+    "norm layers, offset": ("tiny_baseline", dict(key_offset=True)),
+    "norm layers, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
+    "DyT, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
+    "Derf, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
+    "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
+    "no constraint, as tiny": ("tiny", dict(constraint="none")),
     "soft cap 3, content in all": ("tiny_paper", dict(embed_lr=0.1)),
-    "soft cap, content in 2, caps": ("tiny", dict()),
-    "soft cap, content in 2, caps, tighter": ("tiny", dict(w_max="3,3,3.5,3.5,2.5,2.5,16")),
-    "soft cap 4, by position": ("tiny", dict(content="none", w_max="4")),
+    "tiny": ("tiny", dict()),
+    "tiny without offset": ("tiny", dict(key_offset=False)),
+    "tiny, larger limits": ("tiny", dict(w_max="6,6,4,4,4,4,16")),
+    "tiny, smaller limits": ("tiny", dict(residual_scale=1.0, w_max="4,4,4,4,3,3,16")),
+    "tiny by position": ("tiny", dict(content="none")),
+}
+SHAPES = {
+    "tiny": dict(),
+    "deep": dict(blocks=24, width=64, hidden=256, heads=2, batch=8, micro_batch=8,
+                 val_tokens=50_000),
+    "english": dict(width=256, hidden=1024, heads=8, val_tokens=200_000),
 }
 ALPHA = {"DyT": 0.5, "Derf": 1.0}  # the slope at 0 with which a rival's layer starts
-FIELDS = ("row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
-          "lipschitz_product_log10", "largest_entry")
+FIELDS = ("shape", "row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
+          "lipschitz_product_log10", "largest_entry", "largest_logit")
 
 
 class Squash(torch.nn.Module):
@@ -109,16 +121,43 @@ def rival(kind):
         yield
 
 
-def train(name, steps, seed, out, **changes):
+@torch.no_grad()
+def largest_logit(config, model, sequences=16):
+    """The largest attention logit by content, of the first validation sequences."""
+    _, validation, _ = nano.load_data(config)
+    found = [0.0]
+    by_content = nano.Block.by_content
+    attend = nano.attend
+
+    def record(q_BHTE, k_BHTE, v_BHTE, mask, scale):
+        logits_BHTT = scale * q_BHTE @ k_BHTE.mT
+        found.append(logits_BHTT.tril().abs().max().item())
+        return attend(q_BHTE, k_BHTE, v_BHTE, mask, scale)
+
+    def recorded(*arguments):
+        with mock.patch.object(nano, "attend", record):
+            return by_content(*arguments)
+
+    with mock.patch.object(nano.Block, "by_content", recorded):
+        for i in range(sequences):
+            start = i * config.seq_len % (len(validation) - config.seq_len)
+            model.body(*model.embed(validation.read(start, config.seq_len)[None], torch.float32))
+    return max(found)
+
+
+def train(name, shape, steps, seed, out, **changes):
     """A row of the table: one run, in the folder `out`, where it goes on if it was stopped."""
     preset, own = ROWS[name]
-    config = nano.Config.of(preset, **{**own, "steps": steps, "seed": seed, "evals": 2,
-                                       "out": str(out), **changes})
-    around = rival(name) if name in ALPHA else contextlib.nullcontext()
-    row = dict(row=name, steps=steps, seed=seed)
+    config = nano.Config.of(preset, **{**own, **SHAPES[shape], "steps": steps, "seed": seed,
+                                       "evals": 2, "out": str(out), **changes})
+    kind = name.split(",")[0]
+    around = rival(kind) if kind in ALPHA else contextlib.nullcontext()
+    row = dict(shape=shape, row=name, steps=steps, seed=seed)
     try:
         with around:
             summary = nano.main(config)
+            _, model, _ = nano.load_checkpoint(out)
+            logit = largest_logit(config, model)
     except nano.UserError as problem:
         if "diverged" not in str(problem):
             raise
@@ -127,77 +166,118 @@ def train(name, steps, seed, out, **changes):
                 val_accuracy=round(summary["val_accuracy"], 4),
                 lipschitz_log10=summary["lipschitz_log10"],
                 lipschitz_product_log10=summary["lipschitz_product_log10"],
-                largest_entry=round(max(summary["activations"]), 1))
+                largest_entry=round(max(summary["activations"]), 1),
+                largest_logit=round(logit, 1))
 
 
-def search(name, steps, folder):
+def search(name, shape, steps, folder, **changes):
     """Losses on text held out, with each rate of a row halved and doubled in turn."""
     preset, own = ROWS[name]
     settings = vars(nano.Config.of(preset, **own))
     tries = [dict()]
     for rate in ("lr", "head_lr", "embed_lr"):
         tries += [{rate: settings[rate] / 2}, {rate: 2 * settings[rate]}]
-    for changes in tries:
-        label = " ".join(f"{rate} {value:g}" for rate, value in changes.items()) or "as it is"
+    for rates in tries:
+        label = " ".join(f"{rate} {value:g}" for rate, value in rates.items()) or "as it is"
         out = folder / f"search {name} {label}".replace(" ", "_").replace(",", "")
-        row = train(name, steps, 0, out, holdout=True, **changes)
+        row = train(name, shape, steps, 0, out, holdout=True, **changes, **rates)
         print(f"{name}: {label}: held out {row['val_loss']}", flush=True)
 
 
-def print_table(rows):
-    """Of each row and number of steps: means and spreads over seeds."""
-    print(f"\n{'':42} steps seeds  loss             right    bound")
+def group(rows):
+    """{(shape, row, steps): its rows, one for each seed that did not diverge}"""
     groups = {}
     for row in rows:
         if row["val_loss"] != "diverged":
-            groups.setdefault((row["row"], int(row["steps"])), []).append(row)
-    for (name, steps), group in groups.items():
-        losses = torch.tensor([float(row["val_loss"]) for row in group], dtype=torch.float64)
-        spread = losses.std().item() if len(group) > 1 else math.nan
-        right = sum(float(row["val_accuracy"]) for row in group) / len(group)
-        bounds = [float(row["lipschitz_log10"]) for row in group]
-        print(f"{name:42} {steps:5d} {len(group):5d}  {losses.mean():.3f} +- {spread:.3f}  "
-              f"{right:.2%}   10^{max(bounds):.2f}")
+            groups.setdefault((row["shape"], row["row"], int(row["steps"])), []).append(row)
+    return groups
+
+
+def print_table(rows):
+    """Means and spreads over seeds. The bound and the logit are the largest of all seeds."""
+    print(f"\n{'':9}{'':36} steps seeds  loss             right    logit  bound")
+    for (shape, name, steps), seeds in group(rows).items():
+        losses = torch.tensor([float(row["val_loss"]) for row in seeds], dtype=torch.float64)
+        spread = losses.std().item() if len(seeds) > 1 else math.nan
+        right = sum(float(row["val_accuracy"]) for row in seeds) / len(seeds)
+        bound = max(float(row["lipschitz_log10"]) for row in seeds)
+        logit = max(float(row["largest_logit"]) for row in seeds)
+        print(f"{shape:9}{name:36} {steps:5d} {len(seeds):5d}  {losses.mean():.3f} +- {spread:.3f}  "
+              f"{right:.2%}  {logit:6.1f}  10^{bound:.2f}")
+
+
+def draw(rows, shape, steps, path):
+    """Loss against the valid bound, a point for each seed. What has no bound is a line."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    panel = figure.subplots()
+    lines = 0
+    for (own_shape, name, own_steps), seeds in group(rows).items():
+        if (own_shape, own_steps) != (shape, steps):
+            continue
+        losses = [float(row["val_loss"]) for row in seeds]
+        bounds = [float(row["lipschitz_log10"]) for row in seeds]
+        mean = sum(losses) / len(losses)
+        if math.isinf(bounds[0]):
+            style = "-" if name.startswith("norm") else "--"
+            panel.axhline(mean, color=f"C{lines % 10}", linestyle=style, label=f"{name}: no bound")
+            lines += 1
+        else:
+            points = panel.plot(bounds, losses, "o", alpha=0.6)
+            panel.annotate(name, (max(bounds), mean), xytext=(7, 0), textcoords="offset points",
+                           verticalalignment="center", color=points[0].get_color())
+    panel.set(xlabel="valid Lipschitz bound of a run, log10", ylabel="validation loss, nats a byte",
+              title=f"{shape}: {steps} steps, one point for each seed; lower and further left is better")
+    panel.margins(x=0.25)
+    panel.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=";".join(ROWS), help="names, with semicolons [all]")
+    parser.add_argument("--shape", default="tiny", choices=SHAPES)
+    parser.add_argument("--data", help="a folder of token shards in place of Python's library")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", action="store_true", help="rates on text held out, no table")
     parser.add_argument("--alpha", type=float, help="of DyT and Derf, in place of ALPHA")
     parser.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
     parser.add_argument("--csv", default="results/norm_free.csv")
+    parser.add_argument("--picture", default="results/norm_free.png")
     parser.add_argument("--runs", default="runs/norm_free", help="folder of the runs")
     options = parser.parse_args(argv)
     torch.set_flush_denormal(True)  # as the tutorial does: a softmax has many such numbers
     names = options.rows.split(";")
+    changes = {}
+    if options.data:
+        changes["data"] = options.data
     if options.alpha:
         ALPHA.update(DyT=options.alpha, Derf=options.alpha)
     if options.search:
         for name in names:
-            search(name, options.steps, Path(options.runs))
+            search(name, options.shape, options.steps, Path(options.runs), **changes)
         return
     rows = []
     if Path(options.csv).exists():
         with open(options.csv, newline="") as file:
             rows = list(csv.DictReader(file))
-    done = {(row["row"], int(row["steps"]), int(row["seed"])) for row in rows}
+    done = {(row["shape"], row["row"], int(row["steps"]), int(row["seed"])) for row in rows}
     began = time.monotonic()
     for seed in range(options.seeds):
         for name in names:
             late = time.monotonic() - began > 60 * options.minutes
-            if (name, options.steps, seed) in done or late:
+            if (options.shape, name, options.steps, seed) in done or late:
                 continue
-            out = Path(options.runs, f"{name}_{options.steps}_{seed}".replace(" ", "_"))
-            rows.append(train(name, options.steps, seed, out))
+            stem = f"{options.shape}_{name}_{options.steps}_{seed}".replace(" ", "_")
+            rows.append(train(name, options.shape, options.steps, seed, Path(options.runs, stem),
+                              **changes))
             with open(options.csv, "w", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
     print_table(rows)
+    draw(rows, options.shape, options.steps, options.picture)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_ellipsoids_of_a_cap_where_they_are_known(heads):
 
 def test_the_product_of_a_cap():
     """Step 5 of THE PRODUCT, by an SVD, for RMS->RMS."""
-    config = nano.Config.of("tiny", width=16, heads=2, hidden=8, vocab=20, cap=0.7)
+    config = nano.Config.of("tiny", width=16, heads=2, hidden=8, vocab=20, cap=0.7, content="1")
     model = nano.Transformer(config).double()
     generator = torch.Generator().manual_seed(0)
     for _, W in model.matrices():
@@ -166,15 +167,40 @@ def test_a_rival_has_squash_layers_in_the_place_of_norms(kind, squash):
 def test_rows_train(name, tmp_path, monkeypatch):
     monkeypatch.setattr(nano, "tuned", lambda model: None)  # takes seconds
     small = {key: value for key, value in SMALL.items() if key != "steps"}
-    row = norm_free.train(name, 2, 0, tmp_path / "run", **small)
+    row = norm_free.train(name, "tiny", 2, 0, tmp_path / "run", **small)
     assert 0 < row["val_loss"] < 6 and row["largest_entry"] > 0
-    bounded = "norm layers" not in name and name not in norm_free.ALPHA
+    bounded = norm_free.ROWS[name][0] != "tiny_baseline"
     assert math.isfinite(float(row["lipschitz_log10"])) == bounded
+    assert (row["largest_logit"] == 0) == ("position" in name)
+
+
+def test_the_largest_logit():
+    """Of a model whose queries and keys are known: x itself, of RMS 1, turned by RoPE."""
+    config = nano.Config.of("tiny", **{**SMALL, "blocks": 1}, content="0", cap=0.0, logit_scale=3.0,
+                            w_max="9")
+    model = nano.Transformer(config)
+    for W in (model.blocks[0].q, model.blocks[0].k):
+        W.data.copy_(torch.eye(32))
+    rms = model.embedding_VD.data.unflatten(1, (4, -1)).square().mean(2).amax().item()
+    found = norm_free.largest_logit(config, model)  # of a token with itself, which RoPE leaves
+    assert 2.0 < found <= 3.0 * rms * (1 + 1e-6)
+
+
+def test_the_figure(tmp_path):
+    rows = [dict(shape="tiny", row=name, steps=300, seed=seed, val_loss=1.3 + seed / 10,
+                 lipschitz_log10=bound)
+            for name, bound in (("norm layers", math.inf), ("tiny", 3.0)) for seed in range(2)]
+    with mock.patch("matplotlib.figure.Figure.savefig", autospec=True) as savefig:
+        norm_free.draw(rows, "tiny", 300, tmp_path / "figure.png")
+    panel = savefig.call_args[0][0].axes[0]
+    line, points = panel.lines
+    assert list(line.get_ydata()) == [1.35, 1.35]
+    assert list(points.get_xdata()) == [3.0, 3.0] and list(points.get_ydata()) == [1.3, 1.4]
 
 
 def test_rivals_train_their_layers(tmp_path):
     small = {key: value for key, value in SMALL.items() if key != "steps"}
-    norm_free.train("Derf", 3, 0, tmp_path / "run", **small)
+    norm_free.train("Derf, odd, offset", "tiny", 3, 0, tmp_path / "run", **small)
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     assert saved["blocks.0.squash.0.alpha"] != 0.5
     assert saved["squash.gain_D"].std() > 0
