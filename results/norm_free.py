@@ -202,8 +202,8 @@ def print_table(rows):
         right = sum(float(row["val_accuracy"]) for row in seeds) / len(seeds)
         bound = max(float(row["lipschitz_log10"]) for row in seeds)
         logit = max(float(row["largest_logit"]) for row in seeds)
-        print(f"{shape:9}{name:36} {steps:5d} {len(seeds):5d}  {losses.mean():.3f} +- {spread:.3f}  "
-              f"{right:.2%}  {logit:6.1f}  10^{bound:.2f}")
+        print(f"{shape:9}{name:36} {steps:5d} {len(seeds):5d}  {losses.mean():.3f} +- "
+              f"{spread:.3f}  {right:.2%}  {logit:6.1f}  10^{bound:.2f}")
 
 
 def draw(rows, shape, steps, path):
@@ -226,7 +226,7 @@ def draw(rows, shape, steps, path):
             panel.annotate(name, (max(bounds), mean), xytext=(7, 0), textcoords="offset points",
                            verticalalignment="center", color=points[0].get_color())
     panel.set(xlabel="valid Lipschitz bound of a run, log10", ylabel="validation loss, nats a byte",
-              title=f"{shape}: {steps} steps, one point for each seed; lower and further left is better")
+              title=f"{shape}, {steps} steps: a point for each seed; low and far left is best")
     panel.margins(x=0.25)
     panel.legend(fontsize="small")
     figure.savefig(path, dpi=110)
