@@ -2,6 +2,7 @@
 
     python results/prepare.py SOURCE --data DIR
     python nanogpt_lipschitz.py --data DIR --vocab 50257 --batch 8 --micro_batch 8
+    python results/prepare.py SOURCE --data DIR --bytes    # no vocabulary, so no network: --vocab 256
 
 SOURCE is a text in UTF-8, a file of JSON lines (.jsonl, .json) or .parquet with texts in a column text, a
 folder of these (.txt), or a data set on the Hub, NAME or NAME:CONFIG. In a text <|endoftext|> ends a
@@ -96,14 +97,22 @@ def texts_of_prose(file):
         yield held
 
 
-def prepare(source, folder, val_tokens):
+class Bytes:
+    """Tokens that need no vocabulary. 255, which no text in UTF-8 has, begins a document."""
+    eot_token = 255
+
+    def encode_ordinary_batch(self, texts, num_threads):
+        return [list(text.encode()) for text in texts]
+
+
+def prepare(source, folder, val_tokens, tokens_are_bytes=False):
     """Shards of a source in a folder: val_tokens of it, at most a tenth, to validate, then the rest."""
     folder = Path(folder).expanduser()
     if list(folder.glob("*.bin")):
         raise UserError(f"--data {folder}: has shards already; give another folder, or remove them")
     rows = documents(source)
     texts = list(itertools.islice(rows, 256))  # a missing source is named before the vocabulary
-    gpt2 = nanogpt_lipschitz.load_gpt2()
+    encoding = Bytes() if tokens_are_bytes else nanogpt_lipschitz.load_gpt2()
     held = bytearray()  # 2 bytes a token
     shards = 0
     empty = 0
@@ -111,8 +120,8 @@ def prepare(source, folder, val_tokens):
         while True:
             known = [text for text in texts if text]
             empty += len(texts) - len(known)
-            for ids in gpt2.encode_ordinary_batch(known, num_threads=os.cpu_count()):
-                held += np.array([gpt2.eot_token, *ids], np.uint16).tobytes()
+            for ids in encoding.encode_ordinary_batch(known, num_threads=os.cpu_count()):
+                held += np.array([encoding.eot_token, *ids], np.uint16).tobytes()
             if not texts and not shards and len(held) < 40:
                 raise UserError(f"{source}: has {len(held) // 2} tokens; give more text")
             while len(held) >= 2 * (val_tokens + SHARD) or not texts and held:
@@ -143,10 +152,11 @@ def main(argv=None):
     parser.add_argument("source", help="what to read, see above")
     parser.add_argument("--data", required=True, help="folder to make, or without shards as yet")
     parser.add_argument("--val_tokens", type=int, default=10_485_760, help="to validate [10485760]")
+    parser.add_argument("--bytes", action="store_true", help="tokens are bytes, not GPT-2's")
     options = parser.parse_args(argv)
     if options.val_tokens < 1:
         raise UserError(f"--val_tokens {options.val_tokens}: must be at least 1")
-    prepare(options.source, options.data, options.val_tokens)
+    prepare(options.source, options.data, options.val_tokens, options.bytes)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_nanogpt_lipschitz
+import torch
 from test_nanogpt_lipschitz import one_clear_line, run
 
 import nanogpt_lipschitz as nano
@@ -45,6 +46,19 @@ def as_bytes(monkeypatch):
 def all_tokens(folder):
     files = sorted(folder.glob("*.bin"), key=lambda p: ("val" not in p.name, p.name))
     return np.concatenate([nano.read_shard(p)[1] for p in files]).tolist()
+
+
+def test_prepare_bytes(tmp_path, monkeypatch):
+    """Without any vocabulary; the model that reads them takes 255 for the start of a document."""
+    monkeypatch.setattr(nano, "load_gpt2", None)
+    (tmp_path / "a.txt").write_text("é and more<|endoftext|>next " + "x" * 50)
+    prepare.main([str(tmp_path / "a.txt"), "--data", str(tmp_path / "shards"), "--bytes"])
+    known = [255, *"é and more".encode(), 255, *b"next ", *b"x" * 50]
+    found = all_tokens(tmp_path / "shards")
+    assert [t for t in found if t != ord("\n")] == known
+    model = nano.Transformer(nano.Config.of("tiny", width=16, blocks=1, content="0", hidden=8))
+    _, docs_BT = model.embed(torch.tensor([found]), torch.float32)
+    assert docs_BT.max() == 2
 
 
 def test_prepare_parquet_and_json(tmp_path, as_bytes, capsys):
