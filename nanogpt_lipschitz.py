@@ -141,7 +141,7 @@ class Config(Settings):
     hidden: int = 3072  # neurons of an MLP
     window: int = 1792  # tokens that attention sees at the end of training; in most blocks half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
-    content: str = "all"  # blocks that attend by content: all, odd, none or as 0,2; else position
+    content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
     logit_scale: float = 24.0  # on q.k / (D / H), by content. The baseline has no larger logit
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     key_offset: bool = False  # half of the heads by content give a token the key of the one before
@@ -183,7 +183,7 @@ class Config(Settings):
                 limits *= 7
             if len(limits) != 7 or not all(0 < limit < math.inf for limit in limits):
                 raise ValueError(f"it is {limits}")
-        with explain(f"--content {self.content}", "give all, odd, none, or blocks counted from 0"):
+        with explain(f"--content {self.content}", "give all, odd, last, none, or as 0,2"):
             if not self.content_blocks() <= set(range(self.blocks)):
                 raise ValueError(f"the last block is {self.blocks - 1}")
         if self.width % (4 * self.heads):
@@ -204,6 +204,8 @@ class Config(Settings):
             return set()
         if self.content == "odd":
             return set(range(1, self.blocks, 2))
+        if self.content == "last":
+            return {self.blocks - 1}
         if self.content == "all":
             return set(range(self.blocks))
         return {int(number) for number in self.content.split(",")}
@@ -221,7 +223,7 @@ PRESETS = {
     # without norm layers the lowest loss for its bound. Each block by content multiplies the bound
     # by about 10, position costs nearly nothing, and copying wants content only once.
     # "tiny_paper" is the paper's architecture, which attends by content in all, without a cap.
-    "tiny": {**TINY, **FEW, "content": "3", "embed_lr": 0.1},
+    "tiny": {**TINY, **FEW, "content": "last", "embed_lr": 0.1},
     "tiny_paper": TINY,
     "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
     # The same shape with norm layers. QK norm gives q and k an RMS of 1, so q.k / (D / H) is within

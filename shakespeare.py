@@ -132,7 +132,7 @@ class Config(Settings):
     hidden: int = 1024  # neurons of an MLP
     seq_len: int = 256  # characters in a window
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
-    content: str = "all"  # blocks that attend by content: all, odd, none or as 0,2; else position
+    content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
     positions: str = "rope"  # of content: rope, or bias on logits, as by position
     logit_scale: float = 1.0  # factor on the attention logits q.k / (D / H), by content
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
@@ -176,7 +176,7 @@ class Config(Settings):
         if self.width % (2 * self.heads):
             raise UserError(f"--heads {self.heads}: must divide the width, {self.width}, into even "
                             "parts, as RoPE turns pairs")
-        with explain(f"--content {self.content}", "give all, odd, none, or blocks counted from 0"):
+        with explain(f"--content {self.content}", "give all, odd, last, none, or as 0,2"):
             if not self.content_blocks() <= set(range(self.blocks)):
                 raise ValueError(f"the last block is {self.blocks - 1}")
         if self.residual_scale > 2 * self.blocks:
@@ -195,6 +195,8 @@ class Config(Settings):
             return set()
         if self.content == "odd":
             return set(range(1, self.blocks, 2))
+        if self.content == "last":
+            return {self.blocks - 1}
         if self.content == "all":
             return set(range(self.blocks))
         return {int(number) for number in self.content.split(",")}

@@ -29,6 +29,7 @@ import torch.nn.functional as F  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 import nanogpt_lipschitz as nano  # noqa: E402
+from constraints import power  # noqa: E402
 
 ROWS = {  # name: preset, what differs from it
     "norm layers": ("tiny_baseline", dict()),
@@ -193,17 +194,26 @@ def group(rows):
     return groups
 
 
-def print_table(rows):
-    """Means and spreads over seeds. The bound and the logit are the largest of all seeds."""
-    print(f"\n{'':9}{'':36} steps seeds  loss             right    logit  bound")
-    for (shape, name, steps), seeds in group(rows).items():
+def table(rows, shape, steps):
+    """Lines of a table: means and spreads over seeds, the largest bound, entry and logit."""
+    lines = ["| network | seeds | loss | right | valid bound | largest entry | largest logit |",
+             "|---|---|---|---|---|---|---|"]
+    for (own_shape, name, own_steps), seeds in group(rows).items():
+        if (own_shape, own_steps) != (shape, steps):
+            continue
         losses = torch.tensor([float(row["val_loss"]) for row in seeds], dtype=torch.float64)
-        spread = losses.std().item() if len(seeds) > 1 else math.nan
+        loss = f"{losses.mean():.3f}"
+        if len(seeds) > 1:
+            loss += f" ± {losses.std():.3f}"
         right = sum(float(row["val_accuracy"]) for row in seeds) / len(seeds)
-        bound = max(float(row["lipschitz_log10"]) for row in seeds)
-        logit = max(float(row["largest_logit"]) for row in seeds)
-        print(f"{shape:9}{name:36} {steps:5d} {len(seeds):5d}  {losses.mean():.3f} +- "
-              f"{spread:.3f}  {right:.2%}  {logit:6.1f}  10^{bound:.2f}")
+        largest = {key: max(float(row[key]) for row in seeds)
+                   for key in ("lipschitz_log10", "largest_entry", "largest_logit")}
+        bound = "none"
+        if math.isfinite(largest["lipschitz_log10"]):
+            bound = power(largest["lipschitz_log10"])
+        lines.append(f"| {name} | {len(seeds)} | {loss} | {right:.1%} | {bound} | "
+                     f"{largest['largest_entry']:.0f} | {largest['largest_logit']:.1f} |")
+    return lines
 
 
 def draw(rows, shape, steps, path):
@@ -276,7 +286,7 @@ def main(argv=None):
                 writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-    print_table(rows)
+    print("\n".join(table(rows, options.shape, options.steps)))
     draw(rows, options.shape, options.steps, options.picture)
 
 

@@ -66,6 +66,24 @@ def test_what_promises_nothing():
         assert promise.promise(nano, "tiny", constraint=constraint)["promised_log10"] == "inf"
 
 
+# ---- which blocks --------------------------------------------------------------------------------
+@pytest.mark.parametrize("content, blocks", [
+    ("all", {0, 1, 2, 3}), ("odd", {1, 3}), ("last", {3}), ("none", set()), ("0,2", {0, 2})])
+@pytest.mark.parametrize("script", [shakespeare, nano], ids=lambda script: script.SCRIPT)
+def test_blocks_by_content(script, content, blocks):
+    config = script.Config(preset=script.Config.preset, blocks=4, content=content)
+    config.limits()
+    assert config.content_blocks() == blocks
+    found = {i for i in range(4) if script.Block(config, i).sees_content}
+    assert found == blocks
+
+
+@pytest.mark.parametrize("content", ["some", "4", "-1", "1,,2", "0.5"])
+def test_blocks_that_are_not_there(content):
+    with pytest.raises(nano.UserError, match="give all, odd, last, none, or as 0,2"):
+        nano.Config.of("tiny", content=content).limits()
+
+
 # ---- caps ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("size, key_offset", [(1e-3, False), (1.0, True), (30.0, False)])
 @pytest.mark.parametrize("script", [shakespeare, nano], ids=lambda script: script.SCRIPT)
