@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import mlp_cifar
 import nanogpt_lipschitz
 import shakespeare
-from constraints import log10
+from constraints import exact_norm, log10
 from mlp_cifar import PLACES, RADII, explain, finite
 
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
@@ -313,10 +313,19 @@ class Table:
         self.add("bound", where, what, finite(certified), finite(log10(found)), verdict,
                  f"{tightness:.4f}  {norm}", norm=norm, tightness=tightness)
 
-    def attack(self, where, what, certified, f, x_STD, radius=math.inf, norm=NORM):
-        """Search for a pair of inputs that exceeds the log10 of a bound."""
-        found_S = climb(f, x_STD, radius, self.steps(120), self.seed)
-        self.bound(where, what, certified, found_S.max().item(), norm)
+    def attack(self, where, what, certified, f, x_STD, radius=math.inf, norm=NORM, within=None):
+        """Search for a pair of inputs that exceeds the log10 of a bound.
+
+        within: the radius of a smaller ball to search as well, or None. Where a map flattens out,
+        as behind a cap, its steepest places are near the origin, and steps in a large ball miss
+        them.
+        """
+        found = climb(f, x_STD, radius, self.steps(120), self.seed).max().item()
+        if within:
+            x_STD = within / radius * x_STD
+            nearby_S = climb(f, x_STD, within, self.steps(240), self.seed)
+            found = max(found, nearby_S.max().item())
+        self.bound(where, what, certified, found, norm)
 
     def predictions(self, where, name, certified_N, stands_N, norm):
         """Every attacked prediction that is certified has to stand."""
@@ -463,7 +472,8 @@ def verify_transformer(table, script, config, model, tokens_N):
     say("5 of 5: the network, and predictions")
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real_STD, R * directions(*real_STD.shape, seed=table.seed)])
-    table.attack("network", "certificate", bound["log10"], logits, starts, R)
+    within = R / 2 if config.cap else None
+    table.attack("network", "certificate", bound["log10"], logits, starts, R, within=within)
     if script is shakespeare:
         n = min(table.options.windows, (count - 1) // T) * T
         certified = script.certified_tokens(model, tokens_N, weights)
@@ -503,8 +513,12 @@ def attack_blocks(table, model, bound, real_STD):
         R = 10 ** min(60.0, row["radius_log10"])
         starts = torch.cat([real[2 * i], R * directions(8, T, D, seed=table.seed + i),
                             split_tokens(block, model.config.heads, T, R)])
+        within = None
+        if block.sees_content and model.config.cap:
+            # Keys of longer tokens are at the cap, and change the less the longer the tokens are.
+            within = min(R, 2 * model.config.cap / max(1e-9, exact_norm(block.k).item()))
         attack_sublayer(table, where, "attention", block.attention, a, starts, R,
-                        row["alone_log10"], row["attention_log10"])
+                        row["alone_log10"], row["attention_log10"], within)
         R = 10 ** min(60.0, row["radius_mlp_log10"])
         with_stream = log10((1 - a) + a * row["mlp"])
         both = torch.cat([starts, real[2 * i + 1]])
@@ -526,13 +540,14 @@ def attack_blocks(table, model, bound, real_STD):
         table.bound("stream", f"radius after {i} sublayers", radii[i], largest, "max-token RMS")
 
 
-def attack_sublayer(table, where, what, f, mix, starts, radius, alone, with_stream):
+def attack_sublayer(table, where, what, f, mix, starts, radius, alone, with_stream, within=None):
     """Attack the bounds (log10) of a sublayer f, alone and mixed into the stream."""
     def add_to_stream(x_STD):
         return torch.lerp(x_STD, f(x_STD), mix)
 
-    table.attack(where, what, alone, f, starts, radius)
-    table.attack(where, f"{what} + stream", with_stream, add_to_stream, starts, radius)
+    table.attack(where, what, alone, f, starts, radius, within=within)
+    table.attack(where, f"{what} + stream", with_stream, add_to_stream, starts, radius,
+                 within=within)
 
 
 def split_tokens(block, heads, T, R):

@@ -44,7 +44,8 @@ ROWS = {  # name: preset, what differs from it
     "tiny": ("tiny", dict()),
     "tiny without offset": ("tiny", dict(key_offset=False)),
     "tiny, larger limits": ("tiny", dict(w_max="6,6,4,4,4,4,16")),
-    "tiny, smaller limits": ("tiny", dict(residual_scale=1.0, w_max="4,4,4,4,3,3,16")),
+    "tiny, smaller limits": ("tiny", dict(residual_scale=1.0, head_lr=0.05,
+                                            w_max="3,3,3,3,2.6,2.6,16")),
     "tiny by position": ("tiny", dict(content="none")),
 }
 SHAPES = {

@@ -449,6 +449,24 @@ def attention_layer(kind, heads, positions="rope", seed=0, **changes):
     return model.double()
 
 
+def test_the_bound_of_a_capped_attention_is_nearly_attained():
+    """A third less would be broken, though the ball is so large that most of it is flat."""
+    model = attention_layer("orthogonal", 4, cap=1.0, logit_scale=8.0)
+    for W in (model.blocks[0].q, model.blocks[0].k):
+        W.data *= 4
+    bound = shakespeare.certificate(model)
+    row = bound["rows"][0]
+    row["radius_log10"] = 2.0
+    real_STD = verify_lipschitz.directions(4, 12, 16, seed=0)
+    found = {}
+    for less in (1, 2 / 3):
+        row["alone_log10"] += math.log10(less)
+        table = Table(options(budget=1))
+        verify_lipschitz.attack_blocks(table, model, bound, real_STD)
+        found[less] = next(r["verdict"] for r in table.rows if r["what"] == "attention")
+    assert found == {1: "held", 2 / 3: "BROKEN"}
+
+
 @pytest.mark.parametrize("rho", [0.1, 3.0])
 def test_a_certificate_at_a_radius_is_of_the_larger_ball(rho):
     """Embeddings of RMS 1 that may move by rho: the product starts at 1 + rho, and attacks there do not exceed it."""
