@@ -39,7 +39,7 @@ ROWS = {  # name: preset, what differs from it
     "DyT, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
     "Derf, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
     "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
-    "no constraint, as tiny": ("tiny", dict(constraint="none")),
+    "no constraint, as tiny": ("tiny", dict(constraint="none", lr=0.05)),
     "soft cap 3, content in all": ("tiny_paper", dict(embed_lr=0.1)),
     "tiny": ("tiny", dict()),
     "tiny without offset": ("tiny", dict(key_offset=False)),
