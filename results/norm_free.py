@@ -36,7 +36,7 @@ ROWS = {  # name: preset, what differs from it
     "norm layers, content in odd blocks": ("tiny_baseline", dict(content="odd")),
     "norm layers, offset": ("tiny_baseline", dict(key_offset=True)),
     "norm layers, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
-    "DyT, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
+    "DyT, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True, head_lr=0.025)),
     "Derf, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
     "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
     "no constraint, as tiny": ("tiny", dict(constraint="none", lr=0.05)),
