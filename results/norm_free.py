@@ -219,9 +219,8 @@ def table(rows, shape, steps):
 
 def draw(rows, shape, steps, path):
     """Loss against the valid bound, a point for each seed. What has no bound is a line."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(10, 6), layout="constrained")
     panel = figure.subplots()
-    lines = 0
     for (own_shape, name, own_steps), seeds in group(rows).items():
         if (own_shape, own_steps) != (shape, steps):
             continue
@@ -229,17 +228,19 @@ def draw(rows, shape, steps, path):
         bounds = [float(row["lipschitz_log10"]) for row in seeds]
         mean = sum(losses) / len(losses)
         if math.isinf(bounds[0]):
-            style = "-" if name.startswith("norm") else "--"
-            panel.axhline(mean, color=f"C{lines % 10}", linestyle=style, label=f"{name}: no bound")
-            lines += 1
+            panel.axhline(mean, color="grey", linewidth=0.8)
+            panel.annotate(f"{name}: no bound", (0.995, mean), xycoords=("axes fraction", "data"),
+                           xytext=(0, 2), textcoords="offset points", color="dimgrey",
+                           horizontalalignment="right", fontsize="small")
         else:
-            points = panel.plot(bounds, losses, "o", alpha=0.6)
-            panel.annotate(name, (max(bounds), mean), xytext=(7, 0), textcoords="offset points",
-                           verticalalignment="center", color=points[0].get_color())
-    panel.set(xlabel="valid Lipschitz bound of a run, log10", ylabel="validation loss, nats a byte",
-              title=f"{shape}, {steps} steps: a point for each seed; low and far left is best")
+            points = panel.plot(bounds, losses, "o", alpha=0.7)
+            panel.annotate(name, (max(bounds), min(losses)), xytext=(5, -10),
+                           textcoords="offset points", color=points[0].get_color())
+    panel.set(xlabel="valid Lipschitz bound of the trained network, log10",
+              ylabel="validation loss, nats a byte",
+              title=f"{shape}, {steps} steps. Points: without norm layers, one for each seed. "
+                    "Lines: with them, means. Low and left is good.")
     panel.margins(x=0.25)
-    panel.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
