@@ -390,7 +390,8 @@ def cap_rows(table_VD, limit=1.0):
 
     So the table's norm from l1 to RMS is at most `limit`, too.
     """
-    rms = table_VD.square().mean(-1, keepdim=True).sqrt()
+    # The first clamp is for the gradient: that of sqrt at 0 is infinite.
+    rms = table_VD.square().mean(-1, keepdim=True).clamp(min=1e-30).sqrt()
     return table_VD * (limit / rms.clamp(min=limit))
 
 

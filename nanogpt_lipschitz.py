@@ -16,7 +16,7 @@ COMMANDS
 RESULT (bytes of Python's library; one core of a CPU, two minutes each). CUDA is unmeasured.
     tiny, the default (seeds 0 to 2): 67.3 +- 0.3 % right, loss 1.249 +- 0.015, bound 10^3.7;
     tiny_baseline, with norm layers (seeds 0 to 2): 65.8 +- 0.1 %, 1.296 +- 0.007, no bound;
-    the same with --content odd --key_offset, as in tiny: 69.7 +- 0.2 %, 1.155 +- 0.007, no bound;
+    the same with --content odd --key_offset: 69.7 +- 0.2 %, 1.155 +- 0.007, no bound;
     tiny_tight (one seed): 60.8 %, 1.550, 12.37; tiny_paper (one seed): 61.7 %, 1.483, 10^9.5.
 
 ANCESTRY. The experiment is the authors', its shape modded-nanogpt's (Jordan et al.), the shards are
@@ -328,13 +328,14 @@ def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
 
 
 def offset_keys(k_BHTE, first_BT=None):
-    """In the second half of the heads a token gets the key of the one before it.
+    """In the second half of the heads, or a single one, a token gets the key of the one before it.
 
     A head then finds what came after tokens like the present one: it can copy, alone. Otherwise a
     head in an earlier block must learn first to write down what came before. The bound is the same,
     as it lets keys come from any token. From modded-nanogpt (its pull request 169), which offsets
     half of each head in place of half of the heads. That would lengthen keys, and so the bound, by
-    up to sqrt(2). The first token of a document (first_BT) keeps its own.
+    up to sqrt(2). The first token of a document (first_BT) keeps its own. The first key of a window
+    is that of the token just outside it, whose value stays unseen.
     """
     half = k_BHTE.shape[1] // 2
     own_BHTE = k_BHTE[:, half:]

@@ -320,12 +320,11 @@ class Table:
         as behind a cap, its steepest places are near the origin, and steps in a large ball miss
         them.
         """
-        found = climb(f, x_STD, radius, self.steps(120), self.seed).max().item()
+        found_S = climb(f, x_STD, radius, self.steps(120), self.seed)
         if within:
-            x_STD = within / radius * x_STD
-            nearby_S = climb(f, x_STD, within, self.steps(240), self.seed)
-            found = max(found, nearby_S.max().item())
-        self.bound(where, what, certified, found, norm)
+            nearby_S = climb(f, within / radius * x_STD, within, self.steps(240), self.seed)
+            found_S = torch.maximum(found_S, nearby_S)
+        self.bound(where, what, certified, found_S.max().item(), norm)
 
     def predictions(self, where, name, certified_N, stands_N, norm):
         """Every attacked prediction that is certified has to stand."""
@@ -472,7 +471,7 @@ def verify_transformer(table, script, config, model, tokens_N):
     say("5 of 5: the network, and predictions")
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real_STD, R * directions(*real_STD.shape, seed=table.seed)])
-    within = R / 2 if config.cap else None
+    within = R / 2 if config.cap and config.content_blocks() else None
     table.attack("network", "certificate", bound["log10"], logits, starts, R, within=within)
     if script is shakespeare:
         n = min(table.options.windows, (count - 1) // T) * T

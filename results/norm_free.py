@@ -4,13 +4,14 @@
     python results/norm_free.py --steps 2000 --seeds 1
     python results/norm_free.py --shape deep --steps 200
     python results/norm_free.py --shape english --data FOLDER --steps 1000 --seeds 1
-    python results/norm_free.py --search --rows "DyT"  # rates and settings on text held out
+    python results/norm_free.py --search --rows "DyT, odd, offset"  # rates, on text held out
 
 The same data and steps for all rows, and Muon for all matrices. Each row has rates of its own,
-which were searched on the end of the training text: --search prints the neighbours of the chosen
-ones. Rows: the baseline with RMSNorm, QK norm and softcap; the same with attention by content in
-some blocks; both with keys offset; DyT (Zhu et al. 2025) and Derf (Chen et al. 2025) in the place
-of RMSNorm; no norms and no constraint; and soft caps. Rows that are in the CSV are not run again.
+which were searched in tiny's shape on the end of the training text: --search prints the neighbours
+of the chosen ones. Rows: the baseline with RMSNorm, QK norm and softcap; the same with attention
+by content in some blocks; both with keys offset; DyT (Zhu et al. 2025) and Derf (Chen et al. 2025)
+in the place of RMSNorm; no norms and no constraint; and soft caps. Rows that are in the CSV are not
+run again.
 """
 
 import argparse
@@ -36,6 +37,7 @@ ROWS = {  # name: preset, what differs from it
     "norm layers, content in odd blocks": ("tiny_baseline", dict(content="odd")),
     "norm layers, offset": ("tiny_baseline", dict(key_offset=True)),
     "norm layers, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
+    "norm layers, last, offset": ("tiny_baseline", dict(content="last", key_offset=True)),
     "DyT, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True, head_lr=0.025)),
     "Derf, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
     "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
@@ -54,7 +56,7 @@ SHAPES = {
                  val_tokens=50_000),
     "english": dict(width=256, hidden=1024, heads=8, val_tokens=200_000),
 }
-ALPHA = {"DyT": 0.5, "Derf": 1.0}  # the slope at 0 with which a rival's layer starts
+ALPHA = {"DyT": 0.5, "Derf": 1.0}  # with which a rival's layers start
 FIELDS = ("shape", "row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
           "lipschitz_product_log10", "largest_entry", "largest_logit")
 
@@ -125,7 +127,7 @@ def rival(kind):
 
 @torch.no_grad()
 def largest_logit(config, model, sequences=16):
-    """The largest attention logit by content, of the first validation sequences."""
+    """The largest attention logit by content, either sign, of the first validation sequences."""
     _, validation, _ = nano.load_data(config)
     found = [0.0]
     by_content = nano.Block.by_content
@@ -133,7 +135,7 @@ def largest_logit(config, model, sequences=16):
 
     def record(q_BHTE, k_BHTE, v_BHTE, mask, scale):
         logits_BHTT = scale * q_BHTE @ k_BHTE.mT
-        found.append(logits_BHTT.tril().abs().max().item())
+        found.append(logits_BHTT.masked_fill(~mask[:, None], 0).abs().max().item())
         return attend(q_BHTE, k_BHTE, v_BHTE, mask, scale)
 
     def recorded(*arguments):
@@ -142,8 +144,9 @@ def largest_logit(config, model, sequences=16):
 
     with mock.patch.object(nano.Block, "by_content", recorded):
         for i in range(sequences):
-            start = i * config.seq_len % (len(validation) - config.seq_len)
-            model.body(*model.embed(validation.read(start, config.seq_len)[None], torch.float32))
+            T = min(config.seq_len, len(validation))
+            start = i * T % (len(validation) - T + 1)
+            model.body(*model.embed(validation.read(start, T)[None], torch.float32))
     return max(found)
 
 
@@ -181,17 +184,16 @@ def search(name, shape, steps, folder, **changes):
         tries += [{rate: settings[rate] / 2}, {rate: 2 * settings[rate]}]
     for rates in tries:
         label = " ".join(f"{rate} {value:g}" for rate, value in rates.items()) or "as it is"
-        out = folder / f"search {name} {label}".replace(" ", "_").replace(",", "")
-        row = train(name, shape, steps, 0, out, holdout=True, **changes, **rates)
+        stem = f"search {shape} {name} {steps} {label}".replace(" ", "_").replace(",", "")
+        row = train(name, shape, steps, 0, folder / stem, holdout=True, **changes, **rates)
         print(f"{name}: {label}: held out {row['val_loss']}", flush=True)
 
 
 def group(rows):
-    """{(shape, row, steps): its rows, one for each seed that did not diverge}"""
+    """{(shape, row, steps): its rows, one for each seed}"""
     groups = {}
     for row in rows:
-        if row["val_loss"] != "diverged":
-            groups.setdefault((row["shape"], row["row"], int(row["steps"])), []).append(row)
+        groups.setdefault((row["shape"], row["row"], int(row["steps"])), []).append(row)
     return groups
 
 
@@ -201,6 +203,10 @@ def table(rows, shape, steps):
              "|---|---|---|---|---|---|---|"]
     for (own_shape, name, own_steps), seeds in group(rows).items():
         if (own_shape, own_steps) != (shape, steps):
+            continue
+        failed = sum(row["val_loss"] == "diverged" for row in seeds)
+        if failed:
+            lines.append(f"| {name} | {len(seeds)} | {failed} diverged | | | | |")
             continue
         losses = torch.tensor([float(row["val_loss"]) for row in seeds], dtype=torch.float64)
         loss = f"{losses.mean():.3f}"
@@ -224,6 +230,9 @@ def draw(rows, shape, steps, path):
     for (own_shape, name, own_steps), seeds in group(rows).items():
         if (own_shape, own_steps) != (shape, steps):
             continue
+        seeds = [row for row in seeds if row["val_loss"] != "diverged"]
+        if not seeds:
+            continue
         losses = [float(row["val_loss"]) for row in seeds]
         bounds = [float(row["lipschitz_log10"]) for row in seeds]
         mean = sum(losses) / len(losses)
@@ -238,8 +247,8 @@ def draw(rows, shape, steps, path):
                            textcoords="offset points", color=points[0].get_color())
     panel.set(xlabel="valid Lipschitz bound of the trained network, log10",
               ylabel="validation loss, nats a byte",
-              title=f"{shape}, {steps} steps. Points: without norm layers, one for each seed. "
-                    "Lines: with them, means. Low and left is good.")
+              title=f"{shape}, {steps} steps. Points: no norm layers, a bound, one for each seed. "
+                    "Lines: no bound, means")
     panel.margins(x=0.25)
     figure.savefig(path, dpi=110)
 
@@ -249,18 +258,24 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=";".join(ROWS), help="names, with semicolons [all]")
     parser.add_argument("--shape", default="tiny", choices=SHAPES)
-    parser.add_argument("--data", help="a folder of token shards in place of Python's library")
+    parser.add_argument("--data", help="for english: a folder of token shards, of bytes")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--search", action="store_true", help="rates on text held out, no table")
-    parser.add_argument("--alpha", type=float, help="of DyT and Derf, in place of ALPHA")
+    parser.add_argument("--alpha", type=float, help="for --search: of DyT and Derf")
     parser.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
     parser.add_argument("--csv", default="results/norm_free.csv")
-    parser.add_argument("--picture", default="results/norm_free.png")
+    parser.add_argument("--picture", default="results/norm_free_{shape}_{steps}.png")
     parser.add_argument("--runs", default="runs/norm_free", help="folder of the runs")
     options = parser.parse_args(argv)
     torch.set_flush_denormal(True)  # as the tutorial does: a softmax has many such numbers
     names = options.rows.split(";")
+    if not set(names) <= set(ROWS):
+        parser.error(f"--rows {options.rows}: must be among {'; '.join(ROWS)}")
+    if bool(options.data) != (options.shape == "english"):
+        parser.error("--data: is for --shape english, which needs it, of prepare.py --bytes")
+    if options.alpha and not options.search:
+        parser.error(f"--alpha {options.alpha}: is for --search")
     changes = {}
     if options.data:
         changes["data"] = options.data
@@ -289,7 +304,8 @@ def main(argv=None):
                 writer.writeheader()
                 writer.writerows(rows)
     print("\n".join(table(rows, options.shape, options.steps)))
-    draw(rows, options.shape, options.steps, options.picture)
+    picture = options.picture.format(shape=options.shape, steps=options.steps)
+    draw(rows, options.shape, options.steps, picture)
 
 
 if __name__ == "__main__":

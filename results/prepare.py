@@ -102,7 +102,7 @@ class Bytes:
     eot_token = 255
 
     def encode_ordinary_batch(self, texts, num_threads):
-        return [list(text.encode()) for text in texts]
+        return [list(text.encode(errors="replace")) for text in texts]  # half a character: ?
 
 
 def prepare(source, folder, val_tokens, tokens_are_bytes=False):

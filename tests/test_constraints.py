@@ -176,6 +176,12 @@ def test_a_step_of_unknown_norm_is_taken_back():
             assert torch.equal(after_unknown_step(decay, W, 2.0, 0.1), decay(W, 2.0, 0.1))
 
 
+def test_the_gradient_of_a_row_of_zeros_is_finite():
+    table_VD = torch.zeros(2, 3, requires_grad=True)
+    cap_rows(table_VD, 0.5).sum().backward()
+    assert torch.equal(table_VD.grad, torch.ones(2, 3))
+
+
 def test_cap_rows():
     table = torch.tensor([[3.0, 4.0], [0.1, 0.2], [0.0, 0.0], [1.0, -1.0]])
     for limit, rows in ((1.0, [0]), (0.5, [0, 3])):

@@ -378,9 +378,9 @@ def test_attention_by_position_is_a_sum_of_waves():
     assert 2 * math.pi / block.speeds.min() > 200 and 3 < 2 * math.pi / block.speeds.max() < 4
 
 
-@pytest.mark.parametrize("key_offset", [False, True])
-def test_attention_sees_its_own_document_only(key_offset):
-    model = random_model(key_offset=key_offset)
+@pytest.mark.parametrize("changes", [dict(), dict(key_offset=True), dict(key_offset=True, baseline=True, constraint="none")])
+def test_attention_sees_its_own_document_only(changes):
+    model = random_model(**changes)
     x_BTD = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     docs_BT = torch.tensor([[0] * 8 + [1] * 12])
     before = model.body(x_BTD, docs_BT)

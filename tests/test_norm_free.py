@@ -182,7 +182,8 @@ def test_a_rival_has_squash_layers_in_the_place_of_norms(kind, squash):
     assert nano.Block is not type(model.blocks[0])  # all is as it was
 
 
-@pytest.mark.parametrize("name", list(norm_free.ROWS)[::2])
+@pytest.mark.parametrize("name", [
+    "norm layers, odd, offset", "Derf, odd, offset", "tiny", "tiny by position"])
 def test_rows_train(name, tmp_path, monkeypatch):
     monkeypatch.setattr(nano, "tuned", lambda model: None)  # takes seconds
     small = {key: value for key, value in SMALL.items() if key != "steps"}
@@ -202,7 +203,57 @@ def test_the_largest_logit():
         W.data.copy_(torch.eye(32))
     rms = model.embedding_VD.data.unflatten(1, (4, -1)).square().mean(2).amax().item()
     found = norm_free.largest_logit(config, model)  # of a token with itself, which RoPE leaves
-    assert 2.0 < found <= 3.0 * rms * (1 + 1e-6)
+    tokens = nano.load_data(config)[1].read(0, 16 * 16)
+    largest = model.embedding_VD[tokens].unflatten(1, (4, -1)).square().mean(2).max()
+    assert found == pytest.approx(3.0 * largest.item(), rel=1e-5)
+    assert found <= 3.0 * rms * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("token, expected", [(254, 37.5), (255, 0.0)])
+def test_the_largest_logit_is_of_tokens_that_are_seen(token, expected):
+    """Token 7 has only a key and the others only a query, along what RoPE leaves. 255 begins a
+    document, in which token 7 is not seen."""
+    config = nano.Config.of("tiny", **{**SMALL, "blocks": 1}, content="0", cap=0.0, logit_scale=3.0,
+                            key_offset=False)
+    model = nano.Transformer(config)
+    model.blocks[0].q.data.zero_()[3, 3] = 1
+    model.blocks[0].k.data.zero_()[3, 2] = 1
+    model.embedding_VD.data.zero_()[7, 2] = 100
+    model.embedding_VD.data[token, 3] = 1
+    tokens = torch.tensor([7] + [token] * 15)
+    validation = mock.MagicMock(read=lambda start, count: tokens)
+    validation.__len__.return_value = 16
+    with mock.patch.object(nano, "load_data", return_value=(None, validation, "")):
+        assert norm_free.largest_logit(config, model) == pytest.approx(expected)
+
+
+def test_rivals_keep_to_documents():
+    config = nano.Config.of("tiny_baseline", **SMALL, key_offset=True)
+    with norm_free.rival("DyT"):
+        model = nano.Transformer(config).double()
+        for _, W in model.matrices():
+            torch.nn.init.normal_(W)
+        x_BTD = torch.randn(1, 16, 32).double()
+        docs_BT = torch.tensor([[0] * 8 + [1] * 8])
+        before = model.body(x_BTD, docs_BT)
+        x_BTD[0, 7] += 1
+        changed = (before - model.body(x_BTD, docs_BT)).abs().amax(-1)[0].nonzero().flatten()
+    assert changed.tolist() == [7]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--rows", "DyT"], ["--shape", "english"], ["--data", "x"], ["--alpha", "1"]])
+def test_flags_that_do_not_fit(flags, capsys):
+    with pytest.raises(SystemExit) as status:
+        norm_free.main(flags)
+    assert status.value.code == 2 and "error: --" in capsys.readouterr().err
+
+
+def test_a_row_that_diverged_is_in_the_table():
+    rows = [dict(shape="tiny", row="tiny", steps=3, seed=seed, val_loss=loss, val_accuracy=0.5,
+                 lipschitz_log10=1.0, largest_entry=1.0, largest_logit=1.0)
+            for seed, loss in enumerate((1.2, "diverged", "diverged"))]
+    assert "| tiny | 3 | 2 diverged | | | | |" in norm_free.table(rows, "tiny", 3)
 
 
 def test_the_figure(tmp_path):
