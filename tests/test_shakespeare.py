@@ -411,6 +411,9 @@ def test_the_moved_pattern_is_in_its_ellipsoid(case, kind):
     def pattern(x):
         """Attention with the values held, so that only the pattern moves."""
         q, k, v = split(x, block.q), split(x, block.k), split(x.detach(), block.v)
+        if case.get("key_offset"):
+            before = [0, *range(T - 1)]
+            k = torch.cat([k[:, :heads // 2], k[:, heads // 2:, before]], 1)
         if case["positions"] == "rope":
             q, k = shakespeare.rotate(q), shakespeare.rotate(k)
         distance = torch.arange(T)[:, None] - torch.arange(T)
