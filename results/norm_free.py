@@ -3,7 +3,7 @@
     python results/norm_free.py                        # tiny's shape, 300 steps, three seeds
     python results/norm_free.py --steps 2000 --seeds 1
     python results/norm_free.py --shape deep --steps 200
-    python results/norm_free.py --shape english --data FOLDER --steps 1000 --seeds 1
+    python results/norm_free.py --shape english --data FOLDER --seeds 1
     python results/norm_free.py --search --rows "DyT, odd, offset"  # rates, on text held out
 
 The same data and steps for all rows, and Muon for all matrices. Each row has rates of its own,
@@ -47,7 +47,7 @@ ROWS = {  # name: preset, what differs from it
     "tiny without offset": ("tiny", dict(key_offset=False)),
     "tiny, larger limits": ("tiny", dict(w_max="6,6,4,4,4,4,16")),
     "tiny, smaller limits": ("tiny", dict(residual_scale=1.0, head_lr=0.05,
-                                            w_max="3,3,3,3,2.6,2.6,16")),
+                                          w_max="3,3,3,3,2.6,2.6,16")),
     "tiny by position": ("tiny", dict(content="none")),
 }
 SHAPES = {
