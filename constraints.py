@@ -12,8 +12,8 @@ On a first reading part I is enough. Every constraint has one signature,
 
 for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
 `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
-the steps since can have led; infinity means that W may be anything. With w = w_max * sqrt(fan_out /
-fan_in), the limit on singular values, and s_1 the largest of them:
+the steps since the last use can have led; infinity means that W may be anything. With w = w_max *
+sqrt(fan_out / fan_in), the limit on singular values, and s_1 the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
@@ -86,7 +86,7 @@ def exact_norm(W):
 
 
 def in_float64(W):
-    """W in float64, without gradient. Not on CUDA, then on the CPU: Apple's GPUs lack float64."""
+    """W in float64, without gradient: on CUDA, or else on the CPU, as Apple's GPUs lack float64."""
     return (W if W.is_cuda else W.cpu()).detach().double()
 
 
@@ -247,7 +247,10 @@ def stiefel(W, w_max, step_norm=0.0):
 
 
 def hammer(W, w_max, step_norm=0.0):
-    """Only s_1 -> w, up or down. Nothing limits the others, but AdamW's updates are of low rank."""
+    """Only s_1 -> w, up or down. Nothing limits the others.
+
+    The paper has it for AdamW, whose updates have few large singular values.
+    """
     check(W, w_max, step_norm)
     w = w_max * sigma_per_norm(W)
     u, sv = top_pair(widen(W))
@@ -259,7 +262,7 @@ def hard_cap(W, w_max, step_norm=0.0):
 
     A matrix that is within the limit stays as it is. With the small Gram matrix A = V diag(s^2)
     V^T, take V diag(max(0, 1 - w / s)) V^T W from W: a few products' time on a CPU. A resolves s^2
-    only to 1e-7 of s_1^2, so far above the limit it is an SVD.
+    only to 1e-7 of s_1^2, so an SVD is used where s_1 is far above w.
     """
     check(W, w_max, step_norm)
     w = w_max * sigma_per_norm(W)
@@ -532,16 +535,16 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #      that is 1e-9 for D = 900, which is what the image allows for.
 # All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
 # be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
-def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, weight=0.0, size=0.0):
+def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, size=0.0):
     """(S', log') that holds every A z + B v with z in E(exp(log) S), and |v_i| <= |(J z)_i|.
 
-    weights_N: log m. weight, a scalar: share is its sigmoid. size: that of ellipsoid_image, for A.
+    weights_N: log m. share_logit: share is its sigmoid. size: that of ellipsoid_image, for A.
     """
     root = root_of(S)
     seen = J_ND @ root
     m_N = (torch.zeros_like(seen[:, 0]) + weights_N).exp()
     Y = seen.mT @ (m_N[:, None] * seen)
-    share = torch.sigmoid(torch.as_tensor(weight)).clamp(max=1 - 1e-4)
+    share = torch.sigmoid(torch.as_tensor(share_logit)).clamp(max=1 - 1e-4)
     scale = share / eigvalsh(Y)[-1].clamp(min=1e-300)
     rest = cholesky(eye_like(Y) - scale * Y)
     half = torch.linalg.solve_triangular(rest, root.mT, upper=False)
@@ -657,8 +660,9 @@ def power(exponent, down=False):
 #   attention(x)_t = beta sum_h o_h v_h sum_(j <= t) P^h_tj x_j,   mlp(x) = w_out f(w_in x) / scale
 #   P^h_t = softmax over j of s q_h x_t . k_h x_j + bias,   q_h and k_h with or without RoPE
 #
-# by content, or without q_h and k_h by position. A block by content may have a cap: if the RMS of
-# q_h x_t, k_h x_j or v_h x_j is above the cap, the vector is scaled down to it, as cap_rows does.
+# This is attention by content. By position there is no q_h and no k_h: the bias alone decides. A
+# block by content may have a cap: if the RMS of q_h x_t, k_h x_j or v_h x_j is above the cap, the
+# vector is scaled down to it, as cap_rows does.
 #
 # A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
 # length. Attention without a cap has no bound on all of space, as larger tokens move its pattern
@@ -783,7 +787,7 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
 #      for dx_t in E(S), and n_second that of the second terms. Then by Minkowski
 #      sum_h t_h^2 e_h^2 <= (n_first + n_second)^2.
 def seen_by_keys(q_HED, k_HED, S, rotates, weights_HE):
-    """root_h^T q_h (H, E, D) of c and d: |k_h z . q_h x| <= |root_h^T q_h x| for z in E(S)."""
+    """root_h^T q_h (H, E, D) of steps c, d: |k_h z . q_h x| <= |root_h^T q_h x| for z in E(S)."""
     keys_HEE = ellipsoid_image(k_HED, S)
     if not rotates:
         return root_of(keys_HEE).mT @ q_HED
@@ -799,7 +803,7 @@ def ellipsoid_pattern(S, X, q_HED, k_HED, C_HDD, rotates,
     """(S', log') that holds sum_h C_h m_h, for tokens in E(X) that change within E(S).
 
     Logits are q_h x_t . k_h x_j. weights_H: for t_h. With RoPE, weights_S and weights_X: for d of
-    the two terms of c, of each head and pair of coordinates that turns (H, E / 2).
+    the two terms of step c, of each head and pair of coordinates that turns (H, E / 2).
     """
     first_HED = seen_by_keys(q_HED, k_HED, X, rotates, weights_X)  # to be applied to dx_t
     second_HED = seen_by_keys(q_HED, k_HED, S, rotates, weights_S)  # to be applied to x_t
@@ -817,10 +821,10 @@ def ellipsoid_pattern(S, X, q_HED, k_HED, C_HDD, rotates,
 
 
 # With a cap tokens may be anywhere, and lengths are enough. Let o_h contain a beta.
-#   f. |m_h| <= c e_h takes the place of e_h E(X) in a, and o_h is applied to m_h. So c^2 o_h o_h^T
-#      takes the place of C_h X C_h^T in b.
+#   f. |m_h| <= c e_h takes the place of e_h E(X) in step a, and o_h is applied to m_h. So
+#      c^2 o_h o_h^T takes the place of C_h X C_h^T in step b.
 #   g. e_h <= c |s q_h dx_t| + s c |k_h dx_j|, by step 5. In the second terms each head has a token
-#      of its own. So n_second = sqrt(sum_h (t_h s c)^2 sigma(k_h S k_h^T)) in e.
+#      of its own. So n_second = sqrt(sum_h (t_h s c)^2 sigma(k_h S k_h^T)) in step e.
 #   h. Values: y_h is an average of vectors no longer than |v_h dx_j|. So o_h y_h is in the
 #      ellipsoid of sigma(v_h S v_h^T) o_h o_h^T.
 def longest_image(W_HED, S):
@@ -941,7 +945,7 @@ def transformer_bounds(blocks, R, U_VD, free=None):
     zeros.
     log10           the smaller of product_log10 and ellipsoid_log10
     body_log10      the product before the head; radius_log10: R after the last block
-    end             its (S, log)
+    end             (S, log) after the last block
     rows            one for each block: constants of steps 3 to 7, R before each sublayer, and
                     attention's constant, alone and with the stream
     """

@@ -80,8 +80,10 @@ class Settings:
             needed = f"give a finite {kind.__name__}, at least {least}"
             with explain(f"--{field.name} {value!r}", needed):
                 converted = kind(value)
-                if kind is not str and not least <= converted == float(value) < math.inf:
-                    raise ValueError("out of range")
+                if kind is not str:
+                    exact = converted == float(value)  # int(3.5) is not
+                    if not exact or not least <= converted < math.inf:
+                        raise ValueError("out of range")
             setattr(self, field.name, converted)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -256,7 +258,7 @@ def build_model(config, state):
 #   1. dz_1 = W_1 T dx lies in E(W_1 W_1^T), as |T dx| <= 1.
 #   2. ReLU: dh = dz / 2 + v / 2 with |v_i| <= |dz_i|. MaxMin of a pair is ((a + b) +- |a - b|) / 2,
 #      and |a - b| changes by at most |d(a - b)|.
-#   3. With the next matrix behind it, dz' = A dz + B v with |v_i| <= |(G dz)_i| for known A, B, G
+#   3. With the next matrix behind it, dz' = A dz + B v with |v_i| <= |(J dz)_i| for known A, B, J
 #      (mlp_slopes), which lies in another ellipsoid (ellipsoid_layer).
 #   4. At the end |dz_d| <= sqrt(sigma(S_d)).
 #   5. The difference of two logits, f_y - f_j, changes by at most L_yj, the largest
@@ -269,16 +271,16 @@ def build_model(config, state):
 #      and `tune` improves them by gradient descent on the bound.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
 def follow_ellipsoid(model, multipliers):
-    """(S, log) with dz_d in E(exp(log) S), by steps 1 to 3. Multipliers are logs, at first 0."""
+    """(S, log) with dz_d in E(exp(log) S), by steps 1 to 3. What `multipliers` lacks is 0."""
     first, *later = [W.detach().cpu().double() for W in model.weights]
     spread = None if model.activation is maxmin else 0.5
     S, log = ellipsoid(first @ first.T)
     for i, W in enumerate(later):
         eye = torch.eye(W.shape[1]).double()
-        G_NM, A, B, _ = mlp_slopes(0.0, eye, W, spread)
-        neurons_N = multipliers.setdefault(f"neurons {i}", torch.zeros(len(G_NM)).double())
+        J_NM, A, B, _ = mlp_slopes(0.0, eye, W, spread)
+        neurons_N = multipliers.setdefault(f"neurons {i}", torch.zeros(len(J_NM)).double())
         share = multipliers.setdefault(f"share {i}", torch.zeros(()))
-        S, log = ellipsoid_layer(S, log, G_NM, A, B, neurons_N, share)
+        S, log = ellipsoid_layer(S, log, J_NM, A, B, neurons_N, share)
     return S, log
 
 
@@ -629,7 +631,6 @@ def draw(path, title, log, norms, limits):
 def main(config):
     """Train, or go on; certify; report. Returns the summary."""
     # ---- load
-    config = copy.copy(config)  # the caller's stays as it is
     limits = config.limits()
     with explain(f"--constraint {config.constraint}", "see --help"):
         constraint = find_constraint(config.constraint)
@@ -691,8 +692,9 @@ def main(config):
 
             # Muon changes every W by an update of RMS->RMS norm lr, whatever the gradient. Then,
             # still inside optimizer.step(), the constraint brings the norm of W back to at most
-            # w_max. So after this step each layer is within its limit, and the network's Lipschitz
-            # constant is at most the product of the limits.
+            # w_max. So after this step each layer is within its limit. The network's Lipschitz
+            # constant, from the numbers that layer 1 sees to the logits, is at most the product of
+            # the limits.
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -726,8 +728,8 @@ def main(config):
 def build_optimizers(model, config, limits, constraint, dtype):
     """The one of the matrices, and Adam for the biases if there are any."""
     if config.optimizer == "muon":
-        # Each of the layers moves by lr / depth. So the product of their norms changes by a
-        # relative lr / w_max in a step, whatever the depth.
+        # Each of the layers moves by lr / depth. So once norms are at their limit, a step changes
+        # their product by a relative lr / w_max at most, whatever the depth.
         peak_lr = (config.lr or 0.2) / config.depth
         groups = [dict(params=[W], w_max=limit, peak_lr=peak_lr)
                   for W, limit in zip(model.weights, limits)]

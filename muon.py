@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised. A step of size `lr` moves a weight matrix by at most `lr`.
+"""Muon: momentum, orthogonalised. A step of size `lr` moves a weight matrix by `lr`.
 
 Read this file first. The method rests on one fact that AdamW cannot offer: the size of an update is
 known *before* it is made. Muon replaces the momentum matrix by its orthogonal factor, whose
@@ -42,9 +42,9 @@ import torch
 # relative 2^-8. The entries of an orthogonal factor of m x n, m <= n, are about 1 / sqrt(n). If all
 # errors have the same sign, they form a matrix of rank one whose norm is up to 2^-8 sqrt(m), 0.09
 # for 512 rows. Entries of two sizes, one for positive and one for negative entries, come near that.
-# The worst that was found are such Hadamard matrices: with 64 to 2048 rows and up to 10,240 columns
-# msign gave at most 1.056, for 512 x 2560 and sizes that differ by 40/256 (tests/test_muon.py). So
-# the bfloat16 value below is an observation, not a theorem.
+# The worst that were found are Hadamard matrices with two such sizes: with 64 to 2048 rows and up
+# to 10,240 columns msign gave at most 1.056, for 512 x 2560 and sizes that differ by 40/256
+# (tests/test_muon.py). So the bfloat16 value below is an observation, not a theorem.
 QUINTICS = (
     (3.9315793965075883, -9.961059610387684, 6.330758067286728),
     (3.9014935990598114, -9.746436633712356, 6.16886741692355),
@@ -52,7 +52,7 @@ QUINTICS = (
     (3.3527885714277708, -6.356417693343335, 3.665787153475924),
     (2.399582326380437, -2.5019688578112294, 1.0618535818890484),
 )
-# {dtype: largest singular value of msign(G), whatever G is}
+# {dtype: what no singular value of msign(G) exceeds; in bfloat16 of no G that was tried}
 MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.07}
 
 
@@ -140,7 +140,7 @@ class Muon(torch.optim.Optimizer):
                   drift by rounding); for weight_decay, 1 / decay
     dtype         precision of msign; None: that of the parameters. In bfloat16 an update has a norm
                   of up to 1.07 lr, which the constraint takes into account
-    every         a constraint that can wait runs at most about every so many steps, 1 to 64
+    every         a constraint that can wait runs at every so many steps, 1 to 64, or more often
 
     Each can be set per group. Parameters are matrices (fan_out, fan_in) or stacks of matrices
     (count, fan_out, fan_in); ValueError for anything else.
@@ -221,10 +221,10 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _track_activity(self, p, momentum):
-        """Returns whether p is known to come to rest. A GPU would be waited for, and is not."""
+        """Whether p is known to come to rest. On a GPU False, as asking would synchronise."""
         # A gradient of zeros shrinks the momentum, but msign does not see the scale: a weight would
         # go on in the same direction for thousands of steps. So updates shrink as the momentum. One
-        # that never had a gradient has no direction to go on in: it starts far above 1.
+        # that never had a gradient has no direction to go on in: with 1e30 it is never at rest.
         state = self.state[p]
         gradient = p.grad.to_dense()
         if p.is_cpu and gradient[..., 0, :].any(-1).all():  # nearly always, and quick to see

@@ -91,8 +91,10 @@ class Settings:
             needed = f"give a finite {kind.__name__}, at least {least}"
             with explain(f"--{field.name} {value!r}", needed):
                 converted = kind(value)
-                if kind is not str and not least <= converted == float(value) < math.inf:
-                    raise ValueError("out of range")
+                if kind is not str:
+                    exact = converted == float(value)  # int(3.5) is not
+                    if not exact or not least <= converted < math.inf:
+                        raise ValueError("out of range")
             setattr(self, field.name, converted)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -143,11 +145,11 @@ class Config(Settings):
     window: int = 1792  # tokens that attention sees at the end of training; in most blocks half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
     content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
-    logit_scale: float = 24.0  # on q.k / (D / H), by content. The baseline has no larger logit
+    logit_scale: float = 24.0  # on q.k / (D / H), by content; the baseline's largest logit
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     key_offset: bool = False  # half of the heads by content give a token the key of the one before
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
-    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
+    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a f(x), f attention or MLP
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
     w_max: str = "1"  # limit on RMS->RMS norms: one for all, or 7, of q,k,v,o,in,out,head
     baseline: bool = False  # without limits, with RMSNorm, QK norm, softcap, whole residuals
@@ -531,7 +533,7 @@ class Transformer(torch.nn.Module):
         return x_BTD
 
     def logits(self, x_ND):
-        """(..., V) of the end of the stream, in float32 at least; the baseline's within 15."""
+        """(..., V) of the end of the stream, as float32 at least; the baseline's are within 15."""
         head_XD = (self.config.final_scale * self.head_XD).to(x_ND.dtype)
         z_NV = F.linear(x_ND, head_XD)[..., :self.config.vocab]
         z_NV = z_NV.to(torch.promote_types(z_NV.dtype, torch.float32))
@@ -605,7 +607,7 @@ def describe_blocks(model):
         matrices = {role: in_float64(W) for role, W in block.matrices()}
         described.append(block_bounds(
             matrices, config.heads, block.mix, block.attention_scale, own_share_H,
-            config.logit_scale, True, gelu, config.cap))
+            config.logit_scale, rotates=True, gelu=gelu, cap=config.cap))
     return described
 
 
@@ -638,7 +640,7 @@ class Tokens:
     vocab: int
 
     def __len__(self):
-        return sum(len(tokens) for name, tokens in self.shards)
+        return sum(len(tokens) for _, tokens in self.shards)
 
     def read(self, start, count):
         """int64 tensor of `count` tokens, or of what is left."""
@@ -760,7 +762,7 @@ class Exchange:
         self.names = {p: name for name, p in model.named_parameters()}
         # Largest work first, each to the rank that has least: operations of msign, or 100 a number.
         work = {p: 100 * p.numel() for p in model.parameters()}
-        for role, W in model.matrices():
+        for _, W in model.matrices():
             work[W] = 10 * W.numel() * min(W.shape)
         load = [0] * world_size
         self.owner = {}
@@ -1173,8 +1175,9 @@ def main(config):
             for optimizer in optimizers:
                 optimizer.step()
             model.zero_grad()
-            # The Lipschitz bound of attention holds only for inputs in a ball. Larger embeddings
-            # would need a larger ball, and so a larger bound: each row's RMS stays at most 1.
+            # Without a cap the bound of attention by content holds only in a ball. Larger
+            # embeddings would need a larger one, and so a larger bound: each row's RMS stays at
+            # most 1.
             if exchange.owns(model.embedding_VD) and not config.baseline:
                 model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
             exchange.share_weights()
@@ -1224,10 +1227,10 @@ def schedule(config, step):
     # At first gradients change fast, and an average over few steps is the better one.
     warm = min(1.0, step / config.momentum_warmup)
     momentum = 0.85 + warm * (config.momentum - 0.85)
-    # The window grows by whole blocks: near tokens are learned first, and cost less. It reaches the
-    # full window at 96 % of training, as in modded-nanogpt.
-    blocks = max(1, math.ceil(done * (config.window / BLOCK - 0.5)))
-    return lr_factor, momentum, blocks * BLOCK
+    # The window grows by whole blocks: near tokens are learned first, and cost less. That of cap1
+    # is full at 96 % of training, as in modded-nanogpt.
+    window_blocks = max(1, math.ceil(done * (config.window / BLOCK - 0.5)))
+    return lr_factor, momentum, window_blocks * BLOCK
 
 
 def build_optimizers(model, config, exchange, constraint, dtype):

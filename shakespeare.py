@@ -3,7 +3,7 @@
 WHAT IT SHOWS. A constraint holds every weight matrix within a limit. So activations stay small, and
 the transformer needs no layer norm, QK norm or softcapping. It then has a Lipschitz constant: how
 far its logits can move, at most, when the embeddings of its tokens move. The bound on attention in
-the paper's code misses that each head may look at another token. The bounds here count heads.
+the paper's code misses that heads may look at different tokens. The bounds here count heads.
 
 COMMANDS
     python shakespeare.py                      # minutes on a laptop; ends with a sample
@@ -83,8 +83,10 @@ class Settings:
             needed = f"give a finite {kind.__name__}, at least {least}"
             with explain(f"--{field.name} {value!r}", needed):
                 converted = kind(value)
-                if kind is not str and not least <= converted == float(value) < math.inf:
-                    raise ValueError("out of range")
+                if kind is not str:
+                    exact = converted == float(value)  # int(3.5) is not
+                    if not exact or not least <= converted < math.inf:
+                        raise ValueError("out of range")
             setattr(self, field.name, converted)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -138,7 +140,7 @@ class Config(Settings):
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     key_offset: bool = False  # half of the heads by content give a token the key of the one before
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
-    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a block(x)
+    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a f(x), f attention or MLP
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
     w_max: str = "6"  # limit on RMS->RMS norms: one for all, or 7, of q,k,v,o,in,out,head
     # training
@@ -206,7 +208,7 @@ CHOICES = dict(activation=("gelu", "maxmin"), positions=("rope", "bias"),
                optimizer=("muon", "adamw"), dtype=("auto", "float32", "bfloat16"))
 PAPER = dict(batch=512, steps=2000, evals=10)  # and the defaults above
 # For a small constant: attention by position, where the pattern does not depend on the input, so
-# that it adds nothing to the bound; MaxMin, which shortens no vector; more of each block in x.
+# that it adds nothing to the bound; MaxMin, which shortens no vector; a larger share a.
 SMALL = dict(activation="maxmin", content="none", attention_scale=0.0, blocks=4,
              heads=2, hidden=512, residual_scale=4.0, w_max="1", steps=1000, lr=0.04, embed_lr=0.05,
              momentum=0.9)
@@ -214,7 +216,7 @@ PRESETS = {
     "laptop": dict(SMALL, heads=4, w_max="2", final_scale=10.0, steps=800, lr=0.08),
     "paper": PAPER,
     "paper_adamw": dict(PAPER, optimizer="adamw", constraint="none", momentum=0.9, warmup=100),
-    # A constant below 2; "plain100": one below 100 with a loss of the logits as they are.
+    # A constant below 2; "plain100": one below 100 with a loss temperature of 1.
     "lipschitz2": dict(SMALL, hidden=1024, w_max="1.4", final_scale=0.05, loss_temperature=800.0,
                        steps=1400, lr=0.1, embed_lr=0.02, momentum=0.95),
     "plain100": dict(SMALL, heads=4, w_max="1.3", final_scale=64.0, steps=1200, lr=0.08),
@@ -310,7 +312,7 @@ class Block(torch.nn.Module):
             v_BHTE = cap_rows(v_BHTE, self.config.cap)
         if self.config.key_offset:
             # In half of the heads a token gets the key of the one before it. Such a head finds what
-            # came after characters like the present one: it can copy, alone. The bound is the same,
+            # came after characters like the present one: it can copy alone. The bound is the same,
             # as it lets keys come from any token. From modded-nanogpt, which offsets half of each
             # head: that would lengthen keys, and so the bound, by up to sqrt(2).
             own_BHTE = k_BHTE[:, H // 2:]
@@ -453,7 +455,7 @@ def describe_blocks(model):
             own_share_H = block.bias_HT.softmax(1)[:, 0]  # step 1
         described.append(block_bounds(
             dict(block.matrices()), config.heads, block.mix, block.attention_scale, own_share_H,
-            config.logit_scale, config.positions == "rope", gelu, config.cap))
+            config.logit_scale, rotates=config.positions == "rope", gelu=gelu, cap=config.cap))
     return described
 
 
@@ -485,7 +487,7 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     weights = tuned(model, steps, free, pairs=True)
     eye_DD = torch.eye(D).double()
     rows_VV = ellipsoid_pairs(eye_DD, math.log(D), U_VD) / LN10  # |u_y - u_j| sqrt(D)
-    needed_VV = {}  # of each rho: the margins above rho L_yj
+    needed_VV = {}  # {rho: rho L_yj, which margins must exceed}
     for rho in rhos:
         bound = certificate(model, rho, weights)
         pairs_VV = ellipsoid_pairs(*bound["end"], U_VD) / LN10
@@ -776,7 +778,6 @@ def draw(path, title, log, norms, limits):
 def main(config):
     """Train, go on or sample; certify; report. Returns the summary, or the text sampled."""
     # ---- load
-    config = copy.copy(config)  # the caller's stays as it is
     limits = config.limits()
     if config.sample:
         _, model, _ = load_checkpoint(config.sample)
@@ -830,8 +831,8 @@ def main(config):
             # The learning rate decays linearly to 0. A step of Muon does not become smaller by
             # itself near an optimum, so only this averages the noise of the batches out. AdamW also
             # needs a warmup. Its first step changes every entry by lr, so the norm of a matrix by
-            # up to lr * width. Without a warmup the first losses of AdamW in results/compare.py, at
-            # a rate of 0.012, are 4.19, 3.66, 7.50. A step of Muon has norm lr from the first on.
+            # up to lr * fan_in. Without one the first losses of AdamW in results/compare.py, at a
+            # rate of 0.012, are 4.19, 3.66, 7.50. A step of Muon has norm lr from the first on.
             warm = min(1, (step + 1) / max(1, config.warmup))
             set_learning_rates(optimizers, (1 - step / config.steps) * warm)
 
@@ -848,8 +849,9 @@ def main(config):
                 for role, W in model.matrices():
                     lr = optimizers[0].param_groups[0]["lr"]
                     W.data.copy_(after_unknown_step(constraint, W, limits[role], lr))
-            # The Lipschitz bound of attention holds only for inputs in a ball. Larger embeddings
-            # would need a larger ball, and so a larger bound: each row's RMS stays at most 1.
+            # Without a cap the bound of attention by content holds only in a ball. Larger
+            # embeddings would need a larger one, and so a larger bound: each row's RMS stays at
+            # most 1.
             model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
 
             losses.append(loss.detach())

@@ -103,13 +103,16 @@ def compare(tutorial, study, config, seeds, minutes, base):
     for row in points:
         out = base / "{optimizer}_{constraint}_{w_max:g}_seed{seed}".format(**row)
         summary_file = out / "summary.json"
-        if not summary_file.exists():
+        wanted = change(config, study, out, **row)
+        if summary_file.exists():
+            refuse_other_settings(tutorial, out, wanted)
+        else:
             spent = time.perf_counter() - began
             if spent + spent / max(1, trained) >= 60 * minutes:
                 continue
             trained += 1
             try:
-                train(tutorial, change(config, study, out, **row), data)
+                train(tutorial, wanted, data)
             except tutorial.UserError as problem:
                 if "diverged" not in str(problem):
                     raise
@@ -130,6 +133,15 @@ def compare(tutorial, study, config, seeds, minutes, base):
     if len(rows) < len(points):
         print(f"{len(points) - len(rows)} of {len(points)} runs are to come: give the same command again. "
               "Until then a constraint that lacks a run is a - in the table.")
+
+
+def refuse_other_settings(tutorial, out, wanted):
+    """A finished run may be of other learning rates than those that the table is to be of."""
+    stored = json.loads((out / "config.json").read_text())
+    for name, value in vars(wanted).items():
+        if name not in tutorial.PLACES and stored.get(name) != value:
+            raise tutorial.UserError(f"--out {out.parent}: its run {out.name} has --{name} {stored.get(name)}, "
+                                     f"not {value}; give another --out")
 
 
 def accuracy_within(runs, bound_log10):

@@ -1,11 +1,12 @@
-"""The frontier on Shakespeare: accuracy against four bounds of the same weights.
+"""The frontier on Shakespeare: accuracy against five bounds of the same weights.
 
     python results/frontier.py runs/NAME ...         # finished runs of shakespeare.py, added to frontier.csv
     python results/frontier.py                       # draws frontier.png from frontier.csv
     python results/frontier.py runs/NAME --csv FILE.csv --out FILE.png
 
 For each run: what the formula of the paper's code claims (protocol.py: too small for several heads), the
-product of norms, the tuned certificate, and what an attack finds, in this order from a claim to a fact.
+product of norms, the ellipsoid before and after its multipliers are tuned, and what an attack finds, in
+this order from a claim to a fact. A certificate is the smaller of ellipsoid and product.
 """
 
 import argparse
@@ -27,13 +28,15 @@ import verify_lipschitz  # noqa: E402
 from protocol import paper_formula, validation_text  # noqa: E402
 
 BOUNDS = {"formula": "formula of the paper's code", "product": "product of norms",
-          "certified": "certificate", "found": "found by attack"}
+          "untuned": "ellipsoid, untuned", "certified": "certificate, tuned", "found": "found by attack"}
 LEFT_OUT = {"preset", "out", "data", "evals", "seed", "device"}  # of the flags in the table
 
 
 def architecture(config):
     if config.content == "none":
         return "attention by position"
+    if config.content != "all":
+        return f"by content in block {config.content}, else by position"
     if config.positions == "bias":
         return "by position and content"
     return "the paper's" if config.activation == "gelu" else "attention by content"
@@ -64,11 +67,13 @@ def row_of(folder, data=None):
     flags = [f"--{name} {value}" for name, value in vars(config).items()
              if name not in LEFT_OUT and value != getattr(preset, name)]
     share = summary["certified_token_accuracy"]
+    untuned = json.loads(Path(folder, "log.jsonl").read_text().splitlines()[-1])["lipschitz_log10"]
     return dict(
         architecture=architecture(config), flags=" ".join([f"--preset {config.preset}", *flags]),
         seed=config.seed, accuracy_percent=round(100 * summary["val_accuracy"], 1),
         loss=round(summary["val_loss"], 3), formula_log10=paper_formula(model),
-        product_log10=summary["lipschitz_product_log10"], certified_log10=summary["lipschitz_log10"],
+        product_log10=summary["lipschitz_product_log10"], untuned_log10=untuned,
+        certified_log10=summary["lipschitz_log10"],
         found_log10=found(model, validation_text(config, model)),
         **{f"certified_{rho}_percent": round(100 * share[rho], 1) for rho in ("0.001", "0.01", "0.03")})
 
@@ -87,7 +92,7 @@ def draw(rows, out):
         right.plot([float(row[f"{name}_log10"]) for row in mine],
                    [float(row["accuracy_percent"]) for row in mine], "o-", label=label)
     left.set(title="certified bound, by architecture")
-    right.set(title="the paper's architecture: four bounds of the same weights")
+    right.set(title="the paper's architecture: five bounds of the same weights")
     for panel in (left, right):
         panel.set(xlabel="log10 of the bound, embeddings to logits", ylabel="accuracy, %")
         panel.legend(fontsize=8)

@@ -2,22 +2,25 @@
 
     python results/norm_free.py                        # tiny's shape, 300 steps, three seeds
     python results/norm_free.py --steps 2000 --seeds 1
-    python results/norm_free.py --shape deep --steps 200
+    python results/norm_free.py --shape deep --steps 200 --seeds 2
+    python results/norm_free.py --shape deep --steps 200 --seeds 2 --rows "norm layers;tiny" --lr 0.8
     python results/norm_free.py --shape english --data FOLDER --seeds 1
     python results/norm_free.py --search --rows "DyT, odd, offset"  # rates, on text held out
 
-The same data and steps for all rows, and Muon for all matrices. Each row has rates of its own,
-which were searched in tiny's shape on the end of the training text: --search prints the neighbours
-of the chosen ones. Rows: the baseline with RMSNorm, QK norm and softcap; the same with attention
+The same data and steps for all rows, and Muon for all matrices. Baseline, DyT, Derf, tiny and "no
+constraint, as tiny" have rates of their own, searched in tiny's shape on the end of the training
+text: --search prints the neighbours of the chosen ones. The others have those of the row they are
+variants of. Rows: the baseline with RMSNorm, QK norm and softcap; the same with attention
 by content in some blocks; both with keys offset; DyT (Zhu et al. 2025) and Derf (Chen et al. 2025)
-in the place of RMSNorm; no norms and no constraint; and soft caps. Rows that are in the CSV are not
-run again.
+in the place of RMSNorm; no norms and no constraint; and soft caps. --lr gives all rows another rate
+of Muon in the blocks. Rows that are in the CSV are not run again.
 """
 
 import argparse
 import contextlib
 import csv
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -49,6 +52,8 @@ ROWS = {  # name: preset, what differs from it
     "tiny, smaller limits": ("tiny", dict(residual_scale=1.0, head_lr=0.05,
                                           w_max="3,3,3,3,2.6,2.6,16")),
     "tiny by position": ("tiny", dict(content="none")),
+    "tiny for depth": ("tiny", dict(content="odd", w_max="8,8,6,6,6,6,16")),
+    "tiny_tight": ("tiny_tight", dict()),
 }
 SHAPES = {
     "tiny": dict(),
@@ -184,7 +189,9 @@ def search(name, shape, steps, folder, **changes):
         tries += [{rate: settings[rate] / 2}, {rate: 2 * settings[rate]}]
     for rates in tries:
         label = " ".join(f"{rate} {value:g}" for rate, value in rates.items()) or "as it is"
-        stem = f"search {shape} {name} {steps} {label}".replace(" ", "_").replace(",", "")
+        where = Path(changes.get("data", "")).name  # two searches may differ in these alone
+        stem = f"search {shape} {name} {steps} {label} {ALPHA} {where}"
+        stem = re.sub(r"[^\w.]+", "_", stem)
         row = train(name, shape, steps, 0, folder / stem, holdout=True, **changes, **rates)
         print(f"{name}: {label}: held out {row['val_loss']}", flush=True)
 
@@ -261,6 +268,7 @@ def main(argv=None):
     parser.add_argument("--data", help="for english: a folder of token shards, of bytes")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, help="of Muon in the blocks, for all rows [their own]")
     parser.add_argument("--search", action="store_true", help="rates on text held out, no table")
     parser.add_argument("--alpha", type=float, help="for --search: of DyT and Derf")
     parser.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
@@ -281,6 +289,12 @@ def main(argv=None):
         changes["data"] = options.data
     if options.alpha:
         ALPHA.update(DyT=options.alpha, Derf=options.alpha)
+    if options.lr and options.search:
+        parser.error(f"--lr {options.lr}: is not for --search, which tries rates of its own")
+    label = "{}"
+    if options.lr:
+        changes["lr"] = options.lr
+        label = f"{{}}, Muon {options.lr:g}"
     if options.search:
         for name in names:
             search(name, options.shape, options.steps, Path(options.runs), **changes)
@@ -294,11 +308,13 @@ def main(argv=None):
     for seed in range(options.seeds):
         for name in names:
             late = time.monotonic() - began > 60 * options.minutes
-            if (options.shape, name, options.steps, seed) in done or late:
+            title = label.format(name)
+            if (options.shape, title, options.steps, seed) in done or late:
                 continue
-            stem = f"{options.shape}_{name}_{options.steps}_{seed}".replace(" ", "_")
-            rows.append(train(name, options.shape, options.steps, seed, Path(options.runs, stem),
-                              **changes))
+            stem = f"{options.shape}_{title}_{options.steps}_{seed}".replace(" ", "_")
+            row = train(name, options.shape, options.steps, seed, Path(options.runs, stem),
+                        **changes)
+            rows.append(dict(row, row=title))
             with open(options.csv, "w", newline="") as file:
                 writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
                 writer.writeheader()

@@ -5,7 +5,7 @@
 
 Both operands of every matrix product and the embedding tables are rounded, with one scale for a tensor and
 nothing calibrated. For each run and format: loss, accuracy, and the largest entry that a linear layer is
-given. An MLP is evaluated on the first 300 test images, a transformer on the first 48 windows of its text.
+given. An MLP is evaluated on all test images, a transformer on its whole validation text.
 """
 
 import argparse
@@ -83,11 +83,11 @@ def evaluation(folder, data):
     config, model, _ = tutorial.load_checkpoint(folder)
     config.data = data or config.data
     if tutorial is mlp_cifar:
-        images_NP, labels_N = (part[:300] for part in mlp_cifar.load_data(config)[1])
+        images_NP, labels_N = mlp_cifar.load_data(config)[1]
         if labels_N.max() >= len(model.weights[-1]):
             raise mlp_cifar.UserError(f"--data {config.data}: more classes than the run's; give its images")
         return lambda: mlp_cifar.evaluate(model, images_NP, labels_N)
-    validation_N = validation_text(config, model)[:config.seq_len * 48 + 1]
+    validation_N = validation_text(config, model)
 
     def evaluate():
         loss, *_, accuracy = shakespeare.evaluate(model, shakespeare.windows(validation_N, config.seq_len))

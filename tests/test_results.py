@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,9 @@ sys.path.insert(0, str(ROOT / "results"))
 import attention  # noqa: E402
 import benchmark  # noqa: E402
 import compare  # noqa: E402
-import depth  # noqa: E402
 import enforcement  # noqa: E402
 import frontier  # noqa: E402
+import measured  # noqa: E402
 import method  # noqa: E402
 import mlp_cifar  # noqa: E402
 import precision  # noqa: E402
@@ -181,28 +182,6 @@ def test_frontier(tmp_path, capsys, monkeypatch):
 
 def few_steps(f, x_STD, radius, asked, steps):
     return CLIMB(f, x_STD, radius, steps)
-
-
-def test_depth(tmp_path, monkeypatch):
-    monkeypatch.setattr(depth, "VAL_TOKENS", 1000)
-    monkeypatch.setattr(depth.nanogpt_lipschitz, "tuned", lambda model: None)  # takes seconds
-    table = str(tmp_path / "depth.csv")
-    options = ["--blocks", "2", "--steps", "2", "--seeds", "1", "--csv", table, "--runs", str(tmp_path)]
-    depth.main([*options, "--lrs", "0.1,1e30"])
-    with open(table, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["method"], float(row["lr"])) for row in rows] == [(m, lr) for lr in (0.1, 1e30) for m in depth.METHODS]
-    for row in rows[:3]:
-        folder = f"{row['method']}_2_0.1_0".replace(" ", "_").replace(",", "")
-        summary = json.loads((tmp_path / folder / "summary.json").read_text())
-        assert float(row["val_loss"]) == pytest.approx(summary["val_loss"], abs=0.00051)
-        largest = math.log10(max(summary["activations"]))
-        for name, value in (("lipschitz", summary["lipschitz_log10"]), ("largest_entry", largest)):
-            assert float(row[f"{name}_log10"]) == pytest.approx(float(value), abs=0.0051)
-    assert rows[3]["val_loss"] == "diverged"
-    before = Path(table).stat().st_mtime_ns
-    depth.main([*options, "--lrs", "0.1"])  # nothing is done twice
-    assert Path(table).stat().st_mtime_ns == before
 
 
 def test_precision_and_protocol(tmp_path, capsys, monkeypatch):
@@ -373,6 +352,8 @@ def test_table(path):
     """Every figure of a CSV file is in the README, but for logarithms; of norm_free.csv the means."""
     if path.name == "norm_free.csv":
         return check_norm_free(path)
+    if path.name == "measured.csv":
+        return None  # see below
     known = set(re.findall(r"\d[\d.e]*", README.replace(",", " ")))
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -381,3 +362,35 @@ def test_table(path):
         for column, value in row.items():
             if re.fullmatch(r"[\d.]+", value) and "log10" not in column and column != "seeds":
                 assert value in known, (column, value)
+
+
+# ==== measured.py =================================================================================
+def git(folder, *words):
+    settings = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    return subprocess.run(["git", *settings, *words], cwd=folder, check=True, capture_output=True,
+                          text=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_measured_names_what_changed(tmp_path):
+    source = '"""Doc."""\nLIMIT = 2\n\n\ndef f(x):\n    """Doc."""\n    return x\n\n\ndef g(x):\n    return x\n'
+    code = tmp_path / "code.py"
+    code.write_text(source)
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "first")
+    commit = git(tmp_path, "rev-parse", "--short", "HEAD")
+    code.write_text(source.replace("Doc.", "Other doc.").replace("return x", "return x  # comment"))
+    assert measured.changed(commit, "code.py", tmp_path) == []
+    code.write_text(source.replace("LIMIT = 2", "LIMIT = 3").replace("def g(x):\n    return x", "def h(x):\n    return x"))
+    assert measured.changed(commit, "code.py", tmp_path) == ["LIMIT", "h", "g"]
+
+
+def test_every_table_and_picture_is_measured():
+    with open(ROOT / "results" / "measured.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    files = {path.name for pattern in ("*.csv", "*.png") for path in (ROOT / "results").glob(pattern)}
+    assert {row["table"] for row in rows} == files - {"measured.csv"}
+    for row in rows:
+        assert re.fullmatch("[0-9a-f]{7}", row["commit"])
+        assert all((ROOT / name).exists() for name in row["rests_on"].split())
