@@ -332,7 +332,7 @@ def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
 def offset_keys(k_BHTE, first_BT=None):
     """In the second half of the heads, or a single one, a token gets the key of the one before it.
 
-    A head then finds what came after tokens like the present one: it can copy, alone. Otherwise a
+    A head then finds what came after tokens like the present one: it can copy alone. Otherwise a
     head in an earlier block must learn first to write down what came before. The bound is the same,
     as it lets keys come from any token. From modded-nanogpt (its pull request 169), which offsets
     half of each head in place of half of the heads. That would lengthen keys, and so the bound, by
@@ -492,6 +492,15 @@ class Transformer(torch.nn.Module):
             # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is the
             # limit.
             torch.nn.init.orthogonal_(W, generator=generator)
+            if role == "q":
+                q_DD = W.detach().clone()
+            if role == "k" and config.key_offset:
+                # Where keys are offset they start as queries. So from the first step on such a head
+                # finds earlier places of the present token, and what came after them: without that
+                # some seeds never learn to copy. In the other heads rows are moved on by one, as
+                # tokens would otherwise find themselves.
+                half = config.heads // 2 * (config.width // config.heads)
+                W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = limits[role] if stiefel else min(1.0, limits[role])
             W.data.mul_(sigma_per_norm(W) * norm)
         if config.dtype == "float64":

@@ -369,6 +369,15 @@ class Transformer(torch.nn.Module):
             # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is
             # the limit.
             torch.nn.init.orthogonal_(W, generator=generator)
+            if role == "q":
+                q_DD = W.detach().clone()
+            if role == "k" and config.key_offset:
+                # Where keys are offset they start as queries. So from the first step on such a head
+                # finds earlier places of the present token, and what came after them: without that
+                # some seeds never learn to copy. In the other heads rows are moved on by one, as
+                # tokens would otherwise find themselves.
+                half = config.heads // 2 * (config.width // config.heads)
+                W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = limits[role] if stiefel else min(1.0, limits[role])
             W.data.mul_(sigma_per_norm(W) * norm)
             # o and w_out start at 0, so that a block begins as (1 - a) x. Not where a is large: too

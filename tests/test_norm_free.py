@@ -119,6 +119,27 @@ def test_attention_with_a_cap_is_its_formula(script, size, key_offset):
     torch.testing.assert_close(block.attention(x_BTD), expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3])
+@pytest.mark.parametrize("constraint", ["soft_cap", "stiefel"])
+@pytest.mark.parametrize("script", [shakespeare, nano], ids=lambda script: script.SCRIPT)
+def test_a_head_with_offset_keys_starts_by_finding_the_present_token(script, constraint, heads):
+    """Of all tokens x_j of length 1 the present one has the largest q x . k x_j; not in the others."""
+    E = 8
+    config = script.Config(width=heads * E, heads=heads, blocks=1, hidden=8, key_offset=True,
+                           constraint=constraint, w_max="2,3,1,1,1,1,1", preset=script.Config.preset)
+    vocabulary = ["abc"] if script is shakespeare else []
+    block = script.Transformer(config, *vocabulary).blocks[0]
+    norms = (2, 3) if constraint == "stiefel" else (1, 1)
+    assert (exact_norm(block.q).item(), exact_norm(block.k).item()) == pytest.approx(norms, rel=1e-5)
+    plain = heads // 2
+    for head, (q_ED, k_ED) in enumerate(zip(block.q.view(heads, E, -1), block.k.view(heads, E, -1))):
+        alike_EE = q_ED @ k_ED.T / (norms[0] * norms[1])
+        if head < plain:
+            assert alike_EE.diagonal().abs().max() < 1e-5
+        else:
+            torch.testing.assert_close(alike_EE, torch.eye(E), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("heads", [1, 3])
 def test_ellipsoids_of_a_cap_where_they_are_known(heads):
     """Identical heads may do the same: each term is `heads` times that of one, steps f, g and h."""
