@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "results"))
@@ -29,10 +30,12 @@ import frontier  # noqa: E402
 import measured  # noqa: E402
 import method  # noqa: E402
 import mlp_cifar  # noqa: E402
+import peers  # noqa: E402
 import precision  # noqa: E402
 import published  # noqa: E402
 import protocol  # noqa: E402
 import shakespeare  # noqa: E402
+from constraints import sigma_per_norm  # noqa: E402
 from test_shakespeare import REFERENCE, Payload, tune_little  # noqa: E402
 from test_shakespeare import published as published_file  # noqa: E402
 
@@ -296,6 +299,56 @@ def test_benchmark_takes_turns():
     functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
     ms = benchmark.in_turns(functions, turns=2, seconds=0, least=3)
     assert set(ms) == {"a", "b"} and "".join(calls) == "ab" + 2 * "aaabbb" and min(ms.values()) > 0
+
+
+# ==== peers.py ====================================================================================
+PEERS = "--data stand-in --width 16 --lowpass 6 --batch 64 --minutes 0.01 --seeds 1".split()
+
+
+def test_peers(tmp_path, capsys):
+    table = str(tmp_path / "peers.csv")
+    names = [name for name in peers.PEERS if peers.bjorck_norm or name != "SpectralLinear"]
+    peers.main([*PEERS, "--layers", ";".join(names), "--csv", table])
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layers"] for row in rows] == names
+    for row in rows:
+        assert 100 >= float(row["accuracy"]) >= float(row["certified_36"]) >= float(row["certified_108"]) >= 0
+        assert int(row["steps"]) > 0 and "--width 16" in row["flags"] and "stand-in" in row["flags"]
+    before = Path(table).read_text()
+    peers.main([*PEERS, "--layers", ";".join(names), "--csv", table])  # nothing is done twice
+    assert Path(table).read_text() == before
+    capsys.readouterr()
+    peers.main([*PEERS, "--layers", "AOL", "--search", "--holdout", "100"])
+    rates = re.findall(r"lr ([\d.]+)", capsys.readouterr().out)
+    assert [float(rate) for rate in rates] == [peers.PEERS["AOL"] * factor for factor in (0.5, 1, 2)]
+
+
+@pytest.mark.parametrize("flags", [["--lr", "1"], ["--seed", "3"], ["--optimizer", "adamw"], ["--layers", "x"]])
+def test_peers_refuse(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        peers.main([*MLP, *flags])
+    assert stop.value.code == 2 and flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 4), (2, 7)])
+def test_aol_has_norm_1(shape):
+    generator = torch.Generator().manual_seed(0)
+    for scale in (1e-3, 1, 1e3):
+        W = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        assert torch.linalg.matrix_norm(peers.Aol()(W), 2) <= 1 + 1e-12
+    orthogonal = torch.nn.init.orthogonal_(torch.empty(6, 3, dtype=torch.float64))
+    torch.testing.assert_close(peers.Aol()(orthogonal), orthogonal)
+
+
+def test_peers_have_the_same_margin_in_the_loss():
+    """Networks with every norm at its limit, in the peer's own norm, have logits of the same size."""
+    config = mlp_cifar.Config.of("certified", width=16, depth=3, lowpass=4)
+    images_NP = torch.zeros(4, 3072, dtype=torch.uint8)
+    _, _, ours = peers.build(config, "soft cap", images_NP, 10)
+    _, _, theirs = peers.build(config, "AOL", images_NP, 10)
+    norms = [sigma_per_norm(W) for W in mlp_cifar.MLP(config).weights]
+    assert theirs * 1 == pytest.approx(ours * math.prod(norms))
 
 
 # ==== The README and the tables ===================================================================
