@@ -50,7 +50,7 @@ ROWS = {  # name: preset, what differs from it
     "tiny without offset": ("tiny", dict(key_offset=False)),
     "tiny, larger limits": ("tiny", dict(w_max="6,6,4,4,4,4,16")),
     "tiny, smaller limits": ("tiny", dict(residual_scale=1.0, head_lr=0.05,
-                                          w_max="3,3,3,3,2.5,2.5,16")),
+                                          w_max="3,3,3,3,2.4,2.4,16")),
     "tiny by position": ("tiny", dict(content="none")),
     "tiny for depth": ("tiny", dict(content="odd", w_max="8,8,6,6,6,6,16")),
     "tiny_tight": ("tiny_tight", dict()),

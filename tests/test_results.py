@@ -377,7 +377,7 @@ def test_flags_of_command(command, capsys):
 
 
 def test_the_baseline_has_the_rates_that_were_searched():
-    """The bold row of section 12's search: learning rate, embed_lr, head_lr, logit_scale."""
+    """The bold row of section 5's search: learning rate, embed_lr, head_lr, logit_scale."""
     preset = importlib.import_module("nanogpt_lipschitz").PRESETS["tiny_baseline"]
     searched = re.search(r"\*\*([\d., ]+)\*\*; 0.05, 0.1, 0.004, 12", README)[1]
     names = ("lr", "embed_lr", "head_lr", "logit_scale")
