@@ -231,9 +231,13 @@ def table(rows, shape, steps):
 
 
 def draw(rows, shape, steps, path):
-    """Loss against the valid bound, a point for each seed. What has no bound is a line."""
+    """Loss against the valid bound, a point for each seed. What has no bound is a line.
+
+    Lines that are nearer than 0.01 to the next one share a label, above the highest of them.
+    """
     figure = Figure(figsize=(10, 6), layout="constrained")
     panel = figure.subplots()
+    without_bound = []
     for (own_shape, name, own_steps), seeds in group(rows).items():
         if (own_shape, own_steps) != (shape, steps):
             continue
@@ -244,18 +248,25 @@ def draw(rows, shape, steps, path):
         bounds = [float(row["lipschitz_log10"]) for row in seeds]
         mean = sum(losses) / len(losses)
         if math.isinf(bounds[0]):
-            panel.axhline(mean, color="grey", linewidth=0.8)
-            panel.annotate(f"{name}: no bound", (0.995, mean), xycoords=("axes fraction", "data"),
-                           xytext=(0, 2), textcoords="offset points", color="dimgrey",
-                           horizontalalignment="right", fontsize="small")
+            without_bound.append((mean, name))
         else:
             points = panel.plot(bounds, losses, "o", alpha=0.7)
             panel.annotate(name, (max(bounds), min(losses)), xytext=(5, -10),
                            textcoords="offset points", color=points[0].get_color())
+    names = []
+    without_bound.sort()
+    for i, (mean, name) in enumerate(without_bound):
+        panel.axhline(mean, color="grey", linewidth=0.8)
+        names.append(name)
+        if i + 1 == len(without_bound) or without_bound[i + 1][0] > mean + 0.01:
+            panel.annotate("; ".join(names), (0.005, mean), xycoords=("axes fraction", "data"),
+                           xytext=(0, 2), textcoords="offset points", color="dimgrey",
+                           fontsize="small")
+            names = []
     panel.set(xlabel="valid Lipschitz bound of the trained network, log10",
               ylabel="validation loss, nats a byte",
-              title=f"{shape}, {steps} steps. Points: no norm layers, a bound, one for each seed. "
-                    "Lines: no bound, means")
+              title=f"{shape}, {steps} steps. Points: no norm layers, within a bound, one a seed. "
+                    "Grey lines: no bound, mean of seeds")
     panel.margins(x=0.25)
     figure.savefig(path, dpi=110)
 

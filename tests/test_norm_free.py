@@ -284,7 +284,7 @@ def test_the_figure(tmp_path):
     with mock.patch("matplotlib.figure.Figure.savefig", autospec=True) as savefig:
         norm_free.draw(rows, "tiny", 300, tmp_path / "figure.png")
     panel = savefig.call_args[0][0].axes[0]
-    line, points = panel.lines
+    points, line = panel.lines
     assert list(line.get_ydata()) == pytest.approx([1.35, 1.35])
     assert list(points.get_xdata()) == [3.0, 3.0] and list(points.get_ydata()) == [1.3, 1.4]
 
