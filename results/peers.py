@@ -134,8 +134,6 @@ def main(argv=None):
     names = options.layers.split(";")
     if not set(names) <= set(PEERS):
         parser.error(f"--layers {options.layers}: must be among {'; '.join(PEERS)}")
-    if "SpectralLinear" in names and bjorck_norm is None:
-        parser.error("--layers SpectralLinear: needs pip install deel-torchlip; or leave it out of --layers")
     config = mlp_cifar.parse_arguments(["--preset", "certified", *flags])
     certified = vars(mlp_cifar.Config.of("certified"))
     changed = [f"--{key} {value}" for key, value in vars(config).items()
@@ -143,6 +141,8 @@ def main(argv=None):
     for key in ("lr", "seed", "optimizer", "constraint", "device"):
         if getattr(config, key) != certified[key]:
             parser.error(f"--{key} {getattr(config, key)}: is the same for all layers, or set by --layers")
+    if "SpectralLinear" in names and bjorck_norm is None:
+        parser.error("--layers SpectralLinear: needs pip install deel-torchlip; or leave it out of --layers")
     if options.search and not config.holdout:
         config.holdout = 5000
     data = mlp_cifar.load_data(config)

@@ -305,7 +305,9 @@ def test_benchmark_takes_turns():
 PEERS = "--data stand-in --width 16 --lowpass 6 --batch 64 --minutes 0.01 --seeds 1".split()
 
 
-def test_peers(tmp_path, capsys):
+def test_peers(tmp_path, capsys, monkeypatch):
+    certificate = mlp_cifar.certificate
+    monkeypatch.setattr(mlp_cifar, "certificate", lambda model, steps: certificate(model))  # takes seconds
     table = str(tmp_path / "peers.csv")
     names = [name for name in peers.PEERS if peers.bjorck_norm or name != "SpectralLinear"]
     peers.main([*PEERS, "--layers", ";".join(names), "--csv", table])
