@@ -148,7 +148,7 @@ def benchmark_mlp():
         label = f"AdamW + torch's parametrizations.{name}"
         functions[label] = parametrized_step(wrap, x_BP, y_B)
     functions.update(parts_of_a_step(make, lr, config.momentum))
-    show("MLP 3072-256-256-10, 512 images a step", functions, "AdamW, no constraint", least=4)
+    show("MLP 3072-256-256-10, 512 images a step", functions, "AdamW, fused, no constraint", least=4)
 
 
 def parametrized_step(wrap, x_BP, y_B):
@@ -183,8 +183,8 @@ def benchmark_shakespeare():
     functions = steps_with_each_optimizer(make, 0.1, config.momentum)
     functions.update(parts_of_a_step(make, 0.1, config.momentum))
     title = "Transformer 3 x 256, 8,192 characters a step"
-    ms = show(title, functions, "AdamW, no constraint", turns=5, least=4)
-    for name in ("Muon + soft cap", "AdamW, no constraint"):
+    ms = show(title, functions, "AdamW, fused, no constraint", turns=5, least=4)
+    for name in ("Muon + soft cap", "AdamW, fused, no constraint"):
         print(f"  {name}: {32 * config.seq_len / ms[name] * 1000:,.0f} characters a second")
 
 

@@ -58,13 +58,20 @@ def found(model, tokens_N, steps=60):
     return math.log10(verify_lipschitz.climb(logits_of, starts_STD, R, steps).max().item())
 
 
+def flag_of(name, value):
+    """A setting as it is written on a command line."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
+
+
 def row_of(folder, data=None):
     """A line of frontier.csv from the folder of a finished run."""
     config, model, _ = shakespeare.load_checkpoint(folder)
     config.data = data or config.data
     summary = json.loads(Path(folder, "summary.json").read_text())
     preset = shakespeare.Config.of(config.preset)
-    flags = [f"--{name} {value}" for name, value in vars(config).items()
+    flags = [flag_of(name, value) for name, value in vars(config).items()
              if name not in LEFT_OUT and value != getattr(preset, name)]
     share = summary["certified_token_accuracy"]
     untuned = json.loads(Path(folder, "log.jsonl").read_text().splitlines()[-1])["lipschitz_log10"]

@@ -239,10 +239,10 @@ def run(flags, rank, world_size, steps, compiled=True):
 CASES = [[["--preset", preset], 0, 8, 99] for preset in PRESETS]
 
 
-def rows(found):
-    """The table, in GiB, of what happened in CASES."""
+def rows(presets, found):
+    """The table, in GiB, of what happened in the cases of these presets."""
     result = []
-    for preset, x in zip(PRESETS, found):
+    for preset, x in zip(presets, found):
         sizes = dict(weights=x["weights"], gradients=x["weights"], states=x["states"], peak_backward=x["backward"],
                      peak_update=x["update"], peak=max(x["backward"], x["update"]))
         result.append(dict(preset=preset, **{name: round(size / GIB, 2) for name, size in sizes.items()}))
@@ -253,7 +253,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args(argv)
-    table = rows(on_fake_cuda(CASES))
+    table = rows(PRESETS, on_fake_cuda(CASES))
     with open(TABLE, "w", newline="") as f:
         writer = csv.DictWriter(f, table[0].keys())
         writer.writeheader()

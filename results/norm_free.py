@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import nanogpt_lipschitz as nano  # noqa: E402
 from constraints import power  # noqa: E402
@@ -251,22 +252,27 @@ def draw(rows, shape, steps, path):
             without_bound.append((mean, name))
         else:
             points = panel.plot(bounds, losses, "o", alpha=0.7)
-            panel.annotate(name, (max(bounds), min(losses)), xytext=(5, -10),
+            label = f"{name}, the default" if name == "tiny" else name
+            panel.annotate(label, (max(bounds), min(losses)), xytext=(5, -10),
                            textcoords="offset points", color=points[0].get_color())
     names = []
     without_bound.sort()
     for i, (mean, name) in enumerate(without_bound):
         panel.axhline(mean, color="grey", linewidth=0.8)
-        names.append(name)
+        names.append(f"{name} {mean:.3f}")
         if i + 1 == len(without_bound) or without_bound[i + 1][0] > mean + 0.01:
             panel.annotate("; ".join(names), (0.005, mean), xycoords=("axes fraction", "data"),
                            xytext=(0, 2), textcoords="offset points", color="dimgrey",
                            fontsize="small")
             names = []
-    panel.set(xlabel="valid Lipschitz bound of the trained network, log10",
-              ylabel="validation loss, nats a byte",
-              title=f"{shape}, {steps} steps. Points: no norm layers, within a bound, one a seed. "
-                    "Grey lines: no bound, mean of seeds")
+    panel.set(xlabel="valid Lipschitz bound of the trained network, embeddings to logits",
+              ylabel="validation loss, nats a byte")
+    panel.set_title(f"{shape}, {steps} steps. Points: no norm layers, within a bound, one a seed. "
+                    "Grey lines: no bound, mean of seeds.\n"
+                    "odd, last: which blocks attend by content, the others by position. offset: heads "
+                    "that can copy alone.", fontsize="medium")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.xaxis.set_major_formatter(lambda exponent, _: f"$10^{{{exponent:.0f}}}$")
     panel.margins(x=0.25)
     figure.savefig(path, dpi=110)
 

@@ -144,7 +144,7 @@ def forgotten_gradients(patch):
     ("maps", no_hard_cap, "hard_cap"), ("attention", one_block_less, "block_mask"),
     ("attention", another_scale, "by position"), ("losses", shorter_steps_in_float32, "float32"),
     ("checkpoint", lost_momentum, "gone on"), ("cap1", no_constraint, "after each of"),
-    ("specnorm8", no_constraint, "eigenvalues"), ("tight", no_constraint, "after each of"),
+    ("specnorm8", no_constraint, "eigenvalues"),
     ("baseline", another_first_loss, "first loss"), ("baseline", compiles_at_each_step, "step 3"),
     ("processes", forgotten_gradients, "losses")])
 def test_a_fault_is_found(part, fault, what, monkeypatch, tmp_path):

@@ -662,8 +662,8 @@ def test_owners_share_the_work(monkeypatch):
 
 # ---- several processes -----------------------------------------------------------------------------------------------
 def test_one_two_and_four_processes_are_the_same_run(tmp_path):
-    """In float64 to 1e-9 over 50 steps; all replicas have the same bits at each of 5 evaluations."""
-    settings = dict(dtype="float64", steps=50, micro_batch=1, evals=5)
+    """In float64 to 1e-9 over 50 steps; all replicas have the same bits at both evaluations."""
+    settings = dict(dtype="float64", steps=50, micro_batch=1, evals=2)
     alone, _ = run(tmp_path, **settings)
     for processes in (2, 4):
         folder = tmp_path / str(processes)
@@ -672,7 +672,7 @@ def test_one_two_and_four_processes_are_the_same_run(tmp_path):
         assert losses_of(folder / "run") == pytest.approx(losses_of(alone), abs=1e-9)
         assert json.loads((folder / "run" / "summary.json").read_text())["processes"] == processes
         hashes = [(folder / f"rank{rank}").read_text() for rank in range(processes)]
-        assert len(set(hashes)) == 1 and len(hashes[0].split()) == 5
+        assert len(set(hashes)) == 1 and len(hashes[0].split()) == 2
 
 
 def test_ctrl_c_stops_all_processes_and_the_run_goes_on(tmp_path):
@@ -728,8 +728,8 @@ def test_a_killed_worker_is_restarted_by_torchrun_and_nothing_is_lost(tmp_path):
 
 
 def test_an_error_on_one_rank_ends_all(tmp_path):
-    """A killed process, an exception, a full disk, a bad token of one rank, a damaged checkpoint, a wrong flag: all
-    gone within a minute, with one line."""
+    """An exception, a full disk, a bad token of one rank, a damaged checkpoint, a wrong flag: all gone within a
+    minute, with one line. (A killed process: the test above.)"""
     data = tmp_path / "data"
     data.mkdir()
     tokens = np.full(24 * 40, 7)
@@ -739,7 +739,6 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     damaged.mkdir()
     (damaged / "checkpoint.pt").write_bytes(b"damaged")
     cases = {
-        "kill": (["--out", tmp_path / "kill"], "Signal 9 (SIGKILL)"),
         "exception": (["--out", tmp_path / "exception"], "ValueError: a fault of one rank"),
         "disk": (["--out", tmp_path / "disk"], "[Errno 28] No space left on device"),
         "token": (["--out", tmp_path / "token", "--data", data], f"{data / 'train.bin'}: holds token 299"),
@@ -747,20 +746,18 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
         "flag": (["--batch", 3], "--batch 3: must be a multiple of 2 process(es)"),
     }
     settings = flags(micro_batch=1, steps=20)
-    running, ended, seconds = {}, {}, {}
-    for kind in ("kill", "exception"):
-        running[kind] = start(WORKER, kind, tmp_path, *settings, *cases[kind][0], processes=2)
+    ended, seconds = {}, {}
+    exception = start(WORKER, "exception", tmp_path, *settings, *cases["exception"][0], processes=2)
     for kind in ("disk", "token", "checkpoint", "flag"):
         began = time.time()
         ended[kind] = spread(tmp_path / f"{kind}_spread", 2, kind, *settings, *cases[kind][0])
         seconds[kind] = time.time() - began
-    for kind, process in running.items():
-        status, _, errors = end(process, timeout=90)
-        ended[kind] = status == 0, errors
+    status, _, errors = end(exception, timeout=90)
+    ended["exception"] = status == 0, errors
     for kind, (good, errors) in ended.items():
         assert not good and cases[kind][1] in errors, (kind, errors[-3000:])
         own = [line for line in errors.splitlines() if line.startswith("nanogpt_lipschitz.py: ")]
-        assert len(own) == (kind not in ("kill", "exception")), (kind, own)
+        assert len(own) == (kind != "exception"), (kind, own)
         assert errors.count("ValueError: ") == (kind == "exception"), (kind, errors)
         assert "RuntimeError" not in errors and "Connection" not in errors, (kind, errors)  # of whoever lost a partner
     assert max(seconds.values()) < 60
@@ -769,7 +766,8 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
 
 # ---- CUDA without a GPU: steps of main on fake tensors, see results/memory.py ----------------------------------------
 SMALL = ["--preset", "cap1", "--blocks", "2", "--residual_scale", "1", "--seq_len", "8192"]
-FAKE = {**dict(zip(memory.PRESETS, memory.CASES)), "two micro-batches": [[*SMALL, "--batch", "2"], 0, 1, 99, False],
+FULL = ("cap1", "tight")  # at full size; specnorm8 and baseline are of the same shapes as cap1
+FAKE = {**{name: case for name, case in zip(memory.PRESETS, memory.CASES) if name in FULL}, "two micro-batches": [[*SMALL, "--batch", "2"], 0, 1, 99, False],
         **{name: [[*SMALL, "--batch", "1", "--constraint", name], 0, 1, 99, False]
            for name in ("spectral_weight_decay", "specnorm", "stiefel", "soft_cap", "hard_cap")},
         **{f"rank {rank}": [SMALL, rank, 8, 1] for rank in (0, 3, 7)}}
@@ -796,12 +794,12 @@ def test_on_fake_cuda():
     for name in FAKE:
         if "rank" not in name:
             steps_wait_only_where_they_are_logged(name, found[name])
-    peak_memory_is_what_results_say([found[name] for name in memory.PRESETS])
+    peak_memory_is_what_results_say([found[name] for name in FULL])
     ranks_make_the_same_collectives_in_the_same_order(found)
 
 
 def steps_wait_only_where_they_are_logged(name, found):
-    """Backward included, compiled at full size for the four presets: one copy to the GPU for each micro-batch, no
+    """Backward included, compiled at full size for two presets: one copy to the GPU for each micro-batch, no
     tensor of the CPU in a graph, and nothing that looks at a result before the check for divergence in the last step,
     but what WAITS lists."""
     assert found["end"] == "Logged" and len(found["steps"]) == 4, name
@@ -813,8 +811,8 @@ def steps_wait_only_where_they_are_logged(name, found):
 
 def peak_memory_is_what_results_say(found):
     with open(memory.TABLE) as f:
-        table = list(csv.DictReader(f))
-    for row, now in zip(table, memory.rows(found), strict=True):
+        table = [row for row in csv.DictReader(f) if row["preset"] in FULL]
+    for row, now in zip(table, memory.rows(FULL, found), strict=True):
         assert row["preset"] == now["preset"]
         for key in list(now)[1:]:
             assert float(row[key]) == pytest.approx(now[key], rel=0.1), (row["preset"], key)
