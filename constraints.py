@@ -12,8 +12,9 @@ On a first reading part I is enough. Every constraint has one signature,
 
 for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
 `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
-the steps since the last use can have led; infinity means that W may be anything. With w = w_max *
-sqrt(fan_out / fan_in), the limit on singular values, and s_1 the largest of them:
+the steps since the last use can have led; infinity means that W may be anything. For the decays it
+is the learning rate. With w = w_max * sqrt(fan_out / fan_in), the limit on singular values, and s_1
+the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
@@ -33,7 +34,6 @@ Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. 
 cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
-import copy
 import functools
 import math
 import runpy
@@ -46,7 +46,7 @@ from torch import Tensor
 from torch.linalg import cholesky, eigvalsh, matrix_norm, vector_norm
 from torch.nn.functional import normalize
 
-from muon import avoid_zero, fast_dtype, msign, square
+from muon import avoid_zero, fast_dtype, full_sums, msign, square
 
 LN10 = math.log(10)
 
@@ -175,7 +175,8 @@ def top_pair(W):
     for _ in range(12):
         A = A / avoid_zero(matrix_norm(A, keepdim=True))
         A = A @ A
-    # A^4096 is nearly of rank one, x x^T. Its longest column is the best-conditioned multiple of x.
+    # A^4096 is nearly of rank one, x x^T, if s_2 < 0.999 s_1. Its longest column is the
+    # best-conditioned multiple of x. If s_2 is nearer, x is a mixture of both vectors.
     longest = vector_norm(A, dim=-2, keepdim=True).argmax(-1, keepdim=True)
     x = normalize(A.take_along_dim(longest, -1), dim=-2)
     if W.shape[-2] <= W.shape[-1]:
@@ -193,7 +194,7 @@ def check(W, w_max, step_norm):
                          f"got {w_max} and {step_norm}")
 
 
-# ---- the decays: no limit, only a pull. step_norm / w_max is lr * weight_decay. ------------------
+# ---- the decays: a pull, of which step_norm / w_max is lr * weight_decay -------------------------
 def none(W, w_max=1.0, step_norm=0.0):
     """All s as they are."""
     return W
@@ -261,8 +262,8 @@ def hard_cap(W, w_max, step_norm=0.0):
     """All s -> min(s, w), exactly: the nearest matrix within the limit.
 
     A matrix that is within the limit stays as it is. With the small Gram matrix A = V diag(s^2)
-    V^T, take V diag(max(0, 1 - w / s)) V^T W from W: a few products' time on a CPU. A resolves s^2
-    only to 1e-7 of s_1^2, so an SVD is used where s_1 is far above w.
+    V^T, take V diag(max(0, 1 - w / s)) V^T W from W: the time of a dozen products on a CPU. A
+    resolves s^2 only to 1e-7 of s_1^2, so an SVD is used where s_1 is far above w.
     """
     check(W, w_max, step_norm)
     w = w_max * sigma_per_norm(W)
@@ -314,11 +315,13 @@ def soft_cap_alpha(w, k):
 #      becomes W - E W, with T = alpha A for the Gram matrix A, and E = T^2 (3 I - 3 T + T^2).
 #   7. E is small, so it may be computed in bfloat16: an error of 2^-8 in E W is one of 2^-8 |E| in
 #      the result.
-#   8. Where alpha x^2 > 1 the polynomial explodes, and so would a matrix that was written from
-#      outside. So W is first divided by sqrt(c), with c = max(1, ||T^2||_F^(1/2)) >= alpha s_1^2.
-#      Then at most the peak comes out, 1.3 w for steps of 5 %, and 0 if squares overflow.
+#   8. A matrix written from outside may have alpha s^2 > 1, where the polynomial explodes. So W is
+#      first divided by sqrt(c), with c = max(1, ||T^2||_F^(1/2)) >= alpha s_1^2. Then
+#      alpha s^2 <= 1, and what comes out is at most the peak of step 3, (62/81) / sqrt(3 alpha):
+#      1.3 w for steps of 5 %. It is 0 if squares overflow.
 #   9. For matrices within range c = 1, unless very many singular values sit near the limit, so that
 #      t rank^(1/4) > 1 there. W is then scaled down a little more than needed, which is safe.
+@full_sums()
 def soft_cap_map(W, alpha, dtype=None):
     """s -> y + alpha y^3 with y = s - alpha s^3. alpha is for singular values, not RMS->RMS.
 
@@ -355,8 +358,9 @@ def soft_cap(W, w_max, step_norm=0.0):
     """
     check(W, w_max, step_norm)
     k = w_max + step_norm
-    if k > 2.26 * w_max or not 1e-15 < w_max * sigma_per_norm(W) < 1e15:
-        return hard_cap(W, w_max)  # squares would leave the range of float32
+    in_range = 1e-15 < w_max * sigma_per_norm(W) < 1e15  # else squares leave float32
+    if k > 2.26 * w_max or not in_range:
+        return hard_cap(W, w_max)
     dtype = None
     target = w_max
     if k <= 1.3 * w_max and W.dtype == torch.float32:
@@ -470,36 +474,36 @@ def trace(S):
     return S.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-def lifted(S):
-    """S + 1e-13 trace(S) I, (..., D, D): a little too large, but it has a Cholesky factor."""
-    lift = 1e-13 * trace(S)[..., None, None] + 1e-300
-    return S + lift * eye_like(S)
+# What rounding can take from S. Let u = 2^-53, and |.| the Frobenius norm.
+#   1. X X^T, with sums of n terms, is off by at most n u |X|^2 = n u trace(X X^T), as a matrix in
+#      the spectral norm. So is a sum of n such matrices. So S may be too small by n u trace(S).
+#   2. Cholesky's root is one of a matrix that is off by another (D + 1) u trace(S).
+#   3. So 1e-12 trace(S) I is added wherever S is used. That is enough for n + D < 9000: for
+#      D = 1500 and hidden layers of up to four times that. Beyond, it grows with D^2.
+def rounding(S):
+    """1e-12 trace(S) of step 3, shape (...)."""
+    return 1e-12 * max(1, S.shape[-1] / 1500) ** 2 * trace(S) + 1e-300
 
 
 def root_of(S):
-    """The lower triangular root with root root^T = S (lifted)."""
-    return cholesky(lifted(S))
+    """The lower triangular root with root root^T = S + rounding(S) I."""
+    return cholesky(S + rounding(S)[..., None, None] * eye_like(S))
 
 
 # G S G^T, rounded up. Where terms cancel, in G itself or in G z, the computed one could be too
-# small:
-#   1. Let S = root root^T. Each entry of the computed G root is a sum of D terms, so as a matrix it
-#      is off by at most d = D 2^-53 size |root|. `size` is |G|, or the sum of its terms' norms if G
-#      is a sum, and |.| is the Frobenius norm, |root|^2 = trace(S).
-#   2. The square of a length, |c G root|^2 for |c| = 1, is then off by at most
+# small by more than that.
+#   4. Let S = root root^T, so |root|^2 = trace(S). Let `size` be |G|, or the sum of its terms'
+#      norms if G is a sum. The computed G root is off by at most d = n u size |root|, with n terms
+#      in both sums together.
+#   5. The square of a length, |c G root|^2 for |c| = 1, is then off by at most
 #      2 d |c G root| + d^2 <= 1e-9 |c G root|^2 + (1 + 1e9) d^2.
-#   3. d^2 < 1e-26 size^2 trace(S) for D < 900, and grows with D^2. So 1e-17 size^2 trace(S) I is
-#      added.
-def rounding(size_squared, S):
-    """1e-17 size^2 trace(S) of step 3."""
-    return 1e-17 * max(1, S.shape[-1] / 900) ** 2 * (size_squared * trace(S))
-
-
+#   6. (1 + 1e9) d^2 < 1e-14 size^2 trace(S) for n < 9000. So size^2 rounding(S) I covers it, and
+#      what the product of step 1 loses.
 def ellipsoid_image(G_OD, S, size=0.0):
-    """G S G^T (..., O, O), a little too large. size: of step 1, if G is a sum."""
+    """G S G^T (..., O, O), a little too large. size: of step 4, if G is a sum."""
     G_root = G_OD @ root_of(S)
     image = (1 + 1e-9) * G_root @ G_root.mT
-    up = rounding(matrix_norm(G_OD).clamp(min=size) ** 2, S)
+    up = matrix_norm(G_OD).clamp(min=size) ** 2 * rounding(S)
     return image + up[..., None, None] * eye_like(image)
 
 
@@ -521,9 +525,10 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
     return ellipsoid((S_P * factor_P[:, None, None]).sum(0), top)
 
 
-# A layer whose neurons have slopes within limits. Its output is A z + B v, where all that is known
-# of v is |v_i| <= |(J z)_i|, J z being what the neurons see. For example ReLU with a matrix W
-# behind it: a difference dz becomes (dz + v) / 2 with |v_i| <= |dz_i|, so J = I and A = B = W / 2.
+# A layer of neurons, which see J z. A neuron with a slope between 0 and 1 turns a change d into
+# d / 2 + v / 2, where all that is known of v is |v| <= |d|. So the output of such a layer, with its
+# matrix behind it, is A z + B v with |v_i| <= |(J z)_i|. For ReLU and a matrix W behind it J = I
+# and A = B = W / 2.
 #   1. With S = root root^T, z = root y with |y| <= 1. For any l_i > 0,
 #      sum_i l_i v_i^2 <= sum_i l_i (J z)_i^2 = y^T Y y with Y = root^T J^T diag(l) J root.
 #   2. So y^T (I - Y) y + v^T diag(l) v <= y^T y <= 1: if Y < I, the pair (y, v) is in an ellipsoid.
@@ -531,8 +536,10 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #      S' = A root (I - Y)^-1 root^T A^T + B diag(1 / l) B^T.
 #   4. For Y < I take any m_i > 0 and scale them: l = share m / sigma(root^T J^T diag(m) J root),
 #      with share < 1.
-#   5. Solving with I - Y errs by about D 2^-53 / (1 - share), relatively. With share <= 1 - 1e-4
-#      that is 1e-9 for D = 900, which is what the image allows for.
+#   5. Rounding: Y is rounded up as G S G^T is. Cholesky's root of I - Y is off by (D + 1) u D, less
+#      than 1e-8, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
+#      number of at most 100. So solving errs by 100 D^1.5 u, relatively: 3e-9 for D = 4096, and
+#      1e-8 is added to the square.
 # All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
 # be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
 def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, size=0.0):
@@ -543,12 +550,15 @@ def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, si
     root = root_of(S)
     seen = J_ND @ root
     m_N = (torch.zeros_like(seen[:, 0]) + weights_N).exp()
-    Y = seen.mT @ (m_N[:, None] * seen)
+    eye = eye_like(S)
+    Y = (1 + 1e-9) * seen.mT @ (m_N[:, None] * seen)
+    Y = Y + m_N.max() * J_ND.square().sum() * rounding(S) * eye
     share = torch.sigmoid(torch.as_tensor(share_logit)).clamp(max=1 - 1e-4)
-    scale = share / eigvalsh(Y)[-1].clamp(min=1e-300)
-    rest = cholesky(eye_like(Y) - scale * Y)
+    scale = share / eigvalsh(Y)[-1].clamp(min=1e-290)
+    rest = cholesky((1 - 1e-8) * eye - scale * Y)
     half = torch.linalg.solve_triangular(rest, root.mT, upper=False)
-    of_z = ellipsoid_image(A_OD, half.mT @ half, size)  # half^T half = root (I - Y)^-1 root^T
+    inner = (1 + 1e-8) * half.mT @ half  # root (I - Y)^-1 root^T
+    of_z = ellipsoid_image(A_OD, inner, size)
     of_v = (B_ON / (scale * m_N)) @ B_ON.mT
     return ellipsoid(of_z + of_v, log)
 
@@ -556,7 +566,8 @@ def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, si
 def maxmin(z):
     """(max, min) of pairs, neuron i of the first half and i of the second (Anil et al. 2019)."""
     first, second = z.chunk(2, -1)
-    # torch.maximum and minimum take 3 to 7 times as long. This rounds as the larger of the pair.
+    # torch.maximum and minimum take 3 to 7 times as long. The rounding error of this is relative to
+    # the larger of the pair.
     excess = (first - second).relu()
     return torch.cat([second + excess, first - excess], -1)
 
@@ -587,20 +598,22 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
 
 def ellipsoid_norm(S, log, U_KD):
     """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
-    largest = eigvalsh(gram(U_KD @ root_of(S)))[-1] + rounding(U_KD.square().sum(), S)
+    largest = eigvalsh(gram(U_KD @ root_of(S)))[-1] + U_KD.square().sum() * rounding(S)
     return (largest.clamp(min=1e-300).log() + log) / 2 + 2e-9
 
 
 def ellipsoid_pairs(S, log, U_KD):
     """(K, K): logarithm of the largest |(u_i - u_j) z|, u_i the rows of U, rounded up.
 
-    -inf where two rows agree.
+    -inf for i = j.
     """
     rows_KD = U_KD @ root_of(S)
     distance_KK = torch.cdist(rows_KD, rows_KD, compute_mode="donot_use_mm_for_euclid_dist")
-    # Two rows, each off by at most the d of ellipsoid_image.
-    up = 2e-13 * max(1, len(S) / 900) * (U_KD.square().sum(1).max() * trace(S)).sqrt()
-    return torch.where(distance_KK > 0, distance_KK + up, distance_KK).log() + log / 2 + 1e-9
+    # Two rows, each off by at most the d of step 4, which is less than 1e-12 |u| |root|.
+    longest = U_KD.square().sum(1).max().sqrt()
+    up = 2e-12 * max(1, len(S) / 1500) * longest * trace(S).sqrt()
+    same_KK = torch.eye(len(U_KD), dtype=torch.bool)
+    return (distance_KK + up).masked_fill(same_KK, 0).log() + log / 2 + 1e-9
 
 
 def tune(goal, free, steps, lr=0.1):
@@ -612,23 +625,22 @@ def tune(goal, free, steps, lr=0.1):
     goal(free)
     if not free or not steps:
         return free
-    optimizer = torch.optim.Adam([weights.requires_grad_() for weights in free.values()])
     least = math.inf
-    best = free
+    best = {name: weights.clone() for name, weights in free.items()}
+    optimizer = torch.optim.Adam([weights.requires_grad_() for weights in free.values()])
     for step in range(steps + 1):
         value = goal(free)
         if value < least:
             least = value.item()
-            best = copy.deepcopy(free)
+            best = {name: weights.detach().clone() for name, weights in free.items()}
         optimizer.zero_grad()
         value.backward()
         for weights in free.values():
-            if weights.grad is not None:  # the last block's ellipsoid of tokens is not used
+            if weights.grad is not None:  # without RoPE those of S and X are not used
                 weights.grad.nan_to_num_(0, 0, 0)  # a zero matrix gives NaN
         optimizer.param_groups[0]["lr"] = lr * (1 - step / (steps + 1))
         optimizer.step()
-    for name, weights in best.items():
-        free[name] = weights.detach()
+    free.update(best)
     return free
 
 
@@ -667,19 +679,21 @@ def power(exponent, down=False):
 # A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
 # length. Attention without a cap has no bound on all of space, as larger tokens move its pattern
 # more (Kim, Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex,
-# so a bound on derivatives is a bound on differences. dx is a difference, C_h = o_h v_h, and
-# sigma(.) the largest singular value.
+# so a bound on derivatives is a bound on differences. dx is a difference, and sigma(.) the largest
+# singular value.
 @dataclass
-class Block:
+class BlockBounds:
     """What the bounds need of a block. Matrices are in float64."""
     # The product: constants of steps 3 to 7.
     value: float  # attention's constant where the pattern does not change, and its gain
     pattern: float  # what the changed pattern adds; without a cap divided by R^2
     mlp: float  # the MLP's constant
     mlp_gain: float  # its largest output, divided by R
-    # The ellipsoid: x_t <- stream x_t + sum_h C_h sum_j P^h_tj x_j, then x_t <- mlp(x_t).
-    stream: float  # 1 - a
-    C_HDD: Tensor  # a beta o_h v_h
+    # The ellipsoid: x_t <- (1 - a) x_t + sum_h C_h sum_j P^h_tj x_j, then x_t <- mlp(x_t).
+    a: float
+    o_HDE: Tensor  # a beta o_h
+    v_HED: Tensor
+    C_HDD: Tensor  # C_h = a beta o_h v_h
     mlp_differences: tuple  # mlp_slopes of the MLP and its stream, for differences of tokens
     mlp_tokens: tuple  # and for tokens themselves
     # By position: what head h gives a token of itself, at least. By content it is None.
@@ -688,26 +702,24 @@ class Block:
     q_HED: Tensor | None = None
     k_HED: Tensor | None = None
     rotates: bool = False  # with RoPE
-    cap: float = 0.0  # the largest length of k_h x_j, of v_h x_j, and of q_h x_t / s; 0: no cap
+    longest: float = 0.0  # with a cap: the largest length of k_h x_j, v_h x_j and q_h x_t / s; or 0
     s: float = 0.0  # the factor on q . k
-    o_HDE: Tensor | None = None  # a beta o_h
-    v_HED: Tensor | None = None
 
 
 # ---- THE PRODUCT: how long a difference gets in a sublayer ---------------------------------------
 # Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
-#   1. Head h's output changes by C_h y_h + C_h m_h. y_h averages changed tokens, |y_h| <= 1. m_h is
-#      the changed pattern, applied to tokens. If no logit of a row changes by more than e_h, the
-#      softmax changes by at most e_h in l1 (over sets of probability p: 4 p (1 - p) e_h <= e_h). So
-#      |m_h| <= e_h r.
+#   1. Head h's output, with its o_h, changes by o_h v_h y_h + o_h v_h m_h. y_h averages changed
+#      tokens, |y_h| <= 1. m_h is the changed pattern, applied to tokens. If no logit of a row
+#      changes by more than e_h, the softmax changes by at most e_h in l1 (over sets of
+#      probability p: 4 p (1 - p) e_h <= e_h). So |m_h| <= e_h r.
 #   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
 #      So a head may as well give each token the key of the one before it, as key_offset does.
-#   3. o is applied to the v_h y_h of the heads side by side. So |beta sum_h C_h y_h| <= value, with
-#      value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
+#   3. o is applied to the v_h y_h of the heads side by side. So |beta sum_h o_h v_h y_h| <= value,
+#      with value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
 #      sigma(v_h) sigma(k_h). Then sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, with
-#      |Q dx_t| <= sigma(Q) and |Q x_t| <= sigma(Q) r. So |beta sum_h C_h m_h| <= pattern R^2, with
-#      pattern = beta 2 s D sigma(o) sigma(Q). Attention's constant is value + pattern R^2.
+#      |Q dx_t| <= sigma(Q) and |Q x_t| <= sigma(Q) r. So |beta sum_h o_h v_h m_h| <= pattern R^2,
+#      with pattern = beta 2 s D sigma(o) sigma(Q). Attention's constant is value + pattern R^2.
 #      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
 #      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
 #   5. With a cap: scaling down to a ball is the projection onto it, which brings no two vectors
@@ -727,32 +739,31 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
     """What transformer_bounds takes of a block.
 
     W            {role: matrix in float64}, roles q, k (by content), v, o, in, out
-    p_H          by position: as in Block; None: by content, with s = logit_scale / (D / H)
+    p_H          by position: as in BlockBounds; None: by content, with s = logit_scale / (D / H)
     gelu         (g, scale) of step 7; None: MaxMin
     cap          largest RMS of a head's queries, keys and values by content; 0: no cap
     """
     D = len(W["v"])
     v_HED = W["v"].view(heads, -1, D)
-    o_HDE = W["o"].unflatten(1, (heads, -1)).transpose(0, 1)
+    o_HDE = a * beta * W["o"].unflatten(1, (heads, -1)).transpose(0, 1)
     v_H = sigma(v_HED)
     up = 1 + 1e-9  # for rounding
     beta_o = beta * sigma(W["o"]).item() * up
-    value = beta_o * v_H.norm().item()
 
     s = logit_scale * heads / D
     longest = cap * (D / heads) ** 0.5
     pattern = 0.0
     q_HED = k_HED = None
     if p_H is None:  # by content
-        q_HED = W["q"].view(heads, -1, D)
+        unscaled_q_HED = W["q"].view(heads, -1, D)
+        q_HED = s * unscaled_q_HED
         k_HED = W["k"].view(heads, -1, D)
         k_H = sigma(k_HED)
         if cap:
             pattern = beta_o * s * longest**2 * (sigma(W["q"]) + k_H.norm()).item()
         else:
-            Q_HED = (v_H * k_H)[:, None, None] * q_HED
+            Q_HED = (v_H * k_H)[:, None, None] * unscaled_q_HED
             pattern = beta_o * 2 * s * D * sigma(Q_HED.flatten(0, 1)).item()
-        q_HED = s * q_HED
 
     g = scale = 1.0
     spread = token_spread = None
@@ -762,13 +773,23 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
         token_spread = 0.5
     gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
     w_out = a * W["out"] / scale
-    o_HDE = a * beta * o_HDE
-    C_HDD = o_HDE @ v_HED
-    differences = mlp_slopes(1 - a, W["in"], w_out, spread)
-    tokens = mlp_slopes(1 - a, W["in"], w_out, token_spread)
-    return Block(value, pattern, gain * g, gain,
-                 1 - a, C_HDD, differences, tokens,
-                 p_H, q_HED, k_HED, rotates, longest, s, o_HDE, v_HED)
+    return BlockBounds(
+        value=beta_o * v_H.norm().item(),
+        pattern=pattern,
+        mlp=gain * g,
+        mlp_gain=gain,
+        a=a,
+        o_HDE=o_HDE,
+        v_HED=v_HED,
+        C_HDD=o_HDE @ v_HED,
+        mlp_differences=mlp_slopes(1 - a, W["in"], w_out, spread),
+        mlp_tokens=mlp_slopes(1 - a, W["in"], w_out, token_spread),
+        p_H=p_H,
+        q_HED=q_HED,
+        k_HED=k_HED,
+        rotates=rotates,
+        longest=longest,
+        s=s)
 
 
 # ---- THE ELLIPSOID: what one sublayer stretches most, the next does not --------------------------
@@ -798,31 +819,50 @@ def seen_by_keys(q_HED, k_HED, S, rotates, weights_HE):
     return (L_H1.clamp(min=1e-300).sqrt() / d_HE)[:, :, None] * q_HED
 
 
-def ellipsoid_pattern(S, X, q_HED, k_HED, C_HDD, rotates,
-                      weights_H=0.0, weights_S=0.0, weights_X=0.0):
-    """(S', log') that holds sum_h C_h m_h, for tokens in E(X) that change within E(S).
+def changed_pattern(values_HDD, S, first_HED, log_second_H, norm_second, weights_H):
+    """(S', log') of steps b and e.
 
-    Logits are q_h x_t . k_h x_j. weights_H: for t_h. With RoPE, weights_S and weights_X: for d of
-    the two terms of step c, of each head and pair of coordinates that turns (H, E / 2).
+    values_HDD      C_h X C_h^T, or what takes its place
+    first_HED       what is applied to dx_t in the first term of e_h
+    log_second_H    logarithm of the second term's square, roughly: for the start of t_h
+    norm_second     a function of t_h: n_second
     """
-    first_HED = seen_by_keys(q_HED, k_HED, X, rotates, weights_X)  # to be applied to dx_t
-    second_HED = seen_by_keys(q_HED, k_HED, S, rotates, weights_S)  # to be applied to x_t
-    CXC_HDD = ellipsoid_image(C_HDD, X)
-    # The start: t_h^4 is the size of C_h X C_h^T by that of e_h^2.
-    log_H = ellipsoid(CXC_HDD)[1]
+    # The start: t_h^4 is the size of values_HDD by that of e_h^2.
     log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
-    log_second_H = ellipsoid(second_HED @ X @ second_HED.mT)[1]
-    start_H = (log_H - torch.logaddexp(log_first_H, log_second_H)) / 4
+    start_H = (ellipsoid(values_HDD)[1] - torch.logaddexp(log_first_H, log_second_H)) / 4
     t_H11 = (weights_H + start_H).exp()[:, None, None]
     n_first = ellipsoid_norm(S, 0.0, (t_H11 * first_HED).flatten(0, 1)).exp()
-    n_second = ellipsoid_norm(X, 0.0, (t_H11 * second_HED).flatten(0, 1)).exp()
-    log = 2 * ((1 + 1e-6) * (n_first + n_second)).log()  # root_h^T q_h may cancel
-    return ellipsoid((CXC_HDD / t_H11**2).sum(0), log)
+    # root_h^T q_h may cancel. 1e-6 is generous, and not proved.
+    log = 2 * ((1 + 1e-6) * (n_first + norm_second(t_H11))).log()
+    return ellipsoid((values_HDD / t_H11**2).sum(0), log)
 
 
-# With a cap tokens may be anywhere, and lengths are enough. Let o_h contain a beta.
-#   f. |m_h| <= c e_h takes the place of e_h E(X) in step a, and o_h is applied to m_h. So
-#      c^2 o_h o_h^T takes the place of C_h X C_h^T in step b.
+def ellipsoid_pattern(S, X, block, weights_H=0.0, weights_S=0.0, weights_X=0.0):
+    """(S', log') that holds sum_h C_h m_h, for tokens in E(X) that change within E(S).
+
+    weights_H: for t_h. With RoPE, weights_S and weights_X: for d of the two terms of step c, of
+    each head and pair of coordinates that turns (H, E / 2).
+    """
+    keys = block.k_HED
+    first_HED = seen_by_keys(block.q_HED, keys, X, block.rotates, weights_X)  # applied to dx_t
+    second_HED = seen_by_keys(block.q_HED, keys, S, block.rotates, weights_S)  # applied to x_t
+    values_HDD = ellipsoid_image(block.C_HDD, X, size_of_C(block))
+    log_second_H = ellipsoid(second_HED @ X @ second_HED.mT)[1]
+
+    def norm_second(t_H11):
+        return ellipsoid_norm(X, 0.0, (t_H11 * second_HED).flatten(0, 1)).exp()
+
+    return changed_pattern(values_HDD, S, first_HED, log_second_H, norm_second, weights_H)
+
+
+def size_of_C(block):
+    """(H,): `size` of ellipsoid_image for C_h, which is a sum of products."""
+    return matrix_norm(block.o_HDE) * matrix_norm(block.v_HED)
+
+
+# With a cap tokens may be anywhere, and lengths are enough. Let o_h be a beta times that of step 1.
+#   f. |m_h| <= c e_h takes the place of e_h E(X) in step a, where m_h is of values, v_h x_j capped.
+#      o_h is applied to it. So c^2 o_h o_h^T takes the place of C_h X C_h^T in step b.
 #   g. e_h <= c |s q_h dx_t| + s c |k_h dx_j|, by step 5. In the second terms each head has a token
 #      of its own. So n_second = sqrt(sum_h (t_h s c)^2 sigma(k_h S k_h^T)) in step e.
 #   h. Values: y_h is an average of vectors no longer than |v_h dx_j|. So o_h y_h is in the
@@ -841,17 +881,14 @@ def capped_values(S, block):
 
 def capped_pattern(S, block, weights_H=0.0):
     """(S', log') that holds sum_h o_h m_h, for tokens that change within E(S)."""
-    first_HED = block.cap * block.q_HED
-    second_H = block.s * block.cap * longest_image(block.k_HED, S)
-    values_HDD = block.cap**2 * block.o_HDE @ block.o_HDE.mT
-    log_H = ellipsoid(values_HDD)[1]
-    log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
-    start_H = (log_H - torch.logaddexp(log_first_H, 2 * second_H.log())) / 4
-    t_H11 = (weights_H + start_H).exp()[:, None, None]
-    n_first = ellipsoid_norm(S, 0.0, (t_H11 * first_HED).flatten(0, 1)).exp()
-    n_second = (t_H11[:, 0, 0] * second_H).norm()
-    log = 2 * ((1 + 1e-6) * (n_first + n_second)).log()
-    return ellipsoid((values_HDD / t_H11**2).sum(0), log)
+    values_HDD = block.longest**2 * block.o_HDE @ block.o_HDE.mT
+    second_H = block.s * block.longest * longest_image(block.k_HED, S)
+
+    def norm_second(t_H11):
+        return (t_H11[:, 0, 0] * second_H).norm()
+
+    return changed_pattern(values_HDD, S, block.longest * block.q_HED, 2 * second_H.log(),
+                           norm_second, weights_H)
 
 
 # Then block after block, from dx_t in E(D I):
@@ -860,12 +897,12 @@ def capped_pattern(S, block, weights_H=0.0):
 #  10. The MLP with its stream is an ellipsoid_layer (mlp_slopes).
 #  11. Pattern by position, which does not change: head h gives a token at least p_h of itself, and
 #      an average y_h of the rest. So the token changes by the sum of G_0 dx_t and all G_h y_h, with
-#      G_0 = stream I + sum_h p_h C_h, and G_h = (1 - p_h) C_h.
+#      G_0 = (1 - a) I + sum_h p_h C_h, and G_h = (1 - p_h) C_h.
 #  12. Pattern by content: p_h = 0, and the changed pattern is one more term of the sum. Without a
 #      cap it depends on where tokens are: in E(X), from X = R^2 D I on by the same steps.
-#  13. The same difference lies in many ellipsoids, one for each choice of weights. Each term of the
-#      next sum may use the one that suits it best, so a block hands on as many as the next block
-#      has terms of step 11. A block by content takes a single one.
+#  13. The same difference lies in many ellipsoids, one for each choice of weights. A block hands on
+#      one for each term G_0, ..., G_H of step 11 in the next block, tuned for that term. A block by
+#      content takes a single one.
 #  14. In the end, logits U x change by at most sqrt(sigma(U S U^T) / V) in RMS.
 def attention_terms(block):
     """(G, size): G_0, ..., G_H of step 11 (P, D, D), and `size` of ellipsoid_image for them."""
@@ -874,8 +911,8 @@ def attention_terms(block):
     p_H11 = torch.zeros(len(C_HDD), 1, 1).to(eye)
     if block.p_H is not None:
         p_H11 = block.p_H[:, None, None] * (1 - 1e-12)
-    G_0 = block.stream * eye + (p_H11 * C_HDD).sum(0)
-    size = block.stream * len(eye) ** 0.5 + matrix_norm(C_HDD).sum().item()
+    G_0 = (1 - block.a) * eye + (p_H11 * C_HDD).sum(0)
+    size = (1 - block.a) * len(eye) ** 0.5 + size_of_C(block).sum().item()
     return torch.cat([G_0[None], (1 - p_H11) * C_HDD]), size
 
 
@@ -893,11 +930,6 @@ def after_mlp(slopes, S_P, log_P, M, weights, kind):
     return torch.stack(S_M), torch.stack(log_M)
 
 
-def find_weights(free, i, like, name, *shape):
-    """The trainable weights of that name in block i. They start at zero."""
-    return free.setdefault(f"{name} {i}", torch.zeros(shape).to(like))
-
-
 def ellipsoid_blocks(blocks, R, free):
     """[(S, log)]: after each block, tokens change within E(exp(log) S), if at first by RMS <= 1.
 
@@ -910,23 +942,25 @@ def ellipsoid_blocks(blocks, R, free):
     X_M, log_XM = ellipsoid(eye[None], math.log(D) + 2 * math.log(max(R, 1e-300)) + 1e-9)
     after = []
     for i, block in enumerate(blocks):
-        weights = functools.partial(find_weights, free, i, eye)
+        def weights(name, *shape, i=i):
+            """The trainable weights of that name in this block. They start at zero."""
+            return free.setdefault(f"{name} {i}", eye.new_zeros(shape))
+
         G_P, size = attention_terms(block)
         S_P, log_P = ellipsoid(ellipsoid_image(G_P, S_M, size), log_M)
-        if block.p_H is None and block.cap:
+        if block.p_H is None and block.longest:
             values_HDD, values_H = ellipsoid(capped_values(S_M[0], block))
             S, log = capped_pattern(S_M[0], block, weights("heads", len(block.o_HDE)))
             S_P = torch.cat([S_P[:1], values_HDD, S[None]])
             log_P = torch.cat([log_P[:1], log_M + values_H, log_M + log])
         elif block.p_H is None:
             H, E, _ = block.q_HED.shape
-            S, log = ellipsoid_pattern(
-                S_M[0], X_M[0], block.q_HED, block.k_HED, block.C_HDD, block.rotates,
-                weights("heads", H), weights("S", H, E // 2), weights("X", H, E // 2))
+            S, log = ellipsoid_pattern(S_M[0], X_M[0], block, weights("heads", H),
+                                       weights("S", H, E // 2), weights("X", H, E // 2))
             S_P = torch.cat([S_P, S[None]])
             # S and X went in without their logs. e_h^2 scales as S X, and m_h is in e_h E(X).
             log_P = torch.cat([log_P, log + log_M + 2 * log_XM])
-        if any(later.p_H is None and not later.cap for later in blocks[i:]):
+        if any(later.p_H is None and not later.longest for later in blocks[i + 1:]):
             X_P, log_XP = ellipsoid(ellipsoid_image(G_P, X_M, size), log_XM)
             X_M, log_XM = after_mlp(block.mlp_tokens, X_P, log_XP, 1, weights, "token")
         M = 1
@@ -953,20 +987,20 @@ def transformer_bounds(blocks, R, U_VD, free=None):
     body_log10 = 0.0
     radius_log10 = log10(R * (1 + 1e-9))
     for block in blocks:
-        a = 1 - block.stream
-        value_log10 = log10(block.stream + a * block.value)
+        a = block.a
+        growth_log10 = log10((1 - a) + a * block.value)
         pattern_log10 = log10(block.pattern)
-        if not block.cap:
+        if not block.longest:
             pattern_log10 += 2 * radius_log10
         alone_log10 = add_log10(log10(block.value), pattern_log10)
-        attention_log10 = add_log10(value_log10, log10(a) + pattern_log10)
+        attention_log10 = add_log10(growth_log10, log10(a) + pattern_log10)
         rows.append(dict(value=block.value, pattern=block.pattern, alone_log10=alone_log10,
                          mlp=block.mlp, mlp_gain=block.mlp_gain,
                          radius_log10=radius_log10,
-                         radius_mlp_log10=radius_log10 + value_log10,
+                         radius_mlp_log10=radius_log10 + growth_log10,
                          attention_log10=attention_log10))
-        radius_log10 += value_log10 + log10(block.stream + a * block.mlp_gain)
-        body_log10 += attention_log10 + log10(block.stream + a * block.mlp) + 1e-9
+        radius_log10 += growth_log10 + log10((1 - a) + a * block.mlp_gain)
+        body_log10 += attention_log10 + log10((1 - a) + a * block.mlp) + 1e-9
     product = body_log10 + log10(exact_norm(U_VD).item())
     S, log = ellipsoid_blocks(blocks, R, free or {})[-1]
     followed = (ellipsoid_norm(S, log, U_VD).item() - math.log(len(U_VD)) / 2) / LN10

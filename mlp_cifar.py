@@ -807,7 +807,8 @@ def report(config, model, out, log, data_name, test_set, dtype):
 def steepest_slope(model, images_NP):
     """The largest norm (l2) of a Jacobian at 5000 / K images, which no valid bound is below."""
     model = copy.deepcopy(model).cpu()
-    x_NP = images_NP[:5000 // len(model.weights[-1])].double() / 255
+    count = max(1, 5000 // len(model.weights[-1]))
+    x_NP = images_NP[:count].double() / 255
 
     def logits_of(x_P):
         return model(x_P[None])[0]

@@ -36,7 +36,8 @@ import torch
 #      [0, l].
 #   3. Repeat with l = (1 - e) / (1 + e). From l = 0.003 that is 0.0118, 0.046, 0.173, 0.548, 0.956.
 #   4. tau = 0.08 is room for rounding. In low precision a singular value may land a little above 1.
-#      Beyond 1 + tau the quintic rises with slope 12, so the next steps would blow that value up.
+#      Beyond 1 + tau a quintic rises with a slope of up to 12, so the next steps would blow that
+#      value up.
 #
 # How far above 1 can rounding lead? bfloat16 has 8 significant bits and rounds an entry by up to a
 # relative 2^-8. The entries of an orthogonal factor of m x n, m <= n, are about 1 / sqrt(n). If all
@@ -223,15 +224,14 @@ class Muon(torch.optim.Optimizer):
     def _track_activity(self, p, momentum):
         """Whether p is known to come to rest. On a GPU False, as asking would synchronise."""
         # A gradient of zeros shrinks the momentum, but msign does not see the scale: a weight would
-        # go on in the same direction for thousands of steps. So updates shrink as the momentum. One
-        # that never had a gradient has no direction to go on in: with 1e30 it is never at rest.
+        # go on in the same direction for thousands of steps. So updates shrink as the momentum.
         state = self.state[p]
         gradient = p.grad.to_dense()
         if p.is_cpu and gradient[..., 0, :].any(-1).all():  # nearly always, and quick to see
             state["activity"] = torch.ones(())
             return False
         idle = gradient.abs().amax((-2, -1), keepdim=True) == 0
-        activity = state.get("activity", torch.tensor(1e30)).to(p.device, torch.float32)
+        activity = state.get("activity", torch.ones(())).to(p.device, torch.float32)
         state["activity"] = torch.where(idle, momentum * activity, 1.0)
         return p.is_cpu and state["activity"].max().item() < 1
 
@@ -279,11 +279,11 @@ class Muon(torch.optim.Optimizer):
     # on a constraint promises: it takes any W of norm up to w_max + step_norm to at most w_max, and
     # any W at all if step_norm is infinite. Then no norm is measured, as it is enough to count:
     #   1. bounds[W] has grown by step_norm. While it is at most the limit, there is nothing to do.
-    #   2. Where nothing is known of W, its bound is infinite. It is first brought to at most
-    #      limit + step_norm. A weight that was within its limit stays as it is.
-    #   3. Then W is taken to a target below the limit, with room for the next every - 1 steps. Only
-    #      whole steps count, and the target is not below 15/16 of the limit. The target is the new
-    #      bound.
+    #   2. Where nothing is known of W its bound is infinite. Then the constraint is called twice.
+    #      The first call, with limit + step_norm in the limit's place, makes the bound finite. It
+    #      leaves alone a weight that was within its limit before this step.
+    #   3. The second call takes W to a target below the limit. The distance is a number of whole
+    #      steps, at most every - 1, and at most 1/16 of the limit. The target is the new bound.
     # For example: w_max 2, lr 0.1, every 4, with steps of 0.1001 in float32. Room for 3 steps would
     # need a target of 1.70, but it may not go below 15/16 of 2 = 1.875. So there is room for one
     # step: the target is 1.8999, and the constraint runs at every second step. In bfloat16 steps
@@ -329,14 +329,14 @@ def stack(matrices):
 def find_faults(group):
     """What is wrong with the settings of a group, in words."""
     faults = []
-    ranges = dict(lr=(0, 1e9), momentum=(0, 1 - 1e-9), every=(1, 64))
+    ranges = dict(lr=(0, 1e9), momentum=(0, 0.9999), every=(1, 64))
     if group["constraint"] is not None:
         ranges["w_max"] = (1e-30, 1e30)
         if not callable(group["constraint"]):
             faults.append(f"constraint is {group['constraint']!r}, must be a function or None")
     for name, (least, most) in ranges.items():
         try:
-            fits = least <= float(group[name] or 0) <= most
+            fits = least <= float(group[name]) <= most
         except (TypeError, ValueError):
             fits = False
         if not fits:

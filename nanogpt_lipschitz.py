@@ -21,11 +21,12 @@ RESULT (bytes of Python's library; one core of a CPU, two minutes each). CUDA is
 
 ANCESTRY. The experiment is the authors', its shape modded-nanogpt's (Jordan et al.), the shards are
 Karpathy's; none of their code is used. Different on purpose: softmax and limit of the head are over
-50257 real tokens, not 50304 rows; embeddings have an RMS of at most 1. tight and tiny_tight are
-ours.
+50257 real tokens, not 50304 rows; embeddings have an RMS of at most 1. Attention by position, its
+mixture with attention by content, caps and whole heads of offset keys are ours.
 """
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import datetime
@@ -61,6 +62,8 @@ LONGEST = 8192  # tokens of a sequence for which attention may hold a mask of T 
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
 # V tokens in the vocabulary, N positions, C a chunk of them, Q blocks of them, X rows of the head.
+
+
 # ==== Settings (the same text in the three tutorials) =============================================
 # How a config becomes flags. On a first reading go on with Config.
 class UserError(Exception):
@@ -142,7 +145,7 @@ class Config(Settings):
     blocks: int = 12  # blocks, each of attention and an MLP
     heads: int = 6  # attention heads H, each of dimension D / H
     hidden: int = 3072  # neurons of an MLP
-    window: int = 1792  # tokens that attention sees at the end of training; in most blocks half
+    window: int = 1792  # tokens that attention sees at the end of training; but for 4 blocks half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
     content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
     logit_scale: float = 24.0  # on q.k / (D / H), by content; the baseline's largest logit
@@ -203,14 +206,10 @@ class Config(Settings):
 
     def content_blocks(self):
         """The set of blocks whose attention looks at content."""
-        if self.content == "none":
-            return set()
-        if self.content == "odd":
-            return set(range(1, self.blocks, 2))
-        if self.content == "last":
-            return {self.blocks - 1}
-        if self.content == "all":
-            return set(range(self.blocks))
+        n = self.blocks
+        named = dict(none=[], odd=range(1, n, 2), last=[n - 1], all=range(n))
+        if self.content in named:
+            return set(named[self.content])
         return {int(number) for number in self.content.split(",")}
 
 
@@ -324,9 +323,9 @@ def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
         # torch 2.13, compiled for a CPU, is wrong if v is a view into a longer tensor.
         parts = [x.contiguous() for x in (q_BHTE, k_BHTE, v_BHTE)]
         return flex_attention(*parts, block_mask=mask, scale=scale)
-    if mask is None:
-        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True, scale=scale)
-    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, mask[:, None], scale=scale)
+    seen = None if mask is None else mask[:, None]
+    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, seen, is_causal=seen is None,
+                                          scale=scale)
 
 
 def offset_keys(k_BHTE, first_BT=None):
@@ -495,10 +494,10 @@ class Transformer(torch.nn.Module):
             if role == "q":
                 q_DD = W.detach().clone()
             if role == "k" and config.key_offset:
-                # Where keys are offset they start as queries. So from the first step on such a head
-                # finds earlier places of the present token, and what came after them: without that
-                # some seeds never learn to copy. In the other heads rows are moved on by one, as
-                # tokens would otherwise find themselves.
+                # A key that equals the query makes a token find itself. In the heads with offset
+                # keys it so finds what came after earlier places of it, from the first step on:
+                # without that some seeds never learn to copy. In the other heads rows are moved on
+                # by one, so that a token finds neither.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = limits[role] if stiefel else min(1.0, limits[role])
@@ -654,7 +653,7 @@ class Tokens:
     def read(self, start, count):
         """int64 tensor of `count` tokens, or of what is left."""
         pieces = []
-        for name, tokens in self.shards:
+        for name, tokens in self.shards:  # start counts from the beginning of this shard
             piece = tokens[max(0, start):max(0, start + count)].astype(np.int64)
             if piece.size and piece.max() >= self.vocab:
                 raise UserError(f"{name}: holds token {piece.max()}; give --vocab (GPT-2: 50257)")
@@ -663,7 +662,7 @@ class Tokens:
         return torch.from_numpy(np.concatenate(pieces))
 
     def sequences(self, step, rows, config):
-        """(B, T + 1): sequences `rows` of a step, one after the other in the text."""
+        """(B, T + 1): sequences `rows` of a step. Those of web text follow each other in it."""
         T = config.seq_len
         places = (len(self) - 1) // T
         sequences = []
@@ -769,7 +768,8 @@ class Exchange:
         self.world_size = world_size
         self.device = model.head_XD.device
         self.names = {p: name for name, p in model.named_parameters()}
-        # Largest work first, each to the rank that has least: operations of msign, or 100 a number.
+        # Largest work first, each to the rank that has least. Work is counted in operations: about
+        # 10 m n min(m, n) for msign of an m x n matrix, 100 for a number of which Adam takes care.
         work = {p: 100 * p.numel() for p in model.parameters()}
         for _, W in model.matrices():
             work[W] = 10 * W.numel() * min(W.shape)
@@ -865,7 +865,7 @@ def can_compile(device):
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def share(thing):
+def from_rank_0(thing):
     """What rank 0 has, on all ranks."""
     box = [thing]
     if dist.is_initialized():
@@ -1091,10 +1091,7 @@ def main(config):
         raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (of compute "
                         f"capability 8, with Triton, a multiple of {BLOCK}, and no --dtype "
                         "float64); on a CPU give --preset tiny")
-    found = (None, None)
-    if rank == 0:
-        found = find_run(config)
-    state, summary = share(found)
+    state, summary = from_rank_0(find_run(config) if rank == 0 else (None, None))
     if summary:
         return summary
     train, validation, data_name = load_data(config)
@@ -1112,7 +1109,8 @@ def main(config):
         for block in model.blocks:
             block.compile(dynamic=False)
     exchange = Exchange(model, rank, world_size)
-    optimizers = build_optimizers(model, config, exchange, constraint, dtype)
+    with explain("These settings of the optimizer cannot be used", "see --help"):
+        optimizers = build_optimizers(model, config, exchange, constraint, dtype)
     start = 0
     log = []
     if state:
@@ -1131,7 +1129,7 @@ def main(config):
         print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} "
               f"({len(train):,} tokens to train, {len(validation):,} to validate), run folder "
               f"{out}, from step {start}", flush=True)
-    out = share(out)
+    out = from_rank_0(out)
 
     # ---- train
     eval_steps = {math.ceil(config.steps * (i + 1) / config.evals) for i in range(config.evals)}
@@ -1147,11 +1145,11 @@ def main(config):
             # the noise of the batches out. Momentum and the window of attention grow.
             lr_factor, momentum, window = schedule(config, step)
 
-            # A batch consists of consecutive sequences of the text. Each position sees the tokens
-            # up to and including its own, within its document and the window, and must predict the
-            # next one. A process takes its share of the batch in micro-batches that fit in memory.
-            # Losses are sums over tokens, so that the gradients of all micro-batches and processes
-            # add up to the gradient of the batch.
+            # A batch consists of sequences of the text, of web text consecutive ones. Each position
+            # sees the tokens up to and including its own, within its document and the window, and
+            # must predict the next one. A process takes its share of the batch in micro-batches
+            # that fit in memory. Losses are sums over tokens, so that the gradients of all
+            # micro-batches and processes add up to the gradient of the batch.
             loss = 0.0
             for first in range(rank * part, config.batch, world_size * part):
                 rows = range(first, first + part)
@@ -1200,6 +1198,7 @@ def main(config):
             stop_count = exchange.all_reduce(torch.tensor(len(stops), device=device)).item()
             if done in eval_steps:
                 ms_per_step = 1000 * (time.perf_counter() - began) / (done - timed_from)
+                _, _, window = schedule(config, done)  # at the end the whole one
                 log.append(measure(model, validation, window, dtype, exchange, done, losses,
                                    ms_per_step))
                 if rank == 0:
@@ -1269,7 +1268,7 @@ def build_optimizers(model, config, exchange, constraint, dtype):
 
     optimizers = []
     if groups:
-        optimizers.append(Muon(groups, constraint=constraint, dtype=dtype,
+        optimizers.append(Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
                                every=config.constrain_every))
     if others:
         # Adam divides by a gradient's size + eps. A token that is seen once has a small gradient,
@@ -1312,8 +1311,8 @@ def evaluate(model, validation, window, dtype, exchange):
 def set_momentum(optimizers, momentum):
     """Of Muon. Adam has betas, which stay as they are."""
     for optimizer in optimizers:
-        if isinstance(optimizer, Muon):
-            for group in optimizer.param_groups:
+        for group in optimizer.param_groups:
+            if "momentum" in group:
                 group["momentum"] = momentum
 
 
@@ -1379,6 +1378,7 @@ def sample(model, config, dtype):
                         "bytes, and of 50257, GPT-2's; call the model from Python")
     print(text, end="")
     generator = torch.Generator().manual_seed(config.seed)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several tokens
     for _ in range(config.length):
         seen = tokens[-min(model.config.seq_len, 1024):]
         window_BT = torch.tensor([seen], device=model.head_XD.device)
@@ -1386,7 +1386,7 @@ def sample(model, config, dtype):
         z_V = (logits_V - logits_V.max()) / (config.temperature or 1e-30)
         token = torch.multinomial(z_V.softmax(0), 1, generator=generator).item()
         tokens.append(token)
-        piece = decode([token]).decode(errors="replace")
+        piece = decoder.decode(decode([token]))
         text += piece
         print(piece, end="", flush=True)
     print()

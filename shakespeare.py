@@ -193,14 +193,10 @@ class Config(Settings):
 
     def content_blocks(self):
         """The set of blocks whose attention looks at content."""
-        if self.content == "none":
-            return set()
-        if self.content == "odd":
-            return set(range(1, self.blocks, 2))
-        if self.content == "last":
-            return {self.blocks - 1}
-        if self.content == "all":
-            return set(range(self.blocks))
+        n = self.blocks
+        named = dict(none=[], odd=range(1, n, 2), last=[n - 1], all=range(n))
+        if self.content in named:
+            return set(named[self.content])
         return {int(number) for number in self.content.split(",")}
 
 
@@ -230,14 +226,14 @@ GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its sl
 
 
 def rotate(x_BHTE):
-    """The paper's RoPE: at position t each pair (i, i + E/2) is reflected, by an angle of t / rate.
+    """The paper's RoPE: at t each pair (i, i + E/2) is reflected, by an angle of t / period.
 
     (x, y) becomes (x cos + y sin, x sin - y cos), which keeps its length. A product of two
     reflections is a rotation, so q.k depends on the distance t - j only.
     """
     T, E = x_BHTE.shape[-2:]
-    rate = 10000 ** (torch.arange(E // 2).double() / (E // 2))  # slower from pair to pair
-    angle = torch.arange(T).double()[:, None] / rate
+    period = 10000 ** (torch.arange(E // 2).double() / (E // 2))  # longer from pair to pair
+    angle = torch.arange(T).double()[:, None] / period
     cos = angle.cos().to(x_BHTE)
     sin = angle.sin().to(x_BHTE)
     x, y = x_BHTE.chunk(2, -1)
@@ -372,10 +368,10 @@ class Transformer(torch.nn.Module):
             if role == "q":
                 q_DD = W.detach().clone()
             if role == "k" and config.key_offset:
-                # Where keys are offset they start as queries. So from the first step on such a head
-                # finds earlier places of the present token, and what came after them: without that
-                # some seeds never learn to copy. In the other heads rows are moved on by one, as
-                # tokens would otherwise find themselves.
+                # A key that equals the query makes a token find itself. In the heads with offset
+                # keys it so finds what came after earlier places of it, from the first step on:
+                # without that some seeds never learn to copy. In the other heads rows are moved on
+                # by one, so that a token finds neither.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = limits[role] if stiefel else min(1.0, limits[role])
@@ -805,7 +801,8 @@ def main(config):
 
     # ---- build
     model = Transformer(config, vocabulary).to(device)
-    optimizers = build_optimizers(model, config, limits, constraint, dtype)
+    with explain("These settings of the optimizer cannot be used", "see --help"):
+        optimizers = build_optimizers(model, config, limits, constraint, dtype)
     start = 0
     log = []
     if state:

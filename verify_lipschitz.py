@@ -1,9 +1,10 @@
 """Recomputes every number that a training run claims, and attacks its certificates.
 
-WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes
-none. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, and holds
-them against what the files of a run say. Then it looks for the pair, in the norm and the ball for
-which a bound is claimed: found / certified above 1 is a bug, below 1 the tightness.
+WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes no
+file. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, by the
+tutorials' own functions, and holds them against what the files of a run say. Then it looks for the
+pair, in the norm and the ball for which a bound is claimed: found / certified above 1 is a bug,
+below 1 the tightness. The search shares no code with the certificates.
 
 COMMANDS
     python verify_lipschitz.py runs/NAME [...]        # run folders, or folders of them
@@ -226,7 +227,7 @@ def by_layer(values):
     return values
 
 
-def share(part_N):
+def mean_of(part_N):
     return part_N.double().mean().item()
 
 
@@ -234,7 +235,7 @@ def share_ranges(certified):
     """{name: Range of the share} of {name: predictions certified}."""
     ranges = {}
     for name, kept_N in certified.items():
-        ranges[str(name)] = Range(share(kept_N), 0.0, share(kept_N))
+        ranges[str(name)] = Range(mean_of(kept_N), 0.0, mean_of(kept_N))
     return ranges
 
 
@@ -330,8 +331,8 @@ class Table:
         """Every attacked prediction that is certified has to stand."""
         kept_N = certified_N[:len(stands_N)]
         verdict = "BROKEN" if (kept_N & ~stands_N).any() else "held"
-        self.add("share", where, f"right within {name}", share(kept_N), share(stands_N), verdict,
-                 f"{len(stands_N)} of {len(certified_N)} attacked; {norm}")
+        self.add("share", where, f"right within {name}", mean_of(kept_N), mean_of(stands_N),
+                 verdict, f"{len(stands_N)} of {len(certified_N)} attacked; {norm}")
 
     def verdict(self):
         """Of the whole run."""
@@ -550,7 +551,11 @@ def attack_sublayer(table, where, what, f, mix, starts, radius, alone, with_stre
 
 
 def split_tokens(block, heads, T, R):
-    """Inputs that break a bound without heads: each has its slice of the value in its own token."""
+    """Inputs that break a bound without heads.
+
+    Head h's strongest input direction goes to tokens h, h + H, ... So each head averages other
+    tokens, which such a bound does not allow for.
+    """
     v_HED = block.v.detach().unflatten(0, (heads, -1))
     first_HD = torch.linalg.svd(v_HED, full_matrices=False)[2][:, 0]
     return R * unit(torch.stack([first_HD[(torch.arange(T) + s) % heads] for s in range(8)]))
@@ -611,8 +616,8 @@ def verify(table, path):
         max_weight_norm=max(norm for name, norm in norms.items() if name != "embedding"),
         w_max=None if config.constraint == "none" else limits)
     table.claim("summary.json", "", summary, expected, ignored=HISTORY, missing="nothing claimed")
-    if log:  # its last line is of the same weights, in part
-        last = log[-1]
+    last = log[-1] if log else dict(step=None)
+    if last["step"] == saved["step"]:  # else the run was stopped between two evaluations
         same = {name: expected[name] for name in last.keys() & expected.keys()}
         table.claim("checkpoint's log", "", last, same, ignored=last)
     agree = lines is None or lines == log[:len(lines)]  # if the run was killed, the last may lack

@@ -594,7 +594,7 @@ def test_muon_refuses_parameters(shape, weights, dtype, says):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(lr=-1.0), dict(lr=math.nan), dict(lr=math.inf), dict(momentum=1.0), dict(every=0),
+    dict(lr=None), dict(momentum=None), dict(lr=-1.0), dict(lr=math.nan), dict(lr=math.inf), dict(momentum=1.0), dict(every=0),
     dict(every=65), dict(constraint="hard_cap", w_max=1.0), dict(constraint=hard_cap),
     dict(constraint=hard_cap, w_max=0.0), dict(constraint=hard_cap, w_max=math.nan)])
 def test_muon_refuses_settings(wrong):

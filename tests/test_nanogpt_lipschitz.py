@@ -635,7 +635,7 @@ def test_micro_batches_do_not_matter(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-11) and losses[0] == pytest.approx(losses[2], abs=1e-11)
 
 
-def test_sampling(tmp_path, capsys):
+def test_sampling(tmp_path, capsys, monkeypatch):
     """The same for a seed; 0 is greedy, as is the best token alone; the prompt stands in front."""
     out, _ = run(tmp_path)
     capsys.readouterr()
@@ -645,6 +645,9 @@ def test_sampling(tmp_path, capsys):
         assert capsys.readouterr().out == texts[-1] + "\n"
     assert texts[0] == texts[1] != texts[4] and texts[2] == texts[3]
     assert all(text.startswith("def f") and len(text) == 45 for text in texts)
+    bytes_of_two_characters = iter("é☃".encode())
+    monkeypatch.setattr(torch, "multinomial", lambda *a, **k: torch.tensor(next(bytes_of_two_characters)))
+    assert nano.main(Config.of(sample=str(out), prompt="def f", length=5)) == "def fé☃"
 
 
 def test_owners_share_the_work(monkeypatch):
@@ -842,6 +845,7 @@ def test_help_is_complete(capsys):
     (["--w_max", "1,2"], "or 7"), (["--w_max", "nan"], "a number above 0"), (["--lr", "nan"], "finite"),
     (["--activation", "relu"], "must be one of"), (["--hidden", "33", "--activation", "maxmin"], "even for maxmin"),
     (["--baseline"], "none for the baseline"), (["--residual_scale", "99"], "at most 2 * blocks"),
+    (["--constrain_every", "100"], "every is 100"), (["--momentum", "2"], "momentum is 2.0"),
     (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "results/prepare.py"),
     (["--constraint", "huge"], "--constraint huge"), (["--sample", "nowhere"], "is no checkpoint"),
     (["--preset", "cap1"], "needs a GPU for --seq_len 49152")])

@@ -148,8 +148,9 @@ def test_ellipsoids_of_a_cap_where_they_are_known(heads):
     q, k, v, root = (torch.randn(rows, D, generator=generator).double() for rows in (E, E, E, D))
     o = torch.randn(D, E, generator=generator).double()
     q_HED, k_HED, v_HED, o_HDE = (W.expand(heads, *W.shape) for W in (s * q, k, v, o))
-    block = constraints.Block(0.0, 0.0, 0.0, 0.0, 0.5, None, None, None, None, q_HED, k_HED, True,
-                              cap, s, o_HDE, v_HED)
+    block = constraints.BlockBounds(
+        value=0.0, pattern=0.0, mlp=0.0, mlp_gain=0.0, a=0.5, o_HDE=o_HDE, v_HED=v_HED, C_HDD=o_HDE @ v_HED,
+        mlp_differences=None, mlp_tokens=None, q_HED=q_HED, k_HED=k_HED, rotates=True, longest=cap, s=s)
 
     def sigma(W):
         return torch.linalg.svdvals(W)[0].item()

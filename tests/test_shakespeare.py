@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 
 import published as results_published  # noqa: F401  test_verify_lipschitz.py takes it from here
 from constraints import (CONSTRAINTS, ellipsoid_blocks, ellipsoid_layer, ellipsoid_norm,
-                         ellipsoid_pairs, lifted, sigma, tune)
+                         ellipsoid_pairs, root_of, sigma, tune)
 from published import load_published
 from shakespeare import Config, Transformer, UserError, certificate, parse_arguments, tuned
 
@@ -257,8 +257,7 @@ def test_radius_is_not_left():
 # ---- the ellipsoid: steps 8 to 12 of THE ELLIPSOID in constraints.py
 def gauge(z, S, log):
     """The largest |c z| / sqrt(c S c^T) over all c: where it is at most 1, z is in E(e^log S)."""
-    C = torch.linalg.cholesky(lifted(S))
-    y = torch.linalg.solve_triangular(C, z.flatten(0, -2).T, upper=False)
+    y = torch.linalg.solve_triangular(root_of(S), z.flatten(0, -2).T, upper=False)
     return y.norm(dim=0).view(z.shape[:-1]) * math.exp(-log / 2)
 
 
@@ -464,14 +463,14 @@ def test_what_cancels_is_not_certified_away(gap):
 @torch.no_grad()
 def test_the_tokens_ellipsoid_is_reached():
     """By large tokens, where attention and its stream halve, and half of GeLU's inputs are lost."""
-    model = random_model(width=8, hidden=8, heads=1)
+    model = random_model(width=8, hidden=8, heads=1, blocks=2, residual_scale=2.0)
     block, R = model.blocks[0], 50.0
     block.o.zero_()
     block.w_in.copy_(shakespeare.GELU_SCALE * torch.eye(8))
     block.w_out.copy_(-torch.eye(8))
     model.embedding_VD.fill_(-R)
     (kind, _, [ellipsoid]), *_ = on_the_way(model)[0]
-    reached = gauge(model.blocks(-R * torch.ones(1, 1, 8).double()), *ellipsoid)
+    reached = gauge(block(-R * torch.ones(1, 1, 8).double()), *ellipsoid)
     assert kind == "token" and reached.item() == pytest.approx(1, abs=1e-6)
 
 
@@ -1016,6 +1015,7 @@ def test_divergence_stops_and_keeps_the_last_checkpoint(tmp_path):
     ("--heads 256 --preset paper", "even"), ("--content 3 --preset paper", "--content 3"),
     ("--hidden 7", "even"), ("--residual_scale 9", "at most"), ("--optimizer adamw", "for Muon"),
     ("--activation relu", "maxmin"), ("--constraint clip", "soft_cap"),
+    ("--constrain_every 100", "every is 100"), ("--momentum 1", "momentum is 1.0"),
     ("--data /no/such/file", "No such file"), ("--prompt \u2603", "does not know"),
     ("--sample /no/such/run", "/no/such/run/checkpoint.pt: is no checkpoint")])
 def test_wrong_flags_are_one_line_and_leave_nothing(flags, says, tmp_path, monkeypatch):

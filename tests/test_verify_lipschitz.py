@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,22 @@ class Files:
 
 
 # ---- what is valid is held ---------------------------------------------------------------------------
+def test_a_run_that_was_stopped_claims_nothing_false(tmp_path, after_step):
+    """By Ctrl-C between two evaluations: the last line of its log is of other weights."""
+    steps = []
+
+    def stop(optimizer):
+        steps.append(optimizer)
+        if len(steps) == 2 * 14:  # a step is one of the matrices and one of the biases
+            signal.raise_signal(signal.SIGINT)
+
+    after_step(stop)
+    with pytest.raises(KeyboardInterrupt, match="saved at step 14"):
+        mlp_cifar.main(mlp_cifar.Config(**{**MLP, "steps": 20, "evals": 2}, out=str(tmp_path / "run")))
+    code, verdict, rows = status(tmp_path / "run")
+    assert (code, verdict) == (2, "nothing claimed") and "checkpoint's log val_loss" not in rows
+
+
 def test_true_runs_are_held(runs, capsys):
     assert verify_lipschitz.main([str(runs)], options(budget=0.3, images=60, windows=2)) == 0
     said = capsys.readouterr().out
