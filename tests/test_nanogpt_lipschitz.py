@@ -644,7 +644,7 @@ def test_sampling(tmp_path, capsys, monkeypatch):
         texts.append(nano.main(Config.of(sample=str(out), prompt="def f", length=40, **changes)))
         assert capsys.readouterr().out == texts[-1] + "\n"
     assert texts[0] == texts[1] != texts[4] and texts[2] == texts[3]
-    assert all(text.startswith("def f") and len(text) == 45 for text in texts)
+    assert all(text.startswith("def f") and 5 < len(text) <= 45 for text in texts)
     bytes_of_two_characters = iter("é☃".encode())
     monkeypatch.setattr(torch, "multinomial", lambda *a, **k: torch.tensor(next(bytes_of_two_characters)))
     assert nano.main(Config.of(sample=str(out), prompt="def f", length=5)) == "def fé☃"
