@@ -154,7 +154,7 @@ class Config(Settings):
     out: str = ""  # run folder, in which a stopped run goes on; default: a new one in runs/
 
     def limits(self):
-        """w_max of each layer. UserError where settings do not fit each other."""
+        """{layer: its w_max}. UserError where settings do not fit each other."""
         with explain(f"--w_max {self.w_max}", f"give a number above 0, or {self.depth} of them"):
             limits = [float(limit) for limit in self.w_max.split(",")]
             if len(limits) == 1:
@@ -165,7 +165,7 @@ class Config(Settings):
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
         if self.lowpass > 32:
             raise UserError(f"--lowpass {self.lowpass}: must be at most 32, the size of an image")
-        return limits
+        return {f"layer {i}": limit for i, limit in enumerate(limits, 1)}
 
 
 CHOICES = dict(optimizer=("muon", "adamw"), activation=("relu", "maxmin"),
@@ -212,7 +212,7 @@ class MLP(torch.nn.Module):
         self.weights = torch.nn.ParameterList()
         self.biases = torch.nn.ParameterList()
         generator = torch.Generator().manual_seed(config.seed)
-        for fan_in, fan_out, limit in zip(sizes, sizes[1:], config.limits()):
+        for fan_in, fan_out, limit in zip(sizes, sizes[1:], config.limits().values()):
             # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is
             # the limit.
             W = torch.nn.init.orthogonal_(torch.zeros(fan_out, fan_in), generator=generator)
@@ -222,6 +222,10 @@ class MLP(torch.nn.Module):
             self.weights.append(W * (sigma_per_norm(W) * norm))
             if config.bias:
                 self.biases.append(torch.zeros(fan_out))
+
+    def matrices(self):
+        """[(layer, matrix)] of all that the constraint holds."""
+        return [(f"layer {i}", W) for i, W in enumerate(self.weights, 1)]
 
     def forward(self, x_BP):
         """Logits (B, K) of pixels in [0, 1], in the precision of x_BP; certificates use float64."""
@@ -288,7 +292,7 @@ def follow_ellipsoid(model, multipliers):
 def certificate(model, steps=0):
     """Certified constants of a model, in float64 and rounded up, as logarithms to base 10.
 
-    norms             RMS->RMS norm of each layer
+    norms             {layer: RMS->RMS norm of its matrix}
     product_log10     prod_i sigma(W_i), l2->l2. Times model.rms_per_l2: RMS->RMS, of all pixels
     tight_log10       the certificate used, l2->l2; pairs_log10_KK: L_yj of step 5
     Argument steps: of the descent of step 8, for the bound and again for the pairs; 0: untuned.
@@ -296,8 +300,8 @@ def certificate(model, steps=0):
     for name, values in model.state_dict().items():
         if not values.isfinite().all():
             raise UserError(f"{name} of the model is not finite: there is nothing to certify")
-    norms = [exact_norm(W).item() for W in model.weights]
-    sigmas_log10 = [log10(norm * sigma_per_norm(W)) for norm, W in zip(norms, model.weights)]
+    norms = {name: exact_norm(W).item() for name, W in model.matrices()}
+    sigmas_log10 = [log10(norms[name] * sigma_per_norm(W)) for name, W in model.matrices()]
     product = sum(sigmas_log10)
     if len(model.weights[0]) > 1024:
         steps = 0  # the descent of wide networks takes hours
@@ -608,13 +612,16 @@ def print_norms(norms, limits):
         print(f"  {name:10} norm (RMS->RMS) {norm:9.4f}   limit {limit:g}{verdict}")
 
 
-def draw(path, title, log, norms, limits):
-    """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
+def draw(path, title, log, norms, limits, bound_log10):
+    """A picture of a run over its steps.
+
+    norms: of each record {name: norm}; limits: dotted; bound_log10: tuned, of the final weights.
+    """
     from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
     curves = {
         "share of predictions that are right": [record["val_accuracy"] for record in log],
         "norms of the weights, RMS->RMS": [list(each.values()) for each in norms],
-        "Lipschitz bound, untuned, log10": [float(record["lipschitz_log10"]) for record in log]}
+        "Lipschitz bound, log10": [float(record["lipschitz_log10"]) for record in log]}
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
@@ -625,6 +632,9 @@ def draw(path, title, log, norms, limits):
     for limit in set(limits):
         panels[1].axhline(limit, color="grey", linestyle=":")
     panels[1].legend([*norms[0], "limits"])
+    if math.isfinite(bound_log10):
+        panels[2].axhline(bound_log10, color="grey", linestyle="--")
+        panels[2].legend(["untuned, which is quick", "tuned, at the end"])
     figure.savefig(path, dpi=110)
 
 
@@ -702,9 +712,9 @@ def main(config):
             if config.optimizer == "adamw" and config.constraint != "none":
                 # The norm of an AdamW step is not known in advance. So the norm of W is measured
                 # after it, and the constraint starts from there. The decays need lr as well.
-                for W, limit in zip(model.weights, limits):
+                for name, W in model.matrices():
                     lr = optimizers[0].param_groups[0]["lr"]
-                    W.data.copy_(after_unknown_step(constraint, W, limit, lr))
+                    W.data.copy_(after_unknown_step(constraint, W, limits[name], lr))
 
             losses.append(loss.detach())
             done = step + 1
@@ -732,8 +742,8 @@ def build_optimizers(model, config, limits, constraint, dtype):
         # Each of the layers moves by lr / depth. So once norms are at their limit, a step changes
         # their product by a relative lr / w_max at most, whatever the depth.
         peak_lr = (config.lr or 0.2) / config.depth
-        groups = [dict(params=[W], w_max=limit, peak_lr=peak_lr)
-                  for W, limit in zip(model.weights, limits)]
+        groups = [dict(params=[W], w_max=limits[name], peak_lr=peak_lr)
+                  for name, W in model.matrices()]
         matrices = Muon(groups, momentum=config.momentum, constraint=constraint, dtype=dtype,
                         every=config.constrain_every)
     else:
@@ -761,7 +771,8 @@ def measure(model, test_set, step, losses, ms_per_step):
     bound = certificate(model)
     return dict(
         step=step, train_loss=torch.stack(losses).mean().item(), val_loss=val_loss,
-        val_accuracy=val_accuracy, norms=bound["norms"], max_weight_norm=max(bound["norms"]),
+        val_accuracy=val_accuracy, norms=bound["norms"],
+        max_weight_norm=max(bound["norms"].values()),
         lipschitz_log10=finite(bound["tight_log10"] + math.log10(model.rms_per_l2)),
         ms_per_step=ms_per_step)
 
@@ -787,9 +798,8 @@ def report(config, model, out, log, data_name, test_set, dtype):
           f"seed {config.seed}, data: {data_name}\n"
           f"  test accuracy {summary['val_accuracy']:.2%}, cross-entropy {summary['val_loss']:.3f} "
           f"(loss temperature {config.loss_temperature:g})")
-    names = [f"layer {i + 1}" for i in range(config.depth)]
-    limits = summary["w_max"] or []
-    print_norms(dict(zip(names, bound["norms"])), dict(zip(names, limits)))
+    limits = summary["w_max"] or {}
+    print_norms(bound["norms"], limits)
     print(f"  Lipschitz constant               l2->l2     RMS->RMS (times {10**to_rms:.2f})")
     # Bounds are rounded up. What was found is a bound from below, and rounded down.
     constants = [("product of sigmas", product, False), ("tight certificate", tight, False),
@@ -798,8 +808,9 @@ def report(config, model, out, log, data_name, test_set, dtype):
         print(f"    {name:25} {power(L, down):>12} {power(L + to_rms, down):>12}")
     shares = [f"{name}: {share:.2%}" for name, share in certified.items()]
     print("  certified accuracy at l2 radius ", "  ".join(shares))
-    norms = [dict(zip(names, record["norms"])) for record in log]
-    draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits)
+    norms = [record["norms"] for record in log]
+    title = f"{config.preset}, {data_name}"
+    draw(out / "curves.png", title, log, norms, limits.values(), float(summary["lipschitz_log10"]))
     print(f"\nPicture, log, checkpoint: {out}. Attack its claims: python verify_lipschitz.py {out}")
     return summary
 

@@ -1048,13 +1048,16 @@ def print_norms(norms, limits):
         print(f"  {name:10} norm (RMS->RMS) {norm:9.4f}   limit {limit:g}{verdict}")
 
 
-def draw(path, title, log, norms, limits):
-    """A picture of a run over its steps. norms: of each record {name: norm}; limits: dotted."""
+def draw(path, title, log, norms, limits, bound_log10):
+    """A picture of a run over its steps.
+
+    norms: of each record {name: norm}; limits: dotted; bound_log10: tuned, of the final weights.
+    """
     from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
     curves = {
         "share of predictions that are right": [record["val_accuracy"] for record in log],
         "norms of the weights, RMS->RMS": [list(each.values()) for each in norms],
-        "Lipschitz bound, untuned, log10": [float(record["lipschitz_log10"]) for record in log]}
+        "Lipschitz bound, log10": [float(record["lipschitz_log10"]) for record in log]}
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
@@ -1065,6 +1068,9 @@ def draw(path, title, log, norms, limits):
     for limit in set(limits):
         panels[1].axhline(limit, color="grey", linestyle=":")
     panels[1].legend([*norms[0], "limits"])
+    if math.isfinite(bound_log10):
+        panels[2].axhline(bound_log10, color="grey", linestyle="--")
+        panels[2].legend(["untuned, which is quick", "tuned, at the end"])
     figure.savefig(path, dpi=110)
 
 
@@ -1355,7 +1361,8 @@ def report(config, model, out, log, data_name, dtype, world_size):
           f"    ellipsoid                 {power(bound['ellipsoid_log10']):>12}\n"
           f"    certificate: the smaller  {power(bound['log10']):>12}")
     norms = [record["norms"] for record in log]
-    draw(out / "curves.png", f"{config.preset}, {data_name}", log, norms, limits.values())
+    title = f"{config.preset}, {data_name}"
+    draw(out / "curves.png", title, log, norms, limits.values(), float(summary["lipschitz_log10"]))
     print(f"Picture, log, checkpoint: {out}. Sample: python {SCRIPT}.py --sample {out}\n"
           f"Attack its claims: python verify_lipschitz.py {out}")
     return summary

@@ -220,13 +220,6 @@ def agrees(claimed, expected):
     return near or expected.low < number < expected.high
 
 
-def by_layer(values):
-    """A list, as the files of an MLP have, as a dictionary."""
-    if isinstance(values, list):
-        return {f"layer {i}": value for i, value in enumerate(values, 1)}
-    return values
-
-
 def mean_of(part_N):
     return part_N.double().mean().item()
 
@@ -284,8 +277,6 @@ class Table:
 
     def claim(self, where, what, claimed, expected, ignored=(), missing="not claimed"):
         """Compare a value of a file with what was recomputed; a dictionary value by value."""
-        claimed = by_layer(claimed)
-        expected = by_layer(expected)
         if isinstance(claimed, dict) and isinstance(expected, dict):
             for name, value in expected.items():
                 self.claim(where, f"{what} {name}".strip(), claimed.get(name), value)
@@ -387,10 +378,10 @@ def verify_mlp(table, config, model, data):
     pairs_KK = bound["pairs_log10_KK"]
     K = len(pairs_KK)
     labels_N = labels_N % K  # other data may have more classes
-    for i, (W, norm) in enumerate(zip(model.weights, bound["norms"]), 1):
+    for name, W in model.matrices():
         layer = functools.partial(F.linear, weight=W)
         starts = directions(8, 1, W.shape[1], seed=table.seed)
-        table.attack(f"layer {i}", "norm", log10(norm), layer, starts, norm="RMS->RMS")
+        table.attack(name, "norm", log10(bound["norms"][name]), layer, starts, norm="RMS->RMS")
 
     say("2 of 3: the network, and pairs of logits")
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
@@ -600,10 +591,10 @@ def verify(table, path):
         of_data = {}
         table.add("claim", "checkpoint", "data of the run", saved["data"], table.data_name,
                   "not checked: its data are not here")
-    norms = by_layer(of_weights["norms"])
+    norms = of_weights["norms"]
     if config.constraint not in NO_LIMIT:
         above = "BROKEN" if config.constraint in PROMISES else "above its limit"
-        limit = {"embedding": 1.0, **by_layer(limits)}
+        limit = {"embedding": 1.0, **limits}
         for name, norm in norms.items():
             table.bound("weights", f"limit on {name}", log10(limit[name]), norm, "RMS->RMS",
                         SLACK, above)

@@ -166,7 +166,7 @@ def test_a_constraint_that_passes_its_limit(constraint, verdict, runs, tmp_path,
     files = Files(runs / "mlp", tmp_path / "copy")
     files.settings.update(constraint=constraint, w_max="1.3,3,3")  # the norms are about 1.4
     files.config.update(constraint=constraint, w_max="1.3,3,3")
-    files.summary["w_max"] = None if constraint == "none" else [1.3, 3.0, 3.0]
+    files.summary["w_max"] = None if constraint == "none" else {"layer 1": 1.3, "layer 2": 3.0, "layer 3": 3.0}
     code, _, rows = status(files.write())
     assert code == (verdict == "BROKEN") and not Path("PWNED").exists()
     assert rows.get("weights limit on layer 1") == verdict
@@ -224,14 +224,14 @@ def over_the_limit(key, limit):
 def each(where, values):
     """{row that has to report it: tampering}, for several entries of one file, all changed in one copy."""
     file = dict(summary="summary.json", settings="config.json")[where]
-    return {f"{file} {key.replace('/1', '/layer 2').replace('/', ' ', 1)}": put(where, key, value)
+    return {f"{file} {key.replace('/', ' ', 1)}": put(where, key, value)
             for key, value in values.items()}
 
 
 TAMPERED = [  # run, what was done, {row that has to report it: tampering}
     *[(name, "bound", {"summary.json lipschitz_log10": lowered}) for name in ("mlp", "content", "position", "nano")],
     ("mlp", "summary", each("summary", {
-        "norms/1": lambda x: 0.99 * x, "max_weight_norm": 1.0, "w_max/1": 1.0,
+        "norms/layer 2": lambda x: 0.99 * x, "max_weight_norm": 1.0, "w_max/layer 2": 1.0,
         "lipschitz_product_log10": lambda x: x - 1e-4, "largest_jacobian_l2": lambda x: 0.999 * x,
         "val_accuracy": lambda x: x + 0.005, "val_loss": lambda x: x - 1e-3, "params": 10, "steps": 10, "seed": 3,
         "data": "uoft-cs/cifar10"})),
