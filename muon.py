@@ -150,9 +150,8 @@ class Muon(torch.optim.Optimizer):
     after each of its steps, to a relative 1e-4, wherever the weights start. soft_cap in bfloat16
     arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
     limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
-    update, and its entries restart their momentum at 0. While the gradient of a matrix is zero in
-    every entry, its updates shrink by the factor momentum a step. On a GPU soft_cap goes on pulling
-    at such a matrix.
+    update, and its entries restart their momentum at 0. A matrix whose gradient is zero in every
+    entry is not moved, but a decay goes on, and on a GPU soft_cap goes on pulling at it.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,
@@ -212,31 +211,17 @@ class Muon(torch.optim.Optimizer):
             batches = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    rests = self._track_activity(p, float(group["momentum"]))
-                    batches.setdefault((p.shape, p.dtype, p.device, rests), []).append(p)
-            for batch in batches.values():
+                    idle = p.is_cpu and not find_moving(p.grad).any()  # on a GPU a look would wait
+                    batches.setdefault((p.shape, p.dtype, p.device, idle), []).append(p)
+            for (*_, idle), batch in batches.items():
                 with torch.autocast(batch[0].device.type, enabled=False):
-                    step_norm = self._update(batch, group)
+                    step_norm = self._update(batch, group, idle)
                     if group["constraint"] is not None:
                         self._constrain(batch, group, step_norm)
         return loss
 
-    def _track_activity(self, p, momentum):
-        """Whether p is known to come to rest. On a GPU False, as asking would synchronise."""
-        # A gradient of zeros shrinks the momentum, but msign does not see the scale: a weight would
-        # go on in the same direction for thousands of steps. So updates shrink as the momentum.
-        state = self.state[p]
-        gradient = p.grad.to_dense()
-        if p.is_cpu and gradient[..., 0, :].any(-1).all():  # nearly always, and quick to see
-            state["activity"] = torch.ones(())
-            return False
-        idle = gradient.abs().amax((-2, -1), keepdim=True) == 0
-        activity = state.get("activity", torch.ones(())).to(p.device, torch.float32)
-        state["activity"] = torch.where(idle, momentum * activity, 1.0)
-        return p.is_cpu and state["activity"].max().item() < 1
-
-    def _update(self, batch, group):
-        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns the largest norm of a step."""
+    def _update(self, batch, group, idle):
+        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns the norm of a step, at most."""
         lr = float(group["lr"])
         momentum = float(group["momentum"])
         if not 0 <= lr < math.inf:  # a schedule that ran past its end
@@ -249,7 +234,9 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
             M = state["momentum"].lerp_(gradient, 1 - momentum)
-            nesterov = torch.lerp(gradient, M, momentum)
+            # msign does not see the scale of the momentum. So without a gradient a matrix would go
+            # on in the same direction for thousands of steps. It stays instead, as msign(0) = 0.
+            nesterov = torch.lerp(gradient, M, momentum).mul_(find_moving(gradient))
             directions.append(nesterov.to(group["dtype"] or M.dtype))
         updates = msign(stack(directions))
 
@@ -262,18 +249,11 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"].nan_to_num_(0, 0, 0)
 
         fan_out, fan_in = batch[0].shape[-2:]
-        largest = 0.0
+        step_norm = 0.0 if idle else lr * MSIGN_MAX[updates.dtype]
         for p, update in zip(batch, updates):
-            activity = self.state[p]["activity"].clamp(max=1)
-            step_norm = lr * MSIGN_MAX[updates.dtype]
-            if p.is_cpu:  # on a GPU a whole step is counted
-                step_norm *= activity.max().item()
-            if not p.is_cpu or activity.min() < 1:
-                update.mul_(activity)
             p.add_(update, alpha=-lr * (fan_out / fan_in) ** 0.5)
             self.bounds[p] = self.bounds.get(p, math.inf) + step_norm
-            largest = max(largest, step_norm)
-        return largest
+        return step_norm
 
     # A constraint need not run after each step, if the limit holds all the same. `can_wait = True`
     # on a constraint promises: it takes any W of norm up to w_max + step_norm to at most w_max, and
@@ -319,6 +299,15 @@ class Muon(torch.optim.Optimizer):
         for p, new_W in zip(batch, new):
             p.copy_(new_W)
             self.bounds[p] = bound
+
+
+def find_moving(gradient):
+    """(..., 1, 1): which of the matrices have a gradient that is not zero in every entry."""
+    gradient = gradient.to_dense()
+    moving = gradient[..., :1, :].any(-1, keepdim=True)
+    if gradient.is_cpu and moving.all():  # nearly always, and quick to see
+        return moving
+    return gradient.abs().amax((-2, -1), keepdim=True) > 0
 
 
 def stack(matrices):

@@ -94,7 +94,7 @@ def no_constraint(patch):
 
 
 def nothing_is_trained(patch):
-    patch.setattr(muon.Muon, "_update", lambda self, batch, group: 0.0)
+    patch.setattr(muon.Muon, "_update", lambda self, batch, group, idle: 0.0)
     patch.setattr(muon.Muon, "_constrain", lambda self, batch, group, step_norm: None)
 
 

@@ -119,14 +119,10 @@ def rest(constraint, kind, steps=200, **settings):
 @pytest.mark.parametrize("dtype, on_cpu", [(None, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("kind", ["alone", "busy", "stack"])
 def test_a_weight_comes_to_rest_without_gradients(kind, dtype, on_cpu, monkeypatch):
-    """The branch of a GPU, too, in which nobody looks at values."""
+    """At once. The branch of a GPU, too, in which nobody looks at values."""
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda p: on_cpu))
-    start, end, later = rest(None, kind, dtype=dtype)
-    still_to_come = 0.05 * 20 * 0.95**200
-    assert singular_values(later - end).max() <= 1.1 * still_to_come
-    # All that is left of the momentum is lr (m + m^2 + ...), at most 19 steps for m = 0.95.
-    moved = singular_values(end - start).max().item()
-    assert 0 < moved <= 0.05 * 0.95 / 0.05 * 1.07
+    start, end, later = rest(None, kind, steps=3, dtype=dtype)
+    assert torch.equal(start, end) and torch.equal(end, later)
 
 
 @pytest.mark.parametrize("kind, every", [("alone", 1), ("busy", 4)])
@@ -143,7 +139,7 @@ def test_a_decay_goes_on_without_gradients(kind):
     assert later.norm() < 0.01 * end.norm() < 0.01 * start.norm()
 
 
-def test_one_gradient_of_zeros_costs_one_small_step():
+def test_one_gradient_of_zeros_costs_one_step():
     W = torch.nn.Parameter(torch.zeros(4, 4))
     optimizer = Muon([W], lr=0.1, momentum=0.9)
     norms = []
@@ -153,7 +149,7 @@ def test_one_gradient_of_zeros_costs_one_small_step():
         optimizer.step()
         norms.append(singular_values(W - before).max().item())
     full = norms[0]
-    assert norms[1:] == pytest.approx([0.9 * full, 0.81 * full, full], rel=1e-5)
+    assert norms[1:] == pytest.approx([0, 0, full], rel=1e-5)
 
 
 # ---- a device without float64, as Apple's GPUs ---------------------------------------------------
