@@ -34,7 +34,6 @@ Ancestry: spectral normalization is Yoshida and Miyato (2017) and Miyato et al. 
 cap and the comparison are Newhouse et al. (2025, arXiv 2507.13338).
 """
 
-import functools
 import math
 import runpy
 from dataclasses import dataclass
@@ -96,15 +95,14 @@ def in_float64(W):
 #   3. Rescale A before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
 #   4. Before that divide W by its largest entry. So s_1^2 is from 1 to fan_out * fan_in, and its
 #      logarithm is small enough for float32, as Apple's GPUs have no float64.
-def norm_bound(W, squarings=10, dtype=torch.float64):
+def norm_bound(W, squarings=10):
     """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...).
 
-    In float64 fit for a certificate. In float32 the allowance for rounding, 1e-5 and 1e-9 for each
-    row or column, is measured, not proved. Too large by at most a factor
+    In the precision of W: in float64 fit for a certificate. In float32 the allowance for rounding,
+    1e-5 and 1e-9 for each row or column, is measured, not proved. Too large by at most a factor
     rank^(1 / 2^(squarings+2)), 0.2 % for rank 768.
     """
-    X = in_float64(W) if dtype == torch.float64 else W.detach().to(dtype)
-    largest, bound = scaled_bound(X, squarings)
+    largest, bound = scaled_bound(W, squarings)
     return (largest * bound)[..., 0, 0]
 
 
@@ -388,7 +386,7 @@ def after_unknown_step(constraint, W, w_max, lr):
     """
     if constraint in (weight_decay, spectral_weight_decay):
         return constraint(W, w_max, lr)
-    bound = norm_bound(W, dtype=widen(W).dtype).nan_to_num(math.inf).max().item()
+    bound = norm_bound(widen(W)).nan_to_num(math.inf).max().item()
     return constraint(W, w_max, max(0.0, bound - w_max))
 
 
@@ -402,14 +400,6 @@ def cap_rows(table_VD, limit=1.0):
     return table_VD * (limit / rms.clamp(min=limit))
 
 
-run_file = functools.cache(runpy.run_path)  # a file runs once
-
-
-def apply_own(path, name, W, w_max, step_norm=0.0):
-    """A function of a file, by name: so an optimizer that has it can be pickled."""
-    return run_file(path)[name](W, w_max, step_norm)
-
-
 def find_constraint(name):
     """The constraint of that name, or FILE.py:NAME, a function of yours from a file, which is run.
 
@@ -421,13 +411,7 @@ def find_constraint(name):
         return CONSTRAINTS[name]
     try:
         path, _, function = name.rpartition(":")
-        path = str(Path(path).expanduser().resolve())
-        own = run_file(path)[function]
-        if own in CONSTRAINTS.values():
-            return own
-        mine = functools.partial(apply_own, path, function)
-        mine.__name__ = name
-        mine.can_wait = getattr(own, "can_wait", False)
+        mine = runpy.run_path(str(Path(path).expanduser()))[function]
         stack = torch.eye(2, 3).expand(4, 2, 3)  # Muon gives it all matrices of one shape at once
         if mine(stack.clone(), 1.0, 0.1).shape != stack.shape:
             raise TypeError("it returns another shape")

@@ -356,7 +356,7 @@ def largest_excess(optimizer):
         for W in group["params"]:
             by_shape.setdefault(W.shape, []).append(W)
         for matrices in by_shape.values():
-            norms = constraints.norm_bound(torch.stack(matrices), squarings=20)
+            norms = constraints.norm_bound(constraints.in_float64(torch.stack(matrices)), squarings=20)
             found.append(norms.max() / group["w_max"])
     return torch.stack(found).max()
 
