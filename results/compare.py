@@ -3,9 +3,11 @@
     python results/compare.py mlp_cifar                             # 44 runs of the paper's network
     python results/compare.py shakespeare                           # of the paper's transformer, half as wide
     python results/compare.py mlp_cifar --seeds 3 --minutes 120     # adds two seeds to what is there
+    python results/compare.py mlp_cifar --search                    # the learning rates, on training data held out
 
 Other flags are those of the tutorial. Each run has a folder of its own below --out. The same command goes on
-where it was stopped. At the end: a table, compare.csv, compare.png. One seed: 30 to 45 minutes on one core.
+where it was stopped. At the end: a table, compare.csv with a line a run, compare.png. One seed: 30 to 45
+minutes on one core. --search halves and doubles each learning rate at the middle strength: rates.csv.
 """
 
 import argparse
@@ -25,14 +27,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-# Learning rates and strengths. A strength is w_max, so for the decays the inverse of a weight decay. Learning
-# rates are the best of two to four on training data held out, at the middle strength and one seed. The first
+# Learning rates and strengths. A strength is w_max, so for the decays the inverse of a weight decay. The first
 # constraints are those that one runs this for: so they are there also if time is short.
 STUDIES = {
     "mlp_cifar": dict(
         flags="--preset paper --evals 1 --constrain_every 1 --steps 1000",
         bound="lipschitz_product_log10", bound_name="RMS->RMS, product of norms", bounds=(1, 1.5, 2),
-        certified=("certified_accuracy", "36/255"), adamw={}, pairs={
+        certified=("certified_accuracy", "36/255"), holdout=5000, adamw={}, pairs={
             "soft_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
             "hard_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
             "hammer": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
@@ -46,7 +47,8 @@ STUDIES = {
         flags="--preset paper --evals 1 --constrain_every 1 --steps 200 --batch 32 --width 128 "
               "--hidden 512 --seq_len 128",
         bound="lipschitz_log10", bound_name="max-token RMS, heads counted", bounds=(3, 6, 9, 12),
-        certified=("certified_token_accuracy", "0.001"), adamw=dict(momentum=0.9, warmup=20), pairs={
+        certified=("certified_token_accuracy", "0.001"), holdout=True,
+        adamw=dict(momentum=0.9, warmup=20), pairs={
             "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
             "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
             "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
@@ -90,18 +92,30 @@ def open_folder(tutorial, base, settings):
     tutorial.write(known, json.dumps(settings, indent=1))
 
 
-def compare(tutorial, study, config, seeds, minutes, base):
-    """Train each point with each seed until all are there or the time is over; then report."""
+def points_of(study, seeds):
+    """Of the comparison: each pair at each strength."""
+    return [dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
+            for seed in range(seeds) for constraint, pair in study["pairs"].items()
+            for optimizer, (lr, strengths) in pair.items() for w in strengths]
+
+
+def rates_of(study):
+    """Of the search: each pair at its middle strength, with its learning rate halved and doubled."""
+    return [dict(optimizer=optimizer, constraint=constraint, w_max=strengths[len(strengths) // 2],
+                 lr=factor * lr, seed=0)
+            for constraint, pair in study["pairs"].items()
+            for optimizer, (lr, strengths) in pair.items() for factor in (1, 0.5, 2)]
+
+
+def train_all(tutorial, study, config, points, minutes, base):
+    """Train each point until all are there or the time is over. Returns a row for each that is there."""
     data = tutorial.load_data(config)
     open_folder(tutorial, base, dict(vars(config), data=data[-1], out="", device=""))
-    points = [dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
-              for seed in range(seeds) for constraint, pair in study["pairs"].items()
-              for optimizer, (lr, strengths) in pair.items() for w in strengths]
     rows = []
     trained = 0
     began = time.perf_counter()
     for row in points:
-        out = base / "{optimizer}_{constraint}_{w_max:g}_seed{seed}".format(**row)
+        out = base / "{optimizer}_{constraint}_{w_max:g}_lr{lr:g}_seed{seed}".format(**row)
         summary_file = out / "summary.json"
         wanted = change(config, study, out, **row)
         if summary_file.exists():
@@ -128,11 +142,18 @@ def compare(tutorial, study, config, seeds, minutes, base):
         each = (time.perf_counter() - began) / 60 / max(1, trained)
         left = f"  about {each * (len(points) - len(rows)):.0f} minutes left" if trained else ""
         print(f"{len(rows):3d}/{len(points)}  {out.name:40}  {result}{left}", flush=True)
-    if rows:
-        report(study, rows, base, f"{tutorial.SCRIPT}, data: {data[-1]}")
     if len(rows) < len(points):
         print(f"{len(points) - len(rows)} of {len(points)} runs are to come: give the same command again. "
               "Until then a constraint that lacks a run is a - in the table.")
+    return rows
+
+
+def write_rows(rows, path):
+    """A CSV file with a line a run. What diverged has no figures."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(max(rows, key=len)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def refuse_other_settings(tutorial, out, wanted):
@@ -157,39 +178,60 @@ def spread(values):
     return f"{np.mean(values):.1f}{deviation}" if values else "-"
 
 
-def report(study, rows, base, title):
-    """compare.csv, compare.png, and each constraint's accuracy at equal bounds, Muon / AdamW."""
-    with open(base / "compare.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(max(rows, key=len)))
-        writer.writeheader()
-        writer.writerows(rows)
-    figure, seeds = Figure(figsize=(12, 5), layout="constrained"), sorted({row["seed"] for row in rows})
-    left, right = figure.subplots(1, 2)
-    header = "".join(f"10^{bound:g}".center(29) for bound in study["bounds"])
-    print(f"\n{title}, {len(seeds)} seed(s), Muon / AdamW\naccuracy (%) at a bound of at most, "
-          f"{study['bound_name']}\n{'':23}{header}{'best, at bound 10^':^29}")
-    for color, (constraint, pair) in enumerate(study["pairs"].items()):
+def curves_of(study, rows, optimizer, constraint):
+    """The runs of a pair, seed by seed, of the seeds that have all strengths."""
+    mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
+    curves = [[row for row in mine if row["seed"] == seed and row.get("accuracy")]
+              for seed in sorted({row["seed"] for row in rows})]
+    strengths = study["pairs"][constraint][optimizer][1]
+    return [curve for curve in curves if len(curve) == len(strengths)]
+
+
+def means(curves):
+    """(accuracy, bound_log10, certified): means over the seeds, for each strength."""
+    return [np.mean([[float(row[key]) for row in curve] for curve in curves], 0)
+            for key in ("accuracy", "bound_log10", "certified")]
+
+
+def table(study, rows):
+    """Lines of a table: accuracy (%) of each constraint at equal bounds, Muon / AdamW."""
+    names = [f"10^{bound:g}" for bound in study["bounds"]] + ["best accuracy, at bound 10^"]
+    lines = [f"| constraint | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for constraint, pair in study["pairs"].items():
         columns = []
-        for optimizer, (_, strengths) in pair.items():
-            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
-            curves = [[row for row in mine if row["seed"] == seed and "accuracy" in row] for seed in seeds]
-            curves = [curve for curve in curves if len(curve) == len(strengths)]  # the whole ones
-            style = "o-" if optimizer == "muon" else "x--"
+        for optimizer in pair:
+            curves = curves_of(study, rows, optimizer, constraint)
             columns.append([spread([accuracy_within(curve, b) for curve in curves]) for b in study["bounds"]])
+            best = "-"
             if curves:
-                accuracy, bound, certified = (  # means over the seeds, for each strength
-                    np.mean([[row[key] for row in curve] for curve in curves], 0)
-                    for key in ("accuracy", "bound_log10", "certified"))
-                left.plot(bound, 100 * accuracy, style, color=f"C{color}", label=f"{optimizer} {constraint}")
-                right.plot(100 * accuracy, 100 * certified, style, color=f"C{color}")
-            best = f"{100 * accuracy.max():.1f} at {bound[accuracy.argmax()]:.2f}" if curves else "-"
+                accuracy, bound, _ = means(curves)
+                best = f"{100 * accuracy.max():.1f} at {bound[accuracy.argmax()]:.2f}"
             columns[-1].append(best)
-        print(f"  {constraint:21}" + "".join(" / ".join(cell).center(29) for cell in zip(*columns)))
-    left.set(xlabel=f"log10 of the Lipschitz bound ({study['bound_name']})", ylabel="accuracy (%)")
-    right.set(title=f"certified at {study['certified'][1]}", xlabel="accuracy (%)", ylabel="certified (%)")
-    left.legend(fontsize=6)
-    figure.savefig(base / "compare.png", dpi=110)
-    print(f"Every run and the picture: {base}/compare.csv, compare.png")
+        cells = [" / ".join(cell) for cell in zip(*columns)]
+        lines.append(f"| {constraint} | {' | '.join(cells)} |")
+    return lines
+
+
+def draw(study, rows, path):
+    """Accuracy against the bound, and certified accuracy against accuracy: a curve for each pair."""
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for color, (constraint, pair) in enumerate(study["pairs"].items()):
+        for optimizer in pair:
+            curves = curves_of(study, rows, optimizer, constraint)
+            if not curves:
+                continue
+            accuracy, bound, certified = means(curves)
+            style = "o-" if optimizer == "muon" else "x--"
+            name = f"{dict(muon='Muon', adamw='AdamW')[optimizer]}, {constraint.replace('_', ' ')}"
+            left.plot(bound, 100 * accuracy, style, color=f"C{color}", label=name)
+            right.plot(100 * accuracy, 100 * certified, style, color=f"C{color}")
+    left.set(xlabel=f"log10 of the Lipschitz bound ({study['bound_name']})", ylabel="accuracy, %",
+             title="A curve for each pair, a point for each strength. Solid: Muon. Dashed: AdamW")
+    right.set(xlabel="accuracy, %", ylabel=f"certified accuracy, %, at radius {study['certified'][1]}",
+              title="What a certificate keeps of the accuracy")
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def main(argv=None):
@@ -198,7 +240,8 @@ def main(argv=None):
     parser.add_argument("tutorial", choices=STUDIES)
     parser.add_argument("--seeds", type=int, default=1, help="seeds that each point is trained with [1]")
     parser.add_argument("--minutes", type=float, default=60, help="time after which no run begins [60]")
-    parser.add_argument("--out", help="folder of the comparison [runs/TUTORIAL_compare]")
+    parser.add_argument("--search", action="store_true", help="learning rates, on training data held out")
+    parser.add_argument("--out", help="folder of the comparison [runs/TUTORIAL_compare, or _search]")
     options, flags = parser.parse_known_args(argv)
     tutorial, study = importlib.import_module(options.tutorial), STUDIES[options.tutorial]
     try:
@@ -207,10 +250,25 @@ def main(argv=None):
         for name in SET_HERE:
             if getattr(config, name) != getattr(plain, name):
                 raise tutorial.UserError(f"--{name}: compare.py sets it itself")
-        base = Path(options.out or f"runs/{options.tutorial}_compare")
-        compare(tutorial, study, config, options.seeds, options.minutes, base)
+        base = Path(options.out or f"runs/{options.tutorial}_{'search' if options.search else 'compare'}")
+        points = points_of(study, options.seeds)
+        if options.search:
+            points = rates_of(study)
+            config = dataclasses.replace(config, holdout=study["holdout"])
+        rows = train_all(tutorial, study, config, points, options.minutes, base)
     except tutorial.UserError as problem:
         parser.error(str(problem))
+    if not rows:
+        return
+    if options.search:
+        write_rows(rows, base / "rates.csv")
+        print(f"Every run: {base}/rates.csv")
+        return
+    write_rows(rows, base / "compare.csv")
+    draw(study, rows, base / "compare.png")
+    print(f"\n{tutorial.SCRIPT}, {options.seeds} seed(s), Muon / AdamW\naccuracy (%) at a bound of at most, "
+          f"{study['bound_name']}\n" + "\n".join(table(study, rows)))
+    print(f"Every run and the picture: {base}/compare.csv, compare.png")
 
 
 if __name__ == "__main__":

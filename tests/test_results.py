@@ -70,25 +70,26 @@ def test_compare(tmp_path, monkeypatch, capsys):
     command = ["mlp_cifar", *MLP, "--seeds", "2", "--out", str(out)]
     compare.main([*command, "--minutes", "0"])
     assert "10 of 10 runs are to come" in capsys.readouterr().out and not list(out.glob("*_seed*"))
-    (out / "muon_none_1_seed0").mkdir()  # what a run interrupted at its start leaves
+    (out / "muon_none_1_lr0.2_seed0").mkdir()  # what a run interrupted at its start leaves
     compare.main(command)
     text = capsys.readouterr().out
     with open(out / "compare.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10 and sum(row["accuracy"] == "" for row in rows) == text.count("diverged") == 2
-    summary = json.loads((out / "muon_soft_cap_4_seed1" / "summary.json").read_text())
+    summary_file, = out.glob("muon_soft_cap_4_*_seed1/summary.json")
+    summary = json.loads(summary_file.read_text())
     row = next(row for row in rows if row["w_max"] == "4" and row["seed"] == "1")
     assert float(row["accuracy"]) == summary["val_accuracy"] and set(summary["w_max"].values()) == {4.0}
     assert float(row["certified"]) == summary["certified_accuracy"]["36/255"]
     assert float(row["bound_log10"]) == summary["lipschitz_product_log10"]
-    table = text[text.index("accuracy (%) at"):]
+    table = text[text.index("| constraint |"):]
     assert "±" in table and "2 seed(s)" in text and (out / "compare.png").stat().st_size > 5000
     times = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
     compare.main(command)  # nothing is done twice
     assert times == {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
     assert table in capsys.readouterr().out
     for wrong, says in (([*command, "--batch", "32"], "holds a comparison with --batch 64, not 32"),
-                        ([*command[:-1], str(out / "muon_none_1_seed0")], "holds no comparison; give another --out")):
+                        ([*command[:-1], str(summary_file.parent)], "holds no comparison; give another --out")):
         with pytest.raises(SystemExit) as stop:
             compare.main(wrong)
         assert stop.value.code == 2 and says in capsys.readouterr().err
@@ -103,8 +104,24 @@ def test_compare_transformers(tmp_path, monkeypatch, capsys):
     assert "heads counted" in text and text.count("diverged") == 1
     assert (out / "compare.png").exists()
     for optimizer, momentum, warmup in (("muon", 0.95, 0), ("adamw", 0.9, 20)):
-        config = json.loads((out / f"{optimizer}_none_1_seed0" / "config.json").read_text())
+        file, = out.glob(f"{optimizer}_none_1_*_seed0/config.json")
+        config = json.loads(file.read_text())
         assert (config["optimizer"], config["momentum"], config["warmup"]) == (optimizer, momentum, warmup)
+
+
+def test_compare_searches_rates_on_data_held_out(tmp_path, monkeypatch, capsys):
+    few_pairs(monkeypatch, "mlp_cifar")
+    monkeypatch.setitem(compare.STUDIES["mlp_cifar"], "holdout", 100)
+    compare.main(["mlp_cifar", *MLP, "--search", "--out", str(tmp_path)])
+    with open(tmp_path / "rates.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for constraint, pair in compare.STUDIES["mlp_cifar"]["pairs"].items():
+        for optimizer, (lr, strengths) in pair.items():
+            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
+            assert sorted(float(row["lr"]) for row in mine) == [lr / 2, lr, 2 * lr]
+            assert {float(row["w_max"]) for row in mine} == {strengths[len(strengths) // 2]}
+    file, = tmp_path.glob("muon_none_1_lr0.2_seed0/config.json")
+    assert json.loads(file.read_text())["holdout"] == 100
 
 
 def test_compare_starts_with_what_it_is_run_for():
