@@ -52,11 +52,11 @@ def singular_values_over_training(config, data):
 
 def draw(panel, name, steps, values, w_max=None):
     panel.plot(steps, [v[::8] for v in values], color="C0", lw=0.6)
-    panel.plot(steps, [v[0] for v in values], color="C3", lw=1.2)
+    panel.plot(steps, [v[0] for v in values], color="C3", lw=1.5)
     if w_max:
-        panel.axhline(w_max, color="k", ls=":", lw=0.8)
-    panel.set_title(name, fontsize=9)
-    panel.tick_params(labelsize=7)
+        panel.axhline(w_max, color="k", ls=":")
+        name += f", limit {w_max:g}"
+    panel.set_title(f"{name}: at last {values[-1][0]:.1f}", fontsize="medium")
 
 
 def main(argv=None):
@@ -68,9 +68,9 @@ def main(argv=None):
     data = mlp_cifar.load_data(base)
     options.out.mkdir(parents=True, exist_ok=True)
     pairs = [("adamw", "none"), *(("muon", constraint) for constraint in ORDER)]
-    figure = Figure(figsize=(15, 2.9), layout="constrained")
-    panels = figure.subplots(1, len(pairs), sharey=True)
-    for panel, (optimizer, constraint) in zip(panels, pairs):
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    panels = figure.subplots(3, 3, sharex=True, sharey=True)
+    for panel, (optimizer, constraint) in zip(panels.flat, pairs, strict=True):
         lr, strengths = STUDY["pairs"][constraint][optimizer]
         w_max = strengths[len(strengths) // 2]
         with tempfile.TemporaryDirectory() as out:
@@ -78,14 +78,14 @@ def main(argv=None):
             steps, values = singular_values_over_training(config, data)
         name = "AdamW" if optimizer == "adamw" else "Muon"
         if constraint != "none":
-            name += f" +\n{constraint.replace('_', ' ')}"
+            name += f" + {constraint.replace('_', ' ')}"
         draw(panel, name, steps, values, None if constraint in WITHOUT_LIMIT else w_max)
         last = values[-1]
         print(f"{optimizer} {constraint}: largest {last[0]:.3f}, median {last[len(last) // 2]:.3f}", flush=True)
-    panels[0].set_ylabel("singular values", fontsize=8)
-    panels[0].set_ylim(0, 8)
-    figure.supxlabel("training step (mlp_cifar.py, second layer; every eighth value, the largest in red, the "
-                     f"limit dotted; data: {Path(data[-1]).name})", fontsize=8)
+    figure.supylabel("singular values of the second layer, 256 x 256")
+    figure.supxlabel("training step")
+    figure.suptitle("Blue: every eighth singular value. Red: the largest. Dotted: the limit of the constraint. "
+                    f"Data: {Path(data[-1]).name}")
     figure.savefig(options.out / "method.png", dpi=110)
 
 
