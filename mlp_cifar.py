@@ -353,8 +353,9 @@ def load_data(config):
     except UserError as problem:
         if config.data != "auto":
             raise
-        print(f"{problem}\nTRAINING ON A STAND-IN, drawings made by this script. The default "
-              "settings are right on about 73 % of them.", flush=True)
+        print("CIFAR-10 is not in $DATA_DIR/cifar10, and the Hub cannot be reached: "
+              f"{type(problem.__cause__).__name__}.\nTRAINING ON A STAND-IN, drawings made by this "
+              "script. The default settings are right on about 73 % of them.", flush=True)
         train, test = stand_in()
         name = "stand-in"
     if config.holdout:  # the same images for every seed
@@ -376,7 +377,8 @@ def load_images(source, label):
     import huggingface_hub
     folder = Path(source).expanduser()
     sets = []
-    with explain(f"--data {source}: cannot be used",
+    place = "" if folder.exists() else "is no folder here, and as a name on the Hub "
+    with explain(f"--data {source}: {place}cannot be used",
                  "see Your own data in the README for what is needed; or take --data stand-in"):
         if not folder.exists():
             try:

@@ -335,5 +335,6 @@ def find_faults(group):
         whole = not hasattr(p, "full_tensor")  # a DTensor, of FSDP, is a part of a matrix
         if not (whole and p.ndim in (2, 3) and p.numel() and dtypes <= MSIGN_MAX.keys()):
             faults.append(f"a parameter is {type(p).__name__} {tuple(p.shape)} in {dtypes}, must "
-                          "be a matrix or stack in float32, float64 or bfloat16: no convolution")
+                          "be a matrix or stack in float32, float64 or bfloat16: no bias, no "
+                          "convolution")
     return faults

@@ -66,7 +66,8 @@ def test_command(script, flags, tmp_path, monkeypatch, capsys):
         (tmp_path / "mine.py").write_text(python_code("half_cap"))
     module.main(module.parse_arguments([*shlex.split(flags), *SHORT[script].split()]))
     preset = options.preset
-    assert (tmp_path / f"runs/{script}_{preset}_seed0/summary.json").exists() and preset in capsys.readouterr().out
+    folder = options.out or f"runs/{script}_{preset}_seed0"
+    assert (tmp_path / folder / "summary.json").exists() and preset in capsys.readouterr().out
 
 
 def test_the_example_in_python(capsys):
