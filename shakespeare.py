@@ -984,8 +984,8 @@ def sample(model, config, dtype):
     """Print and return the prompt and `length` characters. Each sees the seq_len before it."""
     vocabulary = model.vocabulary
     text = config.prompt
-    print(text, end="")
     tokens = encode(text or vocabulary[0], vocabulary).tolist()  # the first is mostly a newline
+    print(text, end="")
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.length):
         window_BT = torch.tensor([tokens[-model.config.seq_len:]], device=model.head_VD.device)
