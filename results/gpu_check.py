@@ -273,7 +273,7 @@ def random_block(config):
 
 def check_attention(run):
     generator = torch.Generator().manual_seed(0)
-    T = 3 * BLOCK if run.small else 8 * BLOCK
+    T = 2 * BLOCK if run.small else 8 * BLOCK
     starts_BT = torch.rand(2, T, generator=generator) < torch.tensor([[0.0], [1 / 100]])
     docs_BT = starts_BT.long().cumsum(1)
     wrong = 0
