@@ -2,9 +2,9 @@
 
     python results/measured.py                       # needs git and the history of this repository
 
-measured.csv has a line for each table and picture: the commit at which it was measured, and the files
-that its figures rest on. This script names the functions, classes and constants of those files that
-differ between that commit and the files as they are. Comments and docstrings do not count. A name
+measured.csv has a line for each table and picture: the commits at which it was measured, and the
+files that its figures rest on. This script names the functions, classes and constants of those files
+that differ between one of those commits and the files as they are. Comments and docstrings do not count. A name
 need not matter to the figure: read what it says before you believe, or rerun, a table.
 """
 
@@ -58,9 +58,14 @@ def main(argv=None):
     with open(ROOT / "results" / "measured.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        since = {name: changed(row["commit"], name) for name in row["rests_on"].split()}
-        differs = [f"{name}: {', '.join(names)}" for name, names in since.items() if names]
-        print(f"{row['table']:28} {row['commit']}  {'; '.join(differs) or 'of the code as it is'}")
+        differs = []
+        for name in row["rests_on"].split():
+            names = []
+            for commit in row["commits"].split():
+                names += changed(commit, name)
+            if names:
+                differs.append(f"{name}: {', '.join(dict.fromkeys(names))}")
+        print(f"{row['table']:28} {row['commits']}  {'; '.join(differs) or 'of the code as it is'}")
 
 
 if __name__ == "__main__":

@@ -468,5 +468,5 @@ def test_every_table_and_picture_is_measured():
     files = {path.name for pattern in ("*.csv", "*.png") for path in (ROOT / "results").glob(pattern)}
     assert {row["table"] for row in rows} == files - {"measured.csv"}
     for row in rows:
-        assert re.fullmatch("[0-9a-f]{7}", row["commit"])
+        assert all(re.fullmatch("[0-9a-f]{7}", commit) for commit in row["commits"].split())
         assert all((ROOT / name).exists() for name in row["rests_on"].split())
