@@ -471,7 +471,7 @@ def test_the_tokens_ellipsoid_is_reached():
     model.embedding_VD.fill_(-R)
     (kind, _, [ellipsoid]), *_ = on_the_way(model)[0]
     reached = gauge(block(-R * torch.ones(1, 1, 8).double()), *ellipsoid)
-    assert kind == "token" and reached.item() == pytest.approx(1, abs=1e-6)
+    assert kind == "token" and 1 - 1e-4 < reached.item() <= 1  # all that is rounded is rounded up
 
 
 @pytest.mark.parametrize("activation", ["gelu", "maxmin"])
