@@ -353,8 +353,9 @@ def load_data(config):
     except UserError as problem:
         if config.data != "auto":
             raise
-        print("CIFAR-10 is not in $DATA_DIR/cifar10, and the Hub cannot be reached: "
-              f"{type(problem.__cause__).__name__}.\nTRAINING ON A STAND-IN, drawings made by this "
+        reason = str(problem.__cause__).split("\n")[0][:160]
+        print(f"CIFAR-10 cannot be had from {name}: {reason}\nIt is looked for in "
+              "$DATA_DIR/cifar10, then on the Hub.\nTRAINING ON A STAND-IN, drawings made by this "
               "script. The default settings are right on about 73 % of them.", flush=True)
         train, test = stand_in()
         name = "stand-in"

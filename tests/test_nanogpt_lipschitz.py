@@ -650,6 +650,19 @@ def test_sampling(tmp_path, capsys, monkeypatch):
     assert nano.main(Config.of(sample=str(out), prompt="def f", length=5)) == "def fé☃"
 
 
+def test_the_last_evaluation_sees_the_whole_window(tmp_path, monkeypatch):
+    """Though no step of so short a run does: verify_lipschitz.py and sampling see it all."""
+    windows, evaluate = [], nano.evaluate
+
+    def noted(model, validation, window, *rest):
+        windows.append(window)
+        return evaluate(model, validation, window, *rest)
+
+    monkeypatch.setattr(nano, "evaluate", noted)
+    run(tmp_path, steps=4, evals=2, seq_len=640, window=640, batch=2)
+    assert nano.schedule(tiny(steps=4, window=640), 3)[2] < windows[-1] == 640
+
+
 def test_owners_share_the_work(monkeypatch):
     monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda W, generator: W)
     monkeypatch.setattr(torch, "randn", lambda *shape, generator: torch.zeros(shape))
