@@ -134,6 +134,7 @@ class Config(Settings):
     center: bool = True  # subtract the mean training image; nor does that
     lowpass: int = 12  # use only the K x K lowest frequencies of an image; 32: all
     mirror: bool = False  # average the logits of each image and its mirror image
+    roll: int = 0  # K: average also over the image rolled by K pixels along its diagonals; 0: no
     w_max: str = "3.4"  # limit on the RMS->RMS norm of each layer: one for all, or 3,4,5
     # training
     optimizer: str = "muon"  # of the matrices: muon or adamw
@@ -177,7 +178,7 @@ PRESETS = {
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", adamw_wd=0.08,
                         constraint="none"),
-    "accurate": dict(mirror=True, width=512, lowpass=9),
+    "accurate": dict(mirror=True, roll=2, width=512, lowpass=9),
     "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512,
                   w_max="1.465", batch=1024, steps=3000),
     "certified": dict(CERTIFIED, depth=7, width=512, steps=3000),
@@ -193,7 +194,8 @@ class MLP(torch.nn.Module):
 
     The mean and the biases cancel in differences, so neither enters a Lipschitz constant. T takes
     the lowest frequencies of each colour by a cosine transform: its rows are orthonormal, so that
-    |T dx| <= |dx|. With `mirror` the logits are the average of those of x and of its mirror image.
+    |T dx| <= |dx|. With `mirror` or `roll` the logits are the average of those of several views of
+    x, each of which is a permutation of its pixels.
     """
 
     def __init__(self, config, mean_P=None, classes=10):
@@ -202,6 +204,7 @@ class MLP(torch.nn.Module):
             mean_P = torch.zeros(3072)
         self.register_buffer("mean_P", mean_P)
         self.mirror = config.mirror
+        self.roll = config.roll
         self.activation = F.relu if config.activation == "relu" else maxmin
         self.rms_per_l2 = (3072 / classes) ** 0.5  # an l2->l2 constant times this is RMS->RMS
         frequency_F1 = torch.arange(config.lowpass).double()[:, None]
@@ -227,12 +230,20 @@ class MLP(torch.nn.Module):
         """[(layer, matrix)] of all that the constraint holds."""
         return [(f"layer {i}", W) for i, W in enumerate(self.weights, 1)]
 
+    def views(self, x_BP):
+        """The images over which the logits are averaged, (views * B, P): x first."""
+        views = [x_BP.view(-1, 32, 32, 3)]
+        if self.mirror:
+            views.append(views[0].flip(2))
+        if self.roll:
+            both = (-self.roll, self.roll)
+            views += [view.roll((down, right), (1, 2))
+                      for view in views for down in both for right in both]
+        return torch.cat(views).reshape(-1, 3072)
+
     def forward(self, x_BP):
         """Logits (B, K) of pixels in [0, 1], in the precision of x_BP; certificates use float64."""
-        h = x_BP - self.mean_P.to(x_BP.dtype)
-        if self.mirror:
-            mirrored = h.view(-1, 32, 32, 3).flip(2).reshape(h.shape)
-            h = torch.cat([h, mirrored])
+        h = self.views(x_BP - self.mean_P.to(x_BP.dtype))
         if len(self.cosines_FX) < 32:
             cosines_XF = self.cosines_FX.to(h).T
             h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
@@ -242,9 +253,7 @@ class MLP(torch.nn.Module):
                 h = self.activation(h)
             bias = self.biases[i].to(h.dtype) if self.biases else None
             h = F.linear(h, W.to(h.dtype), bias)
-        if self.mirror:
-            h = (h[:len(x_BP)] + h[len(x_BP):]) / 2
-        return h
+        return h.view(-1, len(x_BP), h.shape[1]).mean(0)
 
 
 def build_model(config, state):
@@ -270,8 +279,8 @@ def build_model(config, state):
 #      |(e_y - e_j) z| in E(S_d). Nor by more than |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}), with
 #      the rows w of W_d.
 #   6. If f_y(x) - f_j(x) > r L_yj for all j != y, all images within r (l2) of x have class y.
-#   7. A mirror image is a permutation of pixels, and the average of two functions has at most the
-#      larger of their constants. So 4 to 6 hold with `mirror`.
+#   7. A mirror image or a rolled one is a permutation of pixels, and the average of functions has
+#      at most the largest of their constants. So 4 to 6 hold with `mirror` and `roll`.
 #   8. Each neuron has a multiplier in 3. Any positive one gives a valid bound. They start equal,
 #      and `tune` improves them by gradient descent on the bound.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.

@@ -80,7 +80,7 @@ def steepest_pair(model, steps=60):
 MODELS = [dict(seed=seed, kind=kind, depth=depth) for seed in (0, 1)
           for kind in ("random", "orthogonal") for depth in (1, 2, 3, 5)]
 MODELS += [dict(case, activation="maxmin") for case in MODELS if case["depth"] in (2, 3)]
-MODELS += [dict(kind="random", depth=depth, activation=activation, mirror=True)
+MODELS += [dict(kind="random", depth=depth, activation=activation, mirror=True, roll=2)
            for activation in ("relu", "maxmin") for depth in (1, 3)]
 both_activations = pytest.mark.parametrize("activation", ["relu", "maxmin"])
 
@@ -252,6 +252,25 @@ def test_mirror_averages_an_image_and_its_mirror_image(lowpass):
     assert certificate(model)["tight_log10"] == certificate(plain)["tight_log10"]
 
 
+def test_roll_averages_five_views_and_ten_with_the_mirror_image():
+    plain = random_model(lowpass=6).double()
+    rolled = random_model(lowpass=6, roll=2).double()
+    both = random_model(lowpass=6, roll=2, mirror=True).double()
+    x = torch.rand(5, 32, 32, 3, dtype=torch.float64, generator=seeded(0))
+    for model in (plain, rolled, both):
+        model.mean_P = torch.zeros(3072).double()
+
+    def average(*images):
+        return sum(plain(image.flatten(1)) for image in images) / len(images)
+
+    moves = [(0, 0), (2, 2), (2, -2), (-2, 2), (-2, -2)]
+    views = [x.roll(move, (1, 2)) for move in moves]
+    mirrored = [x.flip(2).roll(move, (1, 2)) for move in moves]
+    torch.testing.assert_close(rolled(x.flatten(1)), average(*views))
+    torch.testing.assert_close(both(x.flatten(1)), average(*views, *mirrored))
+    assert certificate(both)["tight_log10"] == certificate(plain)["tight_log10"]
+
+
 @both_activations
 def test_square_layers_start_as_the_identity_with_maxmin(activation):
     config = Config(depth=4, width=16, lowpass=2, w_max="0.5", activation=activation)
@@ -325,7 +344,7 @@ def test_each_setting_changes_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(mlp_cifar, "report", lambda *arguments: None)
     changes = dict(
         holdout=100, augment=True, depth=2, width=18, activation="maxmin", bias=False, center=False,
-        lowpass=5, mirror=True, w_max="0.5", optimizer="adamw", constraint="none",
+        lowpass=5, mirror=True, roll=3, w_max="0.5", optimizer="adamw", constraint="none",
         constrain_every=1, steps=7, batch=32, lr=0.1, momentum=0.5, adamw_wd=0.5,
         loss_temperature=2.0, margin=1.0, seed=1, dtype="bfloat16")
     others = {"preset", "data", "label", "device", "evals", "out"}
