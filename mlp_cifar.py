@@ -376,8 +376,11 @@ def load_data(config):
         train = images_NP[rest_N], labels_N[rest_N]
         test = images_NP[held_N], labels_N[held_N]
         name += f", evaluated on {config.holdout} training images held out"
-    if not train[1].any():
-        raise UserError(f"--data {name}: give 2 classes or more to train on")
+    classes = 1 + max(train[1].max(), test[1].max()).item()
+    missing = set(range(max(2, classes))) - set(train[1].tolist())
+    if missing:
+        raise UserError(f"--data {name}: no training image has label {min(missing)}; give 2 classes "
+                        "or more, with labels from 0 on")
     return train, test, name
 
 

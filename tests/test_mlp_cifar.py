@@ -533,6 +533,8 @@ WRONG_DATA = {  # {kind: (what is said, files, labels and more of parquet_folder
     "label missing": ("README", [PIXEL] * 3, [0, 1, None], {}),
     "label below 0": ("below 0", [PIXEL] * 3, [0, -1, 1], {}),
     "2 classes": ("2 classes", [PIXEL] * 3, [0, 0, 0], {}),
+    "labels from 1 on": ("label 0", NOISE, [1, 2, 3], {}),
+    "a class without images": ("label 1", NOISE, [0, 2, 2], {}),
     "no rows": ("README", [], [], {}),
     "no picture": ("README", [PIXEL, b"hello", PIXEL], [0, 1, 2], {}),
     "other columns": ("README", NOISE, [0, 1, 2], dict(columns=("photo", "class"))),
