@@ -178,7 +178,7 @@ PRESETS = {
     "paper": dict(bias=False, center=False, lowpass=32, w_max="6"),
     "paper_adamw": dict(bias=False, center=False, lowpass=32, optimizer="adamw", adamw_wd=0.08,
                         constraint="none"),
-    "accurate": dict(mirror=True, roll=2, width=512, lowpass=9),
+    "accurate": dict(mirror=True, roll=2, width=512, lowpass=9, w_max="3.5", steps=3000),
     "tight": dict(activation="maxmin", mirror=True, augment=True, depth=5, width=512,
                   w_max="1.465", batch=1024, steps=3000),
     "certified": dict(CERTIFIED, depth=7, width=512, steps=3000),
