@@ -134,7 +134,7 @@ class Config(Settings):
     center: bool = True  # subtract the mean training image; nor does that
     lowpass: int = 12  # use only the K x K lowest frequencies of an image; 32: all
     mirror: bool = False  # average the logits of each image and its mirror image
-    roll: int = 0  # K: average also over the image rolled by K pixels along its diagonals; 0: no
+    roll: int = 0  # K: average also over the image rolled around by K pixels diagonally; 0: no
     w_max: str = "3.4"  # limit on the RMS->RMS norm of each layer: one for all, or 3,4,5
     # training
     optimizer: str = "muon"  # of the matrices: muon or adamw
@@ -166,6 +166,8 @@ class Config(Settings):
             raise UserError(f"--width {self.width}: must be even for maxmin, which works on pairs")
         if self.lowpass > 32:
             raise UserError(f"--lowpass {self.lowpass}: must be at most 32, the size of an image")
+        if self.roll > 31:
+            raise UserError(f"--roll {self.roll}: must be at most 31, as 32 is once around")
         return {f"layer {i}": limit for i, limit in enumerate(limits, 1)}
 
 
@@ -194,8 +196,8 @@ class MLP(torch.nn.Module):
 
     The mean and the biases cancel in differences, so neither enters a Lipschitz constant. T takes
     the lowest frequencies of each colour by a cosine transform: its rows are orthonormal, so that
-    |T dx| <= |dx|. With `mirror` or `roll` the logits are the average of those of several views of
-    x, each of which is a permutation of its pixels.
+    |T dx| <= |dx|. With `mirror` or `roll` the logits are the average of those of several views,
+    each of which is a permutation of the entries of x - mean.
     """
 
     def __init__(self, config, mean_P=None, classes=10):
@@ -279,8 +281,9 @@ def build_model(config, state):
 #      |(e_y - e_j) z| in E(S_d). Nor by more than |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}), with
 #      the rows w of W_d.
 #   6. If f_y(x) - f_j(x) > r L_yj for all j != y, all images within r (l2) of x have class y.
-#   7. A mirror image or a rolled one is a permutation of pixels, and the average of functions has
-#      at most the largest of their constants. So 4 to 6 hold with `mirror` and `roll`.
+#   7. With `mirror` or `roll` the logits are an average over views. View k is a permutation P_k, and
+#      |T P_k dx| <= |dx|, so 1 to 5 hold for each. The average of functions has at most the largest
+#      of their constants, so 4 and 5 hold for the averaged logits, and 6 follows.
 #   8. Each neuron has a multiplier in 3. Any positive one gives a valid bound. They start equal,
 #      and `tune` improves them by gradient descent on the bound.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
@@ -376,11 +379,11 @@ def load_data(config):
         train = images_NP[rest_N], labels_N[rest_N]
         test = images_NP[held_N], labels_N[held_N]
         name += f", evaluated on {config.holdout} training images held out"
-    classes = 1 + max(train[1].max(), test[1].max()).item()
+    classes = 1 + max(torch.cat([train[1], test[1]]).tolist())
     missing = set(range(max(2, classes))) - set(train[1].tolist())
     if missing:
-        raise UserError(f"--data {name}: no training image has label {min(missing)}; give 2 classes "
-                        "or more, with labels from 0 on")
+        raise UserError(f"--data {name}: no training image has label {min(missing)}; give 2 "
+                        "classes or more, with labels from 0 on")
     return train, test, name
 
 

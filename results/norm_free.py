@@ -1,10 +1,10 @@
 """Transformers without norm layers beside those with them: loss against the valid bound.
 
-    python results/norm_free.py                        # tiny's shape, 300 steps, three seeds
-    python results/norm_free.py --steps 2000 --seeds 1
+    python results/norm_free.py                        # the rows that norm_free.csv lacks, 300 steps
+    python results/norm_free.py --csv runs/mine.csv --picture runs/mine.png    # all rows, three seeds
     python results/norm_free.py --shape deep --steps 200 --seeds 2
     python results/norm_free.py --shape deep --steps 200 --seeds 2 --rows "norm layers;tiny" --lr 0.8
-    python results/norm_free.py --shape english --data FOLDER --seeds 1
+    python results/norm_free.py --shape english --data FOLDER --steps 2000 --rows "norm layers;tiny"
     python results/norm_free.py --search --rows "DyT, odd, offset"  # rates, on text held out
 
 The same data and steps for all rows, and Muon for all matrices. Baseline, DyT, Derf, tiny and "no
@@ -12,7 +12,7 @@ constraint, as tiny" have rates of their own, searched in tiny's shape on the en
 text: --search prints the neighbours of the chosen ones. The others have those of the row they are
 variants of. Rows: the baseline with RMSNorm, QK norm and softcap; the same with attention
 by content in some blocks; both with keys offset; DyT (Zhu et al. 2025) and Derf (Chen et al. 2025)
-in the place of RMSNorm; no norms and no constraint; and soft caps. --lr gives all rows another rate
+in the place of RMSNorm on the stream; no norms and no constraint; and soft caps. --lr gives all rows another rate
 of Muon in the blocks. Rows that are in the CSV are not run again.
 """
 

@@ -1,12 +1,12 @@
 """What a preset promises before training: a bound that holds whatever its weights become.
 
     python results/promise.py            # seconds
-    python results/promise.py --w_max 2  # likewise any flags, with every preset
+    python results/promise.py --w_max 2  # the same limit in every preset; writes no table
 
 The product of norms grows with each norm, and a constraint keeps each norm within its limit. So the
 product with every norm at its limit is a bound that training cannot exceed while no norm does. hard_cap
-sees to that in float32; soft_cap in bfloat16 has exceeded a limit by 1.2 %. It is attained: square
-orthogonal matrices times the limit have that norm, and so has each head's part of them. Norms are
+sees to that in float32; soft_cap in bfloat16 has exceeded a limit by 1.2 %. Each factor is attained:
+square orthogonal matrices times the limit have that norm, and so has each head's part of them. Norms are
 RMS->RMS, in which the product does not depend on the width. So a small width serves, with the
 preset's blocks, heads and scales.
 
