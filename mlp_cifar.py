@@ -281,9 +281,9 @@ def build_model(config, state):
 #      |(e_y - e_j) z| in E(S_d). Nor by more than |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}), with
 #      the rows w of W_d.
 #   6. If f_y(x) - f_j(x) > r L_yj for all j != y, all images within r (l2) of x have class y.
-#   7. With `mirror` or `roll` the logits are an average over views. View k is a permutation P_k, and
-#      |T P_k dx| <= |dx|, so 1 to 5 hold for each. The average of functions has at most the largest
-#      of their constants, so 4 and 5 hold for the averaged logits, and 6 follows.
+#   7. With `mirror` or `roll` the logits are an average over views. View k is a permutation P_k,
+#      and |T P_k dx| <= |dx|, so 1 to 5 hold for each. The average of functions has at most the
+#      largest of their constants, so 4 and 5 hold for the averaged logits, and 6 follows.
 #   8. Each neuron has a multiplier in 3. Any positive one gives a valid bound. They start equal,
 #      and `tune` improves them by gradient descent on the bound.
 # The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
