@@ -121,7 +121,8 @@ def test_flags_and_their_help(capsys):
     ("--momentum 1", "momentum"), ("--constrain_every 1000", "every"), ("--constraint clip", "soft_cap"),
     ("--constraint nobody.py:f", "nobody.py"), ("--optimizer sgd", "muon, adamw"),
     ("--dtype float8", "bfloat16"), ("--preset best", "paper_adamw"),
-    ("--device tpu", "--device"), ("--device cuda:77", "--device"), ("--lowpass 33", "32"), ("--roll 32", "31"), ("--step 10", "--step"),
+    ("--device tpu", "--device"), ("--device cuda:77", "--device"), ("--lowpass 33", "32"),
+    ("--roll 32", "31"), ("--step 10", "--step"),
     ("--width 7 --activation maxmin", "even"), ("--depht 3", "--depht"), ("--data /no/such/folder", "/no/such/folder"),
     ("--holdout 600", "2 classes")])
 def test_wrong_flags_are_one_line_and_leave_nothing(flags, says, tmp_path, capsys, monkeypatch):
