@@ -234,6 +234,8 @@ class MLP(torch.nn.Module):
 
     def views(self, x_BP):
         """The images over which the logits are averaged, (views * B, P): x first."""
+        if not self.mirror and not self.roll:
+            return x_BP  # no copy
         views = [x_BP.view(-1, 32, 32, 3)]
         if self.mirror:
             views.append(views[0].flip(2))
