@@ -100,7 +100,7 @@ def train(config, name, minutes, data):
     while (share := (time.monotonic() - began) / (60 * minutes)) < 1:
         index_B = mlp_cifar.choose_batch(step, len(labels_N), config)
         images_BP = images_NP[index_B]
-        if config.augment:
+        if config.augment != "none":
             images_BP = mlp_cifar.augment(images_BP, step, config)
         logits_BK = temperature * model(images_BP.to(dtype) / 255).float()
         margins_BK = config.margin * F.one_hot(labels_N[index_B], classes)
