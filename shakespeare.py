@@ -155,6 +155,7 @@ class Config(Settings):
     bias_lr: float = 0.1  # peak learning rate of the position bias (Adam)
     momentum: float = 0.95  # Muon's momentum, or AdamW's first beta
     loss_temperature: float = 1.0  # factor on the logits in the loss; bounds are without it
+    margin: float = 0.0  # taken from the right character's logit in the loss, after the temperature
     # run
     seed: int = 0  # of initialisation, order of the data, samples
     dtype: str = "auto"  # of the products in training: auto, float32, bfloat16
@@ -835,9 +836,14 @@ def main(config):
 
             # The loss multiplies the logits by a temperature. A network with a small Lipschitz
             # constant has small logits; the factor lets it be confident all the same. The Lipschitz
-            # bound is for the unscaled logits.
+            # bound is for the unscaled logits. Subtracting a margin from the scaled logit of the
+            # right character asks that it lead by that margin, so that the answer survives a small
+            # change of the embeddings.
+            y_BT = y_BT.to(device)
             logits_BTV = config.loss_temperature * model(x_BT.to(device), dtype)
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1), y_BT.to(device).flatten())
+            if config.margin:
+                logits_BTV = logits_BTV - config.margin * F.one_hot(y_BT, len(vocabulary))
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten())
             loss.backward()
 
             # The learning rate decays linearly to 0. A step of Muon does not become smaller by

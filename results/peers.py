@@ -2,6 +2,7 @@
 
     python results/peers.py --data DIR                   # 5 minutes a run, on as many threads as torch takes
     python results/peers.py --data DIR --search          # each rate halved and doubled, on images held out
+    python results/peers.py --data DIR --search 0.1,10   # a tenth of each rate, and ten times that
     pip install deel-torchlip==1.0.5                     # first, for the row of its layers
 
 The network, loss, augmentation, batch and certificate are those of `mlp_cifar.py --preset certified`. What
@@ -9,7 +10,7 @@ differs is how a layer keeps to a norm of 1, and the optimizer:
 
     soft cap, Stiefel   this project: Muon, and a constraint after its steps
     AOL                 Prach and Lampert (2022): W D, with D_jj = (sum_i |W^T W|_ij)^(-1/2), so that
-                        D W^T W D <= I; Adam
+                        D W^T W D <= I; Adam, and SGD with Nesterov momentum of 0.9, as its authors have it
     SpectralLinear      deel-torchlip: division by a power iteration's norm, then Bjorck's iteration; Adam
 
 Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the
@@ -42,7 +43,8 @@ except ImportError:  # it is for this script only, and not in requirements.txt
 PEERS = {  # name: peak learning rate; Muon's is shared by the layers
     "soft cap": 0.2,
     "Stiefel": 0.2,
-    "AOL": 0.003,
+    "AOL, Adam": 0.003,
+    "AOL, SGD": 0.1,
     "SpectralLinear": 0.003,
 }
 CONSTRAINTS = {"soft cap": "soft_cap", "Stiefel": "stiefel"}
@@ -66,7 +68,7 @@ class Aol(torch.nn.Module):
 def keep_norms(model, name):
     """Make the matrices of a model functions of parameters, so that their norms (l2->l2) are at most 1."""
     for i in range(len(model.weights)):
-        if name == "AOL":
+        if name.startswith("AOL"):
             parametrize.register_parametrization(model.weights, str(i), Aol())
         else:  # what deel-torchlip's SpectralLinear is made of
             parametrizations.spectral_norm(model.weights, str(i))
@@ -85,7 +87,12 @@ def build(config, name, images_NP, classes):
     keep_norms(model, name)
     groups = [dict(params=list(model.weights.parameters()), peak_lr=config.lr),
               dict(params=list(model.biases), peak_lr=0.01)]
-    return model, [torch.optim.Adam(groups)], config.loss_temperature * ratio
+    if name.endswith("SGD"):
+        groups[1]["peak_lr"] = config.lr
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    else:
+        optimizer = torch.optim.Adam(groups)
+    return model, [optimizer], config.loss_temperature * ratio
 
 
 def train(config, name, minutes, data):
@@ -128,10 +135,12 @@ def main(argv=None):
     parser.add_argument("--layers", default=";".join(PEERS), help="names, with semicolons [all]")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, each run [5]")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each [3]")
-    parser.add_argument("--search", action="store_true", help="rates, on images held out; no table")
-    parser.add_argument("--csv", default="results/peers.csv")
+    parser.add_argument("--search", nargs="?", const="0.5,1,2", metavar="FACTORS",
+                        help="rates times these, on images held out [0.5,1,2]")
+    parser.add_argument("--csv", help="[results/peers.csv; with --search results/peers_rates.csv]")
     options, flags = parser.parse_known_args(argv)
     names = options.layers.split(";")
+    path = Path(options.csv or f"results/peers{'_rates' if options.search else ''}.csv")
     if not set(names) <= set(PEERS):
         parser.error(f"--layers {options.layers}: must be among {'; '.join(PEERS)}")
     config = mlp_cifar.parse_arguments(["--preset", "certified", *flags])
@@ -148,15 +157,15 @@ def main(argv=None):
     data = mlp_cifar.load_data(config)
     torch.set_flush_denormal(True)  # as the tutorial does
     rows = []
-    if Path(options.csv).exists() and not options.search:
-        with open(options.csv, newline="") as file:
+    if path.exists():
+        with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     if data[2] == "stand-in":
         changed.append("--data stand-in")
     flags = " ".join(changed)
     done = {(row["layers"], float(row["lr"]), int(row["seed"]), float(row["minutes"]), row["flags"])
             for row in rows}
-    factors = (0.5, 1, 2) if options.search else (1,)
+    factors = [float(factor) for factor in (options.search or "1").split(",")]
     for seed in range(1 if options.search else options.seeds):
         for name, factor in itertools.product(names, factors):
             config.seed = seed
@@ -166,11 +175,10 @@ def main(argv=None):
             row = dict(train(config, name, options.minutes, data), flags=flags)
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             rows.append(row)
-            if not options.search:
-                with open(options.csv, "w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 if __name__ == "__main__":

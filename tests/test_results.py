@@ -337,9 +337,11 @@ def test_peers(tmp_path, capsys, monkeypatch):
     peers.main([*PEERS, "--layers", ";".join(names), "--csv", table])  # nothing is done twice
     assert Path(table).read_text() == before
     capsys.readouterr()
-    peers.main([*PEERS, "--layers", "AOL", "--search", "--holdout", "100"])
-    rates = re.findall(r"lr ([\d.]+)", capsys.readouterr().out)
-    assert [float(rate) for rate in rates] == [peers.PEERS["AOL"] * factor for factor in (0.5, 1, 2)]
+    for search, factors in [(["--search"], (0.5, 1, 2)), (["--search", "0.1"], (0.1,))]:
+        peers.main([*PEERS, "--layers", "AOL, Adam", *search, "--holdout", "100", "--csv", table + ".rates"])
+        rates = re.findall(r"lr ([\d.]+)", capsys.readouterr().out)
+        assert [float(rate) for rate in rates] == [peers.PEERS["AOL, Adam"] * factor for factor in factors]
+    assert Path(table).read_text() == before
 
 
 @pytest.mark.parametrize("flags", [["--lr", "1"], ["--seed", "3"], ["--optimizer", "adamw"], ["--layers", "x"]])
@@ -364,7 +366,7 @@ def test_peers_have_the_same_margin_in_the_loss():
     config = mlp_cifar.Config.of("certified", width=16, depth=3, lowpass=4)
     images_NP = torch.zeros(4, 3072, dtype=torch.uint8)
     _, _, ours = peers.build(config, "soft cap", images_NP, 10)
-    _, _, theirs = peers.build(config, "AOL", images_NP, 10)
+    _, _, theirs = peers.build(config, "AOL, Adam", images_NP, 10)
     # RMS->RMS norms of 1 are sigmas of sqrt(fan_out / fan_in), from 48 frequencies to 10 logits.
     assert (ours, theirs) == (30, pytest.approx(30 * (10 / 48) ** 0.5))
 

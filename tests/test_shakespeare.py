@@ -853,6 +853,20 @@ def test_limits_hold_at_every_step(constraint, tmp_path):
     assert max(shares) <= 1 + 1e-3 and sum(share > 0.9 for share in shares) > 20
 
 
+def test_loss_of_a_batch(tmp_path, little_text):
+    """The cross-entropy of temperature * logits, with the margin taken from the right one's."""
+    settings = {**TINY, "steps": 1, "evals": 1, "dtype": "float32", "loss_temperature": 3.0, "margin": 1.5}
+    out, _ = run(tmp_path, **settings)
+    config = Config.of("paper", **settings)
+    train, _, vocabulary, _ = shakespeare.load_data(config)
+    x, y = shakespeare.choose_batch(0, train, config)
+    logits = 3 * Transformer(config, vocabulary)(x).detach().double().flatten(0, 1)
+    right = torch.arange(len(logits)), y.flatten()
+    logits[right] -= 1.5
+    expected = (logits.logsumexp(1) - logits[right]).mean().item()
+    assert checkpoint(out)["log"][0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("warmup, factors", [
     (0, [1, 3 / 4, 2 / 4, 1 / 4]), (3, [1 / 3, 2 / 4, 2 / 4, 1 / 4])])
 def test_learning_rates_rise_and_fall_to_zero(warmup, factors, tmp_path, after_step):
