@@ -867,6 +867,20 @@ def test_loss_of_a_batch(tmp_path, little_text):
     assert checkpoint(out)["log"][0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_lipschitz2_is_plain100_with_a_50th_of_the_logits(tmp_path):
+    """A loss temperature makes up for any scale: the same training, and another constant."""
+    summaries = []
+    for preset in ("plain100", "lipschitz2"):
+        settings = {**shakespeare.PRESETS[preset], **TINY, "dtype": "float32"}
+        summaries.append(run(tmp_path / preset, **settings)[1])
+    plain, small = summaries
+    assert plain["val_loss"] == plain["val_loss_at_temperature"]
+    assert small["val_loss_at_temperature"] == pytest.approx(plain["val_loss"], rel=1e-4)
+    assert small["lipschitz_log10"] == pytest.approx(plain["lipschitz_log10"] - math.log10(50), abs=1e-3)
+    for rho, share in plain["certified_token_accuracy"].items():
+        assert small["certified_token_accuracy"][rho] == pytest.approx(share, abs=2e-3)
+
+
 @pytest.mark.parametrize("warmup, factors", [
     (0, [1, 3 / 4, 2 / 4, 1 / 4]), (3, [1 / 3, 2 / 4, 2 / 4, 1 / 4])])
 def test_learning_rates_rise_and_fall_to_zero(warmup, factors, tmp_path, after_step):
