@@ -7,7 +7,7 @@ the paper's code misses that heads may look at different tokens. The bounds here
 
 COMMANDS
     python shakespeare.py                      # minutes on a laptop; ends with a sample
-    python shakespeare.py --preset lipschitz2  # a constant below 2, embeddings to logits
+    python shakespeare.py --preset plain100    # half an hour; a constant below 100
     python shakespeare.py --sample runs/NAME --prompt "ROMEO:"
     python shakespeare.py --data FILE          # any text in UTF-8
     python shakespeare.py --out DIR            # stopped, the same command goes on
