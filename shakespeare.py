@@ -155,7 +155,7 @@ class Config(Settings):
     bias_lr: float = 0.1  # peak learning rate of the position bias (Adam)
     momentum: float = 0.95  # Muon's momentum, or AdamW's first beta
     loss_temperature: float = 1.0  # factor on the logits in the loss; bounds are without it
-    margin: float = 0.0  # taken from the right character's logit in the loss, after the temperature
+    margin: float = 0.0  # taken from the right logit in the training loss, after the temperature
     # run
     seed: int = 0  # of initialisation, order of the data, samples
     dtype: str = "auto"  # of the products in training: auto, float32, bfloat16
@@ -215,8 +215,8 @@ PRESETS = {
     "paper": PAPER,
     "paper_adamw": dict(PAPER, optimizer="adamw", constraint="none", momentum=0.9, warmup=100),
     "plain100": PLAIN100,  # a constant below 100, with a loss temperature of 1
-    # The same network with a constant below 2: a 50th of the logits, and the loss sees 50 times
-    # them. So a small constant alone says nothing. What does is how many tokens it certifies.
+    # The same training with a constant below 2: a 50th of the logits, and the loss sees 50 times
+    # them. Where the loss temperature is free, compare certified tokens, not constants.
     "lipschitz2": dict(PLAIN100, final_scale=0.79, loss_temperature=50.0),
     "certified": dict(SMALL, w_max="1", final_scale=12.0, steps=1400, margin=2.0),
 }

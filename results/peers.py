@@ -10,7 +10,8 @@ differs is how a layer keeps to a norm of 1, and the optimizer:
 
     soft cap, Stiefel   this project: Muon, and a constraint after its steps
     AOL                 Prach and Lampert (2022): W D, with D_jj = (sum_i |W^T W|_ij)^(-1/2), so that
-                        D W^T W D <= I; Adam, and SGD with Nesterov momentum of 0.9, as its authors have it
+                        D W^T W D <= I; Adam, and SGD with its authors' Nesterov momentum of 0.9 and weight
+                        decay of 5e-4; they have batches of 250, and a rate that drops three times
     SpectralLinear      deel-torchlip: division by a power iteration's norm, then Bjorck's iteration; Adam
 
 Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the
@@ -88,8 +89,8 @@ def build(config, name, images_NP, classes):
     groups = [dict(params=list(model.weights.parameters()), peak_lr=config.lr),
               dict(params=list(model.biases), peak_lr=0.01)]
     if name.endswith("SGD"):
-        groups[1]["peak_lr"] = config.lr
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        groups[1]["peak_lr"] = config.lr  # of the biases, too
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4)
     else:
         optimizer = torch.optim.Adam(groups)
     return model, [optimizer], config.loss_temperature * ratio
@@ -107,7 +108,7 @@ def train(config, name, minutes, data):
     while (share := (time.monotonic() - began) / (60 * minutes)) < 1:
         index_B = mlp_cifar.choose_batch(step, len(labels_N), config)
         images_BP = images_NP[index_B]
-        if config.augment != "none":
+        if config.augment:
             images_BP = mlp_cifar.augment(images_BP, step, config)
         logits_BK = temperature * model(images_BP.to(dtype) / 255).float()
         margins_BK = config.margin * F.one_hot(labels_N[index_B], classes)
@@ -140,10 +141,16 @@ def main(argv=None):
     parser.add_argument("--csv", help="[results/peers.csv; with --search results/peers_rates.csv]")
     options, flags = parser.parse_known_args(argv)
     names = options.layers.split(";")
-    path = Path(options.csv or f"results/peers{'_rates' if options.search else ''}.csv")
+    usual = "results/peers.csv" if options.search is None else "results/peers_rates.csv"
+    path = Path(options.csv or usual)
     if not set(names) <= set(PEERS):
         parser.error(f"--layers {options.layers}: must be among {'; '.join(PEERS)}")
     config = mlp_cifar.parse_arguments(["--preset", "certified", *flags])
+    factors = [1.0]
+    if options.search is not None:
+        with mlp_cifar.explain(f"--search {options.search}", "give factors of the rates, as 0.5,1,2"):
+            factors = [float(factor) for factor in options.search.split(",")]
+        config.holdout = config.holdout or 5000
     certified = vars(mlp_cifar.Config.of("certified"))
     changed = [f"--{key} {value}" for key, value in vars(config).items()
                if value != certified[key] and key != "data"]
@@ -152,8 +159,6 @@ def main(argv=None):
             parser.error(f"--{key} {getattr(config, key)}: is the same for all layers, or set by --layers")
     if "SpectralLinear" in names and bjorck_norm is None:
         parser.error("--layers SpectralLinear: needs pip install deel-torchlip; or leave it out of --layers")
-    if options.search and not config.holdout:
-        config.holdout = 5000
     data = mlp_cifar.load_data(config)
     torch.set_flush_denormal(True)  # as the tutorial does
     rows = []
@@ -165,11 +170,11 @@ def main(argv=None):
     flags = " ".join(changed)
     done = {(row["layers"], float(row["lr"]), int(row["seed"]), float(row["minutes"]), row["flags"])
             for row in rows}
-    factors = [float(factor) for factor in (options.search or "1").split(",")]
-    for seed in range(1 if options.search else options.seeds):
+    seeds = options.seeds if options.search is None else 1
+    for seed in range(seeds):
         for name, factor in itertools.product(names, factors):
             config.seed = seed
-            config.lr = PEERS[name] * factor
+            config.lr = float(f"{PEERS[name] * factor:g}")
             if (name, config.lr, seed, options.minutes, flags) in done:
                 continue
             row = dict(train(config, name, options.minutes, data), flags=flags)

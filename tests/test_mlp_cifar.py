@@ -343,7 +343,7 @@ def test_limits_hold_at_every_step(lr, constraint, tmp_path, after_step):
 def test_each_setting_changes_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(mlp_cifar, "report", lambda *arguments: None)
     changes = dict(
-        holdout=100, augment="strong", depth=2, width=18, activation="maxmin", bias=False, center=False,
+        holdout=100, augment=True, depth=2, width=18, activation="maxmin", bias=False, center=False,
         lowpass=5, mirror=True, roll=3, w_max="0.5", optimizer="adamw", constraint="none",
         constrain_every=1, steps=7, batch=32, lr=0.1, momentum=0.5, adamw_wd=0.5,
         loss_temperature=2.0, margin=1.0, seed=1, dtype="bfloat16")
@@ -397,10 +397,9 @@ def test_it_learns_and_a_linear_model_does_not(tmp_path, monkeypatch):
 
 def test_augmentation_flips_and_shifts_only(few_images):
     x = few_images[0][0][:200]
-    config = Config(augment="shift")
-    moved = mlp_cifar.augment(x, 0, config)
-    assert torch.equal(moved, mlp_cifar.augment(x, 0, config))
-    assert not torch.equal(moved, mlp_cifar.augment(x, 1, config))
+    moved = mlp_cifar.augment(x, 0, Config())
+    assert torch.equal(moved, mlp_cifar.augment(x, 0, Config()))
+    assert not torch.equal(moved, mlp_cifar.augment(x, 1, Config()))
     before, after = x.view(200, 32, 32, 3), moved.view(200, 32, 32, 3)
     kinds = set()
     for i in range(200):
@@ -410,42 +409,6 @@ def test_augmentation_flips_and_shifts_only(few_images):
                   if torch.equal(inner, source[2 + dy:30 + dy, 2 + dx:30 + dx])}
         assert len(kinds) > 0
     assert len(kinds) == 50
-
-
-def test_strong_augmentation_turns_zooms_and_shades_within_its_limits():
-    """Drawn are maps by image and step, not by content. So known images show what they are."""
-    B, config = 400, Config(augment="strong")
-
-    def moved(image_XX3):
-        image_P = image_XX3.expand(32, 32, 3).reshape(1, 3072)
-        after = mlp_cifar.augment(image_P.repeat(B, 1).to(torch.uint8), 3, config)
-        assert torch.equal(after, mlp_cifar.augment(image_P.repeat(B, 1).to(torch.uint8), 3, config))
-        return after.double().view(B, 32, 32, 3)
-
-    black, white = moved(torch.zeros(1)), moved(torch.full((1,), 255.0))
-    contrast_B = (white - black)[:, 0, 0, 0] / 255
-    assert 0.85 < contrast_B.min() < 0.9 and 1.1 < contrast_B.max() < 1.17
-    grey_B3 = moved(torch.full((1,), 120.0))[:, 0, 0] - 120
-    assert 30 < grey_B3.abs().max() < 38.01 and grey_B3.std(1).max() > 10
-    # Values are the column, the row, and nothing: an affine map of them, but for rounding.
-    line_X = torch.arange(32.0)
-    columns_XX, rows_XX = line_X.expand(32, 32), line_X[:, None].expand(32, 32)
-    places = moved(torch.stack([columns_XX, rows_XX, 0 * rows_XX], -1)) - black
-    places = places[..., :2] / contrast_B[:, None, None, None] - 15.5
-    inner = slice(11, 21)  # no edge can be in it
-    x_XX, y_XX = columns_XX[inner, inner] - 15.5, rows_XX[inner, inner] - 15.5
-    design = torch.stack([x_XX, y_XX, torch.ones(10, 10)], -1).reshape(100, 3).double()
-    target = places[:, inner, inner].reshape(B, 100, 2)
-    map_B32 = torch.linalg.lstsq(design.expand(B, 100, 3), target).solution
-    # Rounding moves a value by up to a half, and the fit a little.
-    assert (design @ map_B32 - target).abs().max() < 1.0
-    zoom_B = map_B32[:, :2].det().abs().sqrt()
-    assert 0.88 < zoom_B.min() < 0.93 and 1.07 < zoom_B.max() < 1.13
-    assert 180 < (map_B32[:, :2].det() < 0).sum() < 220  # flipped
-    turn_B = torch.atan2(map_B32[:, 0, 1], map_B32[:, 1, 1])
-    assert 0.12 < turn_B.abs().max() < 0.18 and turn_B.min() < 0 < turn_B.max()
-    shift_B2 = map_B32[:, 2]
-    assert 2.7 < shift_B2.abs().max() < 3.8  # 3 e^0.1 (cos 0.15 + sin 0.15) = 3.77
 
 
 def test_an_epoch_is_a_random_order_of_all_images():
@@ -607,7 +570,7 @@ def test_wrong_data_are_one_line_and_leave_nothing(kind, tmp_path):
 def test_the_same_command_goes_on_bit_identically(
         optimizer, every, end, tmp_path, monkeypatch, capsys, after_step):
     settings = dict(steps=60, evals=12, width=48, optimizer=optimizer, constrain_every=every)
-    whole, _ = run(tmp_path / "whole", augment="strong", **settings)
+    whole, _ = run(tmp_path / "whole", augment=True, **settings)
     out, steps = tmp_path / "run", []
 
     def stop(_):
@@ -618,7 +581,7 @@ def test_the_same_command_goes_on_bit_identically(
             signal.raise_signal(signal.SIGINT)
 
     after_step(stop)
-    monkeypatch.setattr(sys, "argv", ["mlp_cifar.py", "--augment", "strong", *flags(out, **settings)])
+    monkeypatch.setattr(sys, "argv", ["mlp_cifar.py", "--augment", *flags(out, **settings)])
     if end == "a kill":
         with pytest.raises(SystemExit):
             mlp_cifar.run_script()

@@ -337,11 +337,23 @@ def test_peers(tmp_path, capsys, monkeypatch):
     peers.main([*PEERS, "--layers", ";".join(names), "--csv", table])  # nothing is done twice
     assert Path(table).read_text() == before
     capsys.readouterr()
-    for search, factors in [(["--search"], (0.5, 1, 2)), (["--search", "0.1"], (0.1,))]:
-        peers.main([*PEERS, "--layers", "AOL, Adam", *search, "--holdout", "100", "--csv", table + ".rates"])
-        rates = re.findall(r"lr ([\d.]+)", capsys.readouterr().out)
-        assert [float(rate) for rate in rates] == [peers.PEERS["AOL, Adam"] * factor for factor in factors]
+    for search, factors in [(["--search"], (0.5, 1, 2)), (["--search", "0.1"], (0.1,)), (["--search", "2,1"], ())]:
+        peers.main([*PEERS, "--layers", "AOL, Adam", *search, "--holdout", "100", "--csv",
+                    table + ".rates"])
+        rates = re.findall(r"lr ([\d.]+)", capsys.readouterr().out)  # none is tried twice
+        assert [float(rate) for rate in rates] == pytest.approx([peers.PEERS["AOL, Adam"] * f for f in factors])
+    with open(table + ".rates", newline="") as file:
+        assert ["--holdout 100" in row["flags"] for row in csv.DictReader(file)] == [True] * 4
     assert Path(table).read_text() == before
+
+
+def test_sgd_is_as_its_authors_have_it():
+    config = mlp_cifar.Config.of("certified", width=16, depth=2, lowpass=4, lr=0.3)
+    _, (optimizer,), _ = peers.build(config, "AOL, SGD", torch.zeros(4, 3072, dtype=torch.uint8), 10)
+    assert isinstance(optimizer, torch.optim.SGD)
+    for group in optimizer.param_groups:
+        assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 5e-4)
+        assert group["peak_lr"] == 0.3
 
 
 @pytest.mark.parametrize("flags", [["--lr", "1"], ["--seed", "3"], ["--optimizer", "adamw"], ["--layers", "x"]])
@@ -430,8 +442,8 @@ def test_table(path):
     """Every figure of a CSV file is in the README, but for logarithms; of norm_free.csv the means."""
     if path.name == "norm_free.csv":
         return check_norm_free(path)
-    if path.name in ("measured.csv", "norm_free_searches.csv"):
-        return None  # see below; a list that no table repeats
+    if path.name in ("measured.csv", "norm_free_searches.csv", "peers_rates.csv"):
+        return None  # see below; lists that no table repeats
     known = set(re.findall(r"\d[\d.e]*", README.replace(",", " ")))
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
