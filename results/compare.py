@@ -3,11 +3,12 @@
     python results/compare.py mlp_cifar                             # 44 runs of the paper's network
     python results/compare.py shakespeare                           # of the paper's transformer, half as wide
     python results/compare.py mlp_cifar --seeds 3 --minutes 120     # adds two seeds to what is there
-    python results/compare.py mlp_cifar --search                    # the learning rates, on training data held out
+    python results/compare.py mlp_cifar --search --minutes 90       # the learning rates, on training data held out
 
 Other flags are those of the tutorial. Each run has a folder of its own below --out. The same command goes on
 where it was stopped. At the end: a table, compare.csv with a line a run, compare.png. One seed: 30 to 45
-minutes on one core. --search halves and doubles each learning rate at the middle strength: rates.csv.
+minutes on one core. --search halves and doubles the learning rate of each pair at its middle strength, until the
+best of them has a worse one on either side: rates.csv.
 """
 
 import argparse
@@ -100,37 +101,49 @@ def points_of(study, seeds):
 
 
 def rates_of(study):
-    """Of the search: each pair at its middle strength, with its learning rate halved and doubled."""
-    return [dict(optimizer=optimizer, constraint=constraint, w_max=strengths[len(strengths) // 2],
-                 lr=factor * lr, seed=0)
-            for constraint, pair in study["pairs"].items()
-            for optimizer, (lr, strengths) in pair.items() for factor in (1, 0.5, 2)]
+    """Of the search: each pair at its middle strength, with its learning rate."""
+    return [dict(optimizer=optimizer, constraint=constraint, w_max=strengths[len(strengths) // 2], lr=lr, seed=0)
+            for constraint, pair in study["pairs"].items() for optimizer, (lr, strengths) in pair.items()]
 
 
-def train_all(tutorial, study, config, points, minutes, base):
-    """Train each point until all are there or the time is over. Returns a row for each that is there."""
-    data = tutorial.load_data(config)
+def rates_beside(rows):
+    """Of the search: half and double the most accurate rate of each pair, where they are not among the rows."""
+    pairs = {}
+    for row in rows:
+        pairs.setdefault((row["optimizer"], row["constraint"]), {})[row["lr"]] = row
+    points = []
+    for of_pair in pairs.values():
+        best = max(of_pair, key=lambda lr: of_pair[lr].get("accuracy", 0.0))
+        for lr in (best / 2, 2 * best):
+            if lr not in of_pair:
+                settings = {key: of_pair[best][key] for key in SET_HERE}
+                points.append(dict(settings, lr=lr))
+    return points
+
+
+def train_all(tutorial, study, config, data, points, end, base):
+    """Train each point until all are there or the clock is at `end`. Returns a row for each that is there."""
     open_folder(tutorial, base, dict(vars(config), data=data[-1], out="", device=""))
     rows = []
-    trained = 0
-    began = time.perf_counter()
-    for row in points:
+    seconds = 0.0  # that the last run took
+    for point in points:
+        row = dict(point)
         out = base / "{optimizer}_{constraint}_{w_max:g}_lr{lr:g}_seed{seed}".format(**row)
         summary_file = out / "summary.json"
         wanted = change(config, study, out, **row)
         if summary_file.exists():
             refuse_other_settings(tutorial, out, wanted)
         else:
-            spent = time.perf_counter() - began
-            if spent + spent / max(1, trained) >= 60 * minutes:
+            began = time.perf_counter()
+            if began + seconds >= end:
                 continue
-            trained += 1
             try:
                 train(tutorial, wanted, data)
             except tutorial.UserError as problem:
                 if "diverged" not in str(problem):
                     raise
                 tutorial.write(summary_file, json.dumps(dict(diverged=str(problem))))
+            seconds = time.perf_counter() - began
         summary = json.loads(summary_file.read_text())
         result = "diverged"
         if "diverged" not in summary:
@@ -139,8 +152,7 @@ def train_all(tutorial, study, config, points, minutes, base):
                        bound_log10=float(summary[study["bound"]]), certified=summary[group][radius])
             result = f"{100 * row['accuracy']:.1f} %"
         rows.append(row)
-        each = (time.perf_counter() - began) / 60 / max(1, trained)
-        left = f"  about {each * (len(points) - len(rows)):.0f} minutes left" if trained else ""
+        left = f"  about {seconds * (len(points) - len(rows)) / 60:.0f} minutes left" if seconds else ""
         print(f"{len(rows):3d}/{len(points)}  {out.name:40}  {result}{left}", flush=True)
     if len(rows) < len(points):
         print(f"{len(points) - len(rows)} of {len(points)} runs are to come: give the same command again. "
@@ -255,12 +267,20 @@ def main(argv=None):
         if options.search:
             points = rates_of(study)
             config = dataclasses.replace(config, holdout=study["holdout"])
-        rows = train_all(tutorial, study, config, points, options.minutes, base)
+        data = tutorial.load_data(config)
+        end = time.perf_counter() + 60 * options.minutes
+        rows = []
+        while points:
+            trained = train_all(tutorial, study, config, data, points, end, base)
+            rows += trained
+            all_there = len(trained) == len(points)
+            points = rates_beside(rows) if options.search and all_there else []
     except tutorial.UserError as problem:
         parser.error(str(problem))
     if not rows:
         return
     if options.search:
+        rows.sort(key=lambda row: (row["optimizer"], row["constraint"], row["lr"]))
         write_rows(rows, base / "rates.csv")
         print(f"Every run: {base}/rates.csv")
         return

@@ -118,10 +118,27 @@ def test_compare_searches_rates_on_data_held_out(tmp_path, monkeypatch, capsys):
     for constraint, pair in compare.STUDIES["mlp_cifar"]["pairs"].items():
         for optimizer, (lr, strengths) in pair.items():
             mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
-            assert sorted(float(row["lr"]) for row in mine) == [lr / 2, lr, 2 * lr]
+            rates = {float(row["lr"]): float(row["accuracy"] or 0) for row in mine}
+            best = max(rates.values())
+            assert lr in rates and any({rate / 2, 2 * rate} <= rates.keys() for rate in rates if rates[rate] == best)
             assert {float(row["w_max"]) for row in mine} == {strengths[len(strengths) // 2]}
     file, = tmp_path.glob("muon_none_1_lr0.2_seed0/config.json")
     assert json.loads(file.read_text())["holdout"] == 100
+
+
+def test_a_search_of_rates_ends_inside_its_grid():
+    def rows_of(rates, optimizer):
+        return [dict(optimizer=optimizer, constraint="none", w_max=1, seed=0, lr=lr, **accuracy)
+                for lr, accuracy in rates.items()]
+
+    peak_at_4 = {2.0**i: dict(accuracy=1 / (1 + abs(i - 2))) for i in range(-3, 9)}
+    found = rows_of({1.0: peak_at_4[1.0]}, "muon") + rows_of({1.0: {}}, "adamw")  # the second diverges at each rate
+    while points := compare.rates_beside(found):
+        for point in points:
+            accuracy = peak_at_4[point["lr"]] if point["optimizer"] == "muon" else {}
+            found.append(dict(point, **accuracy))
+    assert sorted(row["lr"] for row in found if row["optimizer"] == "muon") == [0.5, 1, 2, 4, 8]
+    assert sorted(row["lr"] for row in found if row["optimizer"] == "adamw") == [0.5, 1, 2]
 
 
 def test_compare_starts_with_what_it_is_run_for():
