@@ -48,6 +48,7 @@ from muon import Muon, fast_dtype
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified tokens: RMS, at every embedding
+AT_ONCE = 32  # windows whose gradient is computed at a time: memory and speed, not the result
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector,
 # H heads, E = D / H, V characters in the vocabulary, N positions in a text, W windows of a text.
@@ -833,19 +834,26 @@ def main(config):
             # A batch consists of windows at random positions of the text. At each position the
             # model sees the characters up to there and must predict the next one. That makes B * T
             # predictions in one pass.
-            x_BT, y_BT = choose_batch(step, train_N, config)
+            inputs_BT, targets_BT = choose_batch(step, train_N, config)
 
             # The loss multiplies the logits by a temperature. A network with a small Lipschitz
             # constant has small logits; the factor lets it be confident all the same. The Lipschitz
             # bound is for the unscaled logits. Subtracting a margin from the scaled logit of the
             # right character asks that it lead by that margin, so that the answer survives a small
             # change of the embeddings.
-            y_BT = y_BT.to(device)
-            logits_BTV = config.loss_temperature * model(x_BT.to(device), dtype)
-            if config.margin:
-                logits_BTV = logits_BTV - config.margin * F.one_hot(y_BT, len(vocabulary))
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten())
-            loss.backward()
+            #
+            # The gradients of a few windows at a time add up to that of the batch. What autograd
+            # keeps of many windows would fill a laptop's memory.
+            loss = torch.zeros((), device=device)
+            for x_BT, y_BT in zip(inputs_BT.split(AT_ONCE), targets_BT.split(AT_ONCE)):
+                y_BT = y_BT.to(device)
+                logits_BTV = config.loss_temperature * model(x_BT.to(device), dtype)
+                if config.margin:
+                    logits_BTV = logits_BTV - config.margin * F.one_hot(y_BT, len(vocabulary))
+                share = len(x_BT) / config.batch
+                part = share * F.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten())
+                part.backward()
+                loss += part.detach()
 
             # The learning rate decays linearly to 0. A step of Muon does not become smaller by
             # itself near an optimum, so only this averages the noise of the batches out. AdamW also
@@ -873,7 +881,7 @@ def main(config):
             # most 1.
             model.embedding_VD.data.copy_(cap_rows(model.embedding_VD.data))
 
-            losses.append(loss.detach())
+            losses.append(loss)
             done = step + 1
             if done % 10 and done not in eval_steps and not stops:
                 continue  # what follows forces a GPU to synchronise

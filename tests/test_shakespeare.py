@@ -867,6 +867,29 @@ def test_loss_of_a_batch(tmp_path, little_text):
     assert checkpoint(out)["log"][0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_gradients_of_parts_add_up_to_that_of_the_batch(at_once, tmp_path, monkeypatch, after_step):
+    """At the first step, when the weights are the same. 3 does not divide the batch of 4."""
+    gradients = []
+
+    def note(optimizer):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients.extend(p.grad.clone() for p in parameters if p.dtype == torch.float32)  # (float64: a certificate's)
+
+    after_step(note)
+    settings = dict(steps=1, evals=1, dtype="float32", loss_temperature=3.0)
+    whole = run(tmp_path / "whole", **settings)[0]
+    of_batch = gradients[:]
+    gradients.clear()
+    monkeypatch.setattr(shakespeare, "AT_ONCE", at_once)
+    parts = run(tmp_path / "parts", **settings)[0]
+    assert sum(gradient.norm() > 0 for gradient in of_batch) > 4  # (others begin behind a matrix of zeros)
+    for expected, found in zip(of_batch, gradients, strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    loss, again = (checkpoint(out)["log"][0]["train_loss"] for out in (whole, parts))
+    assert loss == pytest.approx(again, rel=1e-6)
+
+
 def test_lipschitz2_is_plain100_with_a_50th_of_the_logits(tmp_path):
     """A loss temperature makes up for any scale: the same training, and another constant."""
     summaries = []
