@@ -51,9 +51,11 @@ TEXT = ("--data stand-in --width 16 --blocks 2 --heads 2 --hidden 32 --seq_len 2
 
 @pytest.fixture(scope="module", autouse=True)
 def small_data(few_images, little_text):
-    """Little data, and certificates that are tuned in few steps."""
+    """Little data, certificates that are tuned in few steps, and no picture of each run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shakespeare, "tuned", tune_little)
+        patch.setattr(mlp_cifar, "draw", lambda path, *rest: path.write_bytes(b"a picture"))
+        patch.setattr(shakespeare, "draw", lambda path, *rest: path.write_bytes(b"a picture"))
         yield
 
 
