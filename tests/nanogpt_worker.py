@@ -11,6 +11,8 @@ import signal
 import sys
 import traceback
 
+import torch._dynamo  # noqa: F401  Adam imports it when it is first made; what a server has, its forks have
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

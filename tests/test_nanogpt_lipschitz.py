@@ -763,13 +763,10 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
     }
     settings = flags(micro_batch=1, steps=20)
     ended, seconds = {}, {}
-    exception = start(WORKER, "exception", tmp_path, *settings, *cases["exception"][0], processes=2)
-    for kind in ("disk", "token", "checkpoint", "flag"):
+    for kind in cases:
         began = time.time()
         ended[kind] = spread(tmp_path / f"{kind}_spread", 2, kind, *settings, *cases[kind][0])
         seconds[kind] = time.time() - began
-    status, _, errors = end(exception, timeout=90)
-    ended["exception"] = status == 0, errors
     for kind, (good, errors) in ended.items():
         assert not good and cases[kind][1] in errors, (kind, errors[-3000:])
         own = [line for line in errors.splitlines() if line.startswith("nanogpt_lipschitz.py: ")]
@@ -782,7 +779,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path):
 
 # ---- CUDA without a GPU: steps of main on fake tensors, see results/memory.py ----------------------------------------
 SMALL = ["--preset", "cap1", "--blocks", "2", "--residual_scale", "1", "--seq_len", "8192"]
-FULL = ("cap1", "tight")  # at full size; specnorm8 and baseline are of the same shapes as cap1
+FULL = ("cap1",)  # at full size, as half a minute is enough
 FAKE = {**{name: case for name, case in zip(memory.PRESETS, memory.CASES) if name in FULL}, "two micro-batches": [[*SMALL, "--batch", "2"], 0, 1, 99, False],
         **{name: [[*SMALL, "--batch", "1", "--constraint", name], 0, 1, 99, False]
            for name in ("spectral_weight_decay", "specnorm", "stiefel", "soft_cap", "hard_cap")},
@@ -792,7 +789,7 @@ SVD = "by_svd"  # whether some matrix needs an SVD instead: one look a step and 
 EIGH = "hard_cap linalg.eigh"  # the host reads its error code
 FIRST = [{SVD, EIGH}, set(), set()]  # a hard cap in a run's first step, and each 64th, as nothing is known of weights
 WAITS = {
-    "cap1": FIRST, "tight": FIRST, "soft_cap": FIRST, "two micro-batches": FIRST,
+    "cap1": FIRST, "soft_cap": FIRST, "two micro-batches": FIRST,
     "stiefel": [{SVD}] * 3,  # msign is checked at every step
     "hard_cap": [{SVD, EIGH}, set(), {SVD, EIGH}]}  # it waits a step or more where it can
 
@@ -805,7 +802,7 @@ def short(wait):
 
 @pytest.mark.skipif(not memory.possible(), reason="needs g++, Linux, and a CPU build of torch")
 def test_on_fake_cuda():
-    """One test, as all cases are of one process: half a minute."""
+    """One test, as all cases are of one process."""
     found = dict(zip(FAKE, memory.on_fake_cuda(list(FAKE.values()))))
     for name in FAKE:
         if "rank" not in name:
