@@ -5,8 +5,8 @@ exceeds its limit. So the network is as Lipschitz as the limits say, after every
 certifies images: one with a large margin keeps its class under *every* perturbation up to a radius.
 
 COMMANDS
-    python mlp_cifar.py                                      # a minute, once CIFAR-10 is there
-    python mlp_cifar.py --preset paper                       # the paper's settings; --help has more
+    python mlp_cifar.py                                      # half a minute, once CIFAR-10 is there
+    python mlp_cifar.py --preset paper                       # the paper's network; --help has more
     python mlp_cifar.py --optimizer adamw --constraint none  # no constraint: see how the norms grow
     python mlp_cifar.py --out DIR                            # stopped, the same command goes on
 

@@ -1,4 +1,4 @@
-"""The picture at the top of the README: singular values of one matrix over training, under each method.
+"""A picture of the README: singular values of one matrix over training, under each method.
 
     python results/method.py                         # a few minutes on two cores
     python results/method.py --data DIR --out FOLDER

@@ -34,7 +34,6 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import nanogpt_lipschitz as nano  # noqa: E402
-from constraints import power  # noqa: E402
 
 ROWS = {  # name: preset, what differs from it
     "norm layers": ("tiny_baseline", dict()),
@@ -207,7 +206,7 @@ def group(rows):
 
 def table(rows, shape, steps):
     """Lines of a table: means and spreads over seeds, the largest bound, entry and logit."""
-    lines = ["| network | seeds | loss | right | valid bound | largest entry | largest logit |",
+    lines = ["| network | seeds | loss | accuracy | valid bound | largest entry | largest logit |",
              "|---|---|---|---|---|---|---|"]
     for (own_shape, name, own_steps), seeds in group(rows).items():
         if (own_shape, own_steps) != (shape, steps):
@@ -223,9 +222,9 @@ def table(rows, shape, steps):
         right = sum(float(row["val_accuracy"]) for row in seeds) / len(seeds)
         largest = {key: max(float(row[key]) for row in seeds)
                    for key in ("lipschitz_log10", "largest_entry", "largest_logit")}
-        bound = "none"
+        bound = "not computed"
         if math.isfinite(largest["lipschitz_log10"]):
-            bound = power(largest["lipschitz_log10"])
+            bound = f"10^{math.ceil(100 * largest['lipschitz_log10']) / 100:.2f}"
         lines.append(f"| {name} | {len(seeds)} | {loss} | {right:.1%} | {bound} | "
                      f"{largest['largest_entry']:.0f} | {largest['largest_logit']:.1f} |")
     return lines
@@ -268,7 +267,7 @@ def draw(rows, shape, steps, path):
     panel.set(xlabel="valid Lipschitz bound of the trained network, embeddings to logits",
               ylabel="validation loss, nats a byte")
     panel.set_title(f"{shape}, {steps} steps. Points: no norm layers, within a bound, one a seed. "
-                    "Grey lines: no bound, mean of seeds.\n"
+                    "Grey lines: no bound computed, mean of seeds.\n"
                     "odd, last: which blocks attend by content, the others by position. offset: heads "
                     "that can copy alone.", fontsize="medium")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
