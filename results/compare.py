@@ -106,18 +106,22 @@ def rates_of(study):
             for constraint, pair in study["pairs"].items() for optimizer, (lr, strengths) in pair.items()]
 
 
+def beside_the_best(tried):
+    """Half and double the best rate, where they are not tried. tried: {rate: accuracy}."""
+    best = max(tried, key=tried.get)
+    return [rate for rate in (best / 2, 2 * best) if rate not in tried]
+
+
 def rates_beside(rows):
-    """Of the search: half and double the most accurate rate of each pair, where they are not among the rows."""
+    """Of the search: what is to be tried next, given the rows of all pairs."""
     pairs = {}
     for row in rows:
-        pairs.setdefault((row["optimizer"], row["constraint"]), {})[row["lr"]] = row
+        pairs.setdefault((row["optimizer"], row["constraint"]), []).append(row)
     points = []
     for of_pair in pairs.values():
-        best = max(of_pair, key=lambda lr: of_pair[lr].get("accuracy", 0.0))
-        for lr in (best / 2, 2 * best):
-            if lr not in of_pair:
-                settings = {key: of_pair[best][key] for key in SET_HERE}
-                points.append(dict(settings, lr=lr))
+        settings = {key: of_pair[0][key] for key in SET_HERE}
+        rates = beside_the_best({row["lr"]: row.get("accuracy", 0.0) for row in of_pair})
+        points += [dict(settings, lr=lr) for lr in rates]
     return points
 
 

@@ -1,8 +1,7 @@
 """Certified accuracy on CIFAR-10 after equal minutes: other layers of norm 1 in the same training loop.
 
     python results/peers.py --data DIR                   # 5 minutes a run, on as many threads as torch takes
-    python results/peers.py --data DIR --search          # each rate halved and doubled, on images held out
-    python results/peers.py --data DIR --search 0.1,10   # a tenth of each rate, and ten times that
+    python results/peers.py --data DIR --search          # the learning rates, on images held out
     pip install deel-torchlip==1.0.5                     # first, for the row of its layers
 
 The network, loss, augmentation, batch and certificate are those of `mlp_cifar.py --preset certified`. What
@@ -16,12 +15,12 @@ differs is how a layer keeps to a norm of 1, and the optimizer:
 
 Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the
 loss temperature divided by that ratio, and the same margin: 4.6 and 5.66, where AOL's authors have 4 and
-5.66. The learning rate falls to 0 over the minutes. The certificate is computed after them.
+5.66. The learning rate falls to 0 over the minutes. The certificate is computed after them. --search halves and
+doubles each rate, until the one that certifies most has a worse one on either side.
 """
 
 import argparse
 import csv
-import itertools
 import math
 import sys
 import time
@@ -34,6 +33,7 @@ from torch.nn.utils import parametrizations, parametrize
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mlp_cifar  # noqa: E402
+from compare import beside_the_best  # noqa: E402
 from constraints import find_constraint, sigma_per_norm  # noqa: E402
 
 try:
@@ -136,20 +136,16 @@ def main(argv=None):
     parser.add_argument("--layers", default=";".join(PEERS), help="names, with semicolons [all]")
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, each run [5]")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each [3]")
-    parser.add_argument("--search", nargs="?", const="0.5,1,2", metavar="FACTORS",
-                        help="rates times these, on images held out [0.5,1,2]")
+    parser.add_argument("--search", action="store_true", help="learning rates, on 5000 images held out, one seed")
     parser.add_argument("--csv", help="[results/peers.csv; with --search results/peers_rates.csv]")
     options, flags = parser.parse_known_args(argv)
     names = options.layers.split(";")
-    usual = "results/peers.csv" if options.search is None else "results/peers_rates.csv"
+    usual = "results/peers_rates.csv" if options.search else "results/peers.csv"
     path = Path(options.csv or usual)
     if not set(names) <= set(PEERS):
         parser.error(f"--layers {options.layers}: must be among {'; '.join(PEERS)}")
     config = mlp_cifar.parse_arguments(["--preset", "certified", *flags])
-    factors = [1.0]
-    if options.search is not None:
-        with mlp_cifar.explain(f"--search {options.search}", "give factors of the rates, as 0.5,1,2"):
-            factors = [float(factor) for factor in options.search.split(",")]
+    if options.search:
         config.holdout = config.holdout or 5000
     certified = vars(mlp_cifar.Config.of("certified"))
     changed = [f"--{key} {value}" for key, value in vars(config).items()
@@ -168,22 +164,32 @@ def main(argv=None):
     if data[2] == "stand-in":
         changed.append("--data stand-in")
     flags = " ".join(changed)
-    done = {(row["layers"], float(row["lr"]), int(row["seed"]), float(row["minutes"]), row["flags"])
-            for row in rows}
-    seeds = options.seeds if options.search is None else 1
-    for seed in range(seeds):
-        for name, factor in itertools.product(names, factors):
-            config.seed = seed
-            config.lr = float(f"{PEERS[name] * factor:g}")
-            if (name, config.lr, seed, options.minutes, flags) in done:
-                continue
-            row = dict(train(config, name, options.minutes, data), flags=flags)
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-            rows.append(row)
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+
+    def known(name, seed):
+        """{rate: certified share} of the rows that are there."""
+        mine = [row for row in rows if (row["layers"], int(row["seed"]), row["flags"]) == (name, seed, flags)
+                and float(row["minutes"]) == options.minutes]
+        return {float(row["lr"]): float(row.get("certified_36") or 0) for row in mine}
+
+    def add(name, seed, lr):
+        if lr in known(name, seed):
+            return
+        config.seed = seed
+        config.lr = lr
+        row = dict(train(config, name, options.minutes, data), flags=flags)
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    for seed in range(1 if options.search else options.seeds):
+        for name in names:
+            add(name, seed, PEERS[name])
+            while options.search and (rates := beside_the_best(known(name, seed))):
+                for lr in rates:
+                    add(name, seed, lr)
 
 
 if __name__ == "__main__":
