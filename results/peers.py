@@ -46,7 +46,7 @@ PEERS = {  # name: peak learning rate; Muon's is shared by the layers
     "Stiefel": 0.2,
     "AOL, Adam": 0.00075,
     "AOL, SGD": 0.05,
-    "SpectralLinear": 0.003,
+    "SpectralLinear": 0.0015,
 }
 CONSTRAINTS = {"soft cap": "soft_cap", "Stiefel": "stiefel"}
 FIELDS = ("layers", "lr", "seed", "minutes", "flags", "steps", "accuracy", "certified_36", "certified_72",
