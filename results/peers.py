@@ -43,7 +43,7 @@ except ImportError:  # it is for this script only, and not in requirements.txt
 
 PEERS = {  # name: peak learning rate; Muon's is shared by the layers
     "soft cap": 0.2,
-    "Stiefel": 0.2,
+    "Stiefel": 0.4,
     "AOL, Adam": 0.00075,
     "AOL, SGD": 0.05,
     "SpectralLinear": 0.0015,
