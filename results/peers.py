@@ -22,6 +22,7 @@ doubles each rate, until the one that certifies most has a worse one on either s
 import argparse
 import csv
 import math
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,29 @@ def train(config, name, minutes, data):
     return dict(row, steps=step, **shares)
 
 
+def spread(values):
+    """Mean and standard deviation of percentages."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation} %"
+
+
+def table(rows):
+    """Lines of a table, one for layers, rate and minutes: means and spreads over the seeds."""
+    titles = ["accuracy", "certified at 36/255", "at 72/255", "at 108/255"]
+    lines = [f"| layers | learning rate | ms a step | {' | '.join(titles)} |", "|---" * 7 + "|"]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["layers"], float(row["lr"]), float(row["minutes"])), []).append(row)
+    for (name, lr, minutes), seeds in groups.items():
+        if any(row["accuracy"] == "diverged" for row in seeds):
+            cells = ["", "diverged", "", "", ""]
+        else:
+            cells = [f"{60_000 * minutes / statistics.mean(int(row['steps']) for row in seeds):.0f}",
+                     *(spread([float(row[key]) for row in seeds]) for key in RADII)]
+        lines.append(f"| {name} | {lr:g} | {' | '.join(cells)} |")
+    return lines
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -190,6 +214,7 @@ def main(argv=None):
             while options.search and (rates := beside_the_best(known(name, seed))):
                 for lr in rates:
                     add(name, seed, lr)
+    print("\n".join(table([row for row in rows if row["flags"] == flags])))
 
 
 if __name__ == "__main__":

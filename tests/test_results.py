@@ -355,7 +355,7 @@ def test_peers(tmp_path, capsys, monkeypatch):
     before = Path(table).read_text()
     peers.main([*PEERS, "--layers", ";".join(names), "--csv", table])  # nothing is done twice
     assert Path(table).read_text() == before
-    capsys.readouterr()
+    assert capsys.readouterr().out.count("\n| ") >= 2 * (1 + len(names))  # each time a table
     train = peers.train
     search = [*PEERS, "--layers", "AOL, Adam", "--search", "--holdout", "100", "--csv", table + ".rates"]
     monkeypatch.setattr(peers, "train", lambda config, *rest: dict(
@@ -367,6 +367,14 @@ def test_peers(tmp_path, capsys, monkeypatch):
     with open(table + ".rates", newline="") as file:
         assert ["--holdout 100" in row["flags"] for row in csv.DictReader(file)] == [True] * 4
     assert Path(table).read_text() == before
+
+
+def test_rates_of_peers_are_inside_their_grids():
+    with open(ROOT / "results" / "peers_rates.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, rate in peers.PEERS.items():
+        tried = {float(row["lr"]): float(row["certified_36"] or 0) for row in rows if row["layers"] == name}
+        assert tried[rate] == max(tried.values()) and {rate / 2, 2 * rate} <= tried.keys(), name
 
 
 def test_sgd_is_as_its_authors_have_it():
@@ -459,11 +467,19 @@ def check_norm_free(path):
             assert line in README
 
 
+def check_peers(path):
+    with open(path, newline="") as file:
+        lines = peers.table(list(csv.DictReader(file)))
+    assert len(lines) == 2 + len(peers.PEERS) and "\n".join(lines) in README
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name)
 def test_table(path):
-    """Every figure of a CSV file is in the README, but for logarithms; of norm_free.csv the means."""
+    """Every figure of a CSV file is in the README, but for logarithms; of norm_free.csv and peers.csv the means."""
     if path.name == "norm_free.csv":
         return check_norm_free(path)
+    if path.name == "peers.csv":
+        return check_peers(path)
     if path.name in ("measured.csv", "norm_free_searches.csv", "peers_rates.csv"):
         return None  # see below; lists that no table repeats
     known = set(re.findall(r"\d[\d.e]*", README.replace(",", " ")))
