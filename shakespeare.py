@@ -48,7 +48,7 @@ from muon import Muon, fast_dtype
 SCRIPT = "shakespeare"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified tokens: RMS, at every embedding
-AT_ONCE = 32  # windows whose gradient is computed at a time: memory and speed, not the result
+AT_ONCE = 32  # windows whose gradient is computed at a time; the sum is the same but for rounding
 
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector,
 # H heads, E = D / H, V characters in the vocabulary, N positions in a text, W windows of a text.
@@ -833,7 +833,7 @@ def main(config):
         for step in count_steps(start, config.steps):
             # A batch consists of windows at random positions of the text. At each position the
             # model sees the characters up to there and must predict the next one. That makes B * T
-            # predictions in one pass.
+            # predictions a step.
             inputs_BT, targets_BT = choose_batch(step, train_N, config)
 
             # The loss multiplies the logits by a temperature. A network with a small Lipschitz

@@ -108,8 +108,11 @@ def rates_of(study):
 
 def beside_the_best(tried):
     """Half and double the best rate, where they are not tried. tried: {rate: accuracy}."""
-    best = max(tried, key=tried.get)
-    return [rate for rate in (best / 2, 2 * best) if rate not in tried]
+    best = max(tried.values())
+    rates = [rate for rate in tried if tried[rate] == best]  # two that are equal are both gone beyond
+    if best == 0:
+        rates = rates[:1]
+    return sorted({near for rate in rates for near in (rate / 2, 2 * rate)} - tried.keys())
 
 
 def rates_beside(rows):

@@ -14,9 +14,9 @@ differs is how a layer keeps to a norm of 1, and the optimizer:
     SpectralLinear      deel-torchlip: division by a power iteration's norm, then Bjorck's iteration; Adam
 
 Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the
-loss temperature divided by that ratio, and the same margin: 4.6 and 5.66, where AOL's authors have 4 and
-5.66. The learning rate falls to 0 over the minutes. The certificate is computed after them. --search halves and
-doubles each rate, until the one that certifies most has a worse one on either side.
+loss temperature divided by that ratio, 4.6, and the same margin, 5.66. AOL's authors have 4 and 5.66. The learning rate falls to 0 over the minutes. The certificate is computed after them. --search halves and
+doubles each rate, until the one that certifies most has a worse one on either side. Two processes need
+an OMP_NUM_THREADS of 1 and a --csv each.
 """
 
 import argparse
@@ -86,6 +86,10 @@ def build(config, name, images_NP, classes):
         optimizers = mlp_cifar.build_optimizers(model, config, config.limits(), constraint, dtype)
         return model, optimizers, config.loss_temperature
     ratio = math.prod(sigma_per_norm(W) for W in model.weights)
+    for W in model.weights:
+        # Singular values of 1 to start with, as their authors have it. What follows does not depend on the size of W,
+        # but the gradient of W is larger the smaller W is.
+        W.data /= sigma_per_norm(W)
     keep_norms(model, name)
     groups = [dict(params=list(model.weights.parameters()), peak_lr=config.lr),
               dict(params=list(model.biases), peak_lr=0.01)]
