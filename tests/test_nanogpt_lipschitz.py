@@ -783,7 +783,7 @@ FULL = ("cap1",)  # at full size, as half a minute is enough
 FAKE = {**{name: case for name, case in zip(memory.PRESETS, memory.CASES) if name in FULL}, "two micro-batches": [[*SMALL, "--batch", "2"], 0, 1, 99, False],
         **{name: [[*SMALL, "--batch", "1", "--constraint", name], 0, 1, 99, False]
            for name in ("spectral_weight_decay", "specnorm", "stiefel", "soft_cap", "hard_cap")},
-        **{f"rank {rank}": [SMALL, rank, 8, 1] for rank in (0, 3, 7)}}
+        **{f"rank {rank}": [SMALL, rank, 8, 1, False] for rank in (0, 3, 7)}}
 # Waits for the device that stay: {steps: why}. Each takes a function of constraints.py, and what it waits for.
 SVD = "by_svd"  # whether some matrix needs an SVD instead: one look a step and shape of matrices
 EIGH = "hard_cap linalg.eigh"  # the host reads its error code
