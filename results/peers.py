@@ -4,13 +4,13 @@
     python results/peers.py --data DIR --search          # the learning rates, on images held out
     pip install deel-torchlip==1.0.5                     # first, for the row of its layers
 
-The network, loss, augmentation, batch and certificate are those of `mlp_cifar.py --preset certified`. What
-differs is how a layer keeps to a norm of 1, and the optimizer:
+The network, loss, augmentation and certificate are those of `mlp_cifar.py --preset certified`, and so is the
+batch, but where a name says otherwise. What differs is how a layer keeps to a norm of 1, and the optimizer:
 
     soft cap, Stiefel   this project: Muon, and a constraint after its steps
     AOL                 Prach and Lampert (2022): W D, with D_jj = (sum_i |W^T W|_ij)^(-1/2), so that
-                        D W^T W D <= I; Adam, and SGD with its authors' Nesterov momentum of 0.9 and weight
-                        decay of 5e-4; they have batches of 250, and a rate that drops three times
+                        D W^T W D <= I; Adam, and SGD with its authors' Nesterov momentum of 0.9, weight decay
+                        of 5e-4 and small batches; their rate drops three times
     SpectralLinear      deel-torchlip: division by a power iteration's norm, then Bjorck's iteration; Adam
 
 Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the
@@ -21,6 +21,7 @@ an OMP_NUM_THREADS of 1 and a --csv each.
 
 import argparse
 import csv
+import dataclasses
 import math
 import statistics
 import sys
@@ -46,11 +47,13 @@ PEERS = {  # name: peak learning rate; Muon's is shared by the layers
     "soft cap": 0.2,
     "Stiefel": 0.4,
     "AOL, Adam": 0.00075,
+    "AOL, Adam, small batches": 0.00075,
     "AOL, SGD": 0.05,
     "SpectralLinear": 0.0015,
 }
+SMALL_BATCHES = ("AOL, Adam, small batches", "AOL, SGD")  # an eighth, 256; AOL's authors have 250
 CONSTRAINTS = {"soft cap": "soft_cap", "Stiefel": "stiefel"}
-FIELDS = ("layers", "lr", "seed", "minutes", "flags", "steps", "accuracy", "certified_36", "certified_72",
+FIELDS = ("layers", "lr", "batch", "seed", "minutes", "flags", "steps", "accuracy", "certified_36", "certified_72",
           "certified_108")
 RADII = {"accuracy": 0.0, "certified_36": 36 / 255, "certified_72": 72 / 255, "certified_108": 108 / 255}
 
@@ -107,7 +110,7 @@ def train(config, name, minutes, data):
     classes = 1 + labels_N.max().item()
     model, optimizers, temperature = build(config, name, images_NP, classes)
     _, dtype = mlp_cifar.choose_device(config)
-    row = dict(layers=name, lr=config.lr, seed=config.seed, minutes=minutes)
+    row = dict(layers=name, lr=config.lr, batch=config.batch, seed=config.seed, minutes=minutes)
     step = 0
     began = time.monotonic()
     while (share := (time.monotonic() - began) / (60 * minutes)) < 1:
@@ -202,9 +205,9 @@ def main(argv=None):
     def add(name, seed, lr):
         if lr in known(name, seed):
             return
-        config.seed = seed
-        config.lr = lr
-        row = dict(train(config, name, options.minutes, data), flags=flags)
+        batch = config.batch // 8 if name in SMALL_BATCHES else config.batch
+        own = dataclasses.replace(config, seed=seed, lr=lr, batch=batch)
+        row = dict(train(own, name, options.minutes, data), flags=flags)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         rows.append(row)
         with open(path, "w", newline="") as file:

@@ -350,6 +350,7 @@ def test_peers(tmp_path, capsys, monkeypatch):
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["layers"] for row in rows] == names
+    assert [row["layers"] for row in rows if row["batch"] == "8"] == ["AOL, Adam, small batches", "AOL, SGD"]
     for row in rows:
         assert 100 >= float(row["accuracy"]) >= float(row["certified_36"]) >= float(row["certified_108"]) >= 0
         assert int(row["steps"]) > 0 and "--width 16" in row["flags"] and "stand-in" in row["flags"]
