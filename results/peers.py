@@ -13,10 +13,11 @@ batch, but where a name says otherwise. What differs is how a layer keeps to a n
                         of 5e-4 and small batches; their rate drops three times
     SpectralLinear      deel-torchlip: division by a power iteration's norm, then Bjorck's iteration; Adam
 
-Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the
-loss temperature divided by that ratio, 4.6, and the same margin, 5.66. AOL's authors have 4 and 5.66. The learning rate falls to 0 over the minutes. The certificate is computed after them. --search halves and
-doubles each rate, until the one that certifies most has a worse one on either side. Two processes need
-an OMP_NUM_THREADS of 1 and a --csv each.
+Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the loss
+temperature divided by that ratio, 4.6, and the same margin, 5.66. AOL's authors have 4 and 5.66. The learning
+rate falls to 0 over the minutes. The certificate is computed after them. --search halves and doubles each rate,
+until the one that certifies most has a worse one on either side. Two processes need an OMP_NUM_THREADS of 1 and
+a --csv each. Muon and the soft cap compute in bfloat16, the others' constraints in float32, as they come.
 """
 
 import argparse
