@@ -36,7 +36,7 @@ from torch.nn.utils import parametrizations, parametrize
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mlp_cifar  # noqa: E402
-from compare import beside_the_best  # noqa: E402
+from compare import beside_the_best, spread  # noqa: E402
 from constraints import find_constraint, sigma_per_norm  # noqa: E402
 
 try:
@@ -139,12 +139,6 @@ def train(config, name, minutes, data):
     return dict(row, steps=step, **shares)
 
 
-def spread(values):
-    """Mean and standard deviation of percentages."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation} %"
-
-
 def table(rows):
     """Lines of a table, one for layers, rate and minutes: means and spreads over the seeds."""
     titles = ["accuracy", "certified at 36/255", "at 72/255", "at 108/255"]
@@ -157,7 +151,7 @@ def table(rows):
             cells = ["", "diverged", "", "", ""]
         else:
             cells = [f"{60_000 * minutes / statistics.mean(int(row['steps']) for row in seeds):.0f}",
-                     *(spread([float(row[key]) for row in seeds]) for key in RADII)]
+                     *(f"{spread([float(row[key]) / 100 for row in seeds])} %" for key in RADII)]
         lines.append(f"| {name} | {lr:g} | {' | '.join(cells)} |")
     return lines
 
