@@ -12,9 +12,9 @@ On a first reading part I is enough. Every constraint has one signature,
 
 for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
 `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
-the steps since the last use can have led; infinity means that W may be anything. For the decays it
-is the learning rate. With w = w_max * sqrt(fan_out / fan_in), the limit on singular values, and s_1
-the largest of them:
+the steps since the last use can have led. Infinity means that W may be anything. The decays take it
+for the learning rate. With w = w_max * sqrt(fan_out / fan_in), the limit on singular values, and
+s_1, the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
@@ -61,15 +61,18 @@ def sigma_per_norm(W):
 
 
 def singular_values(W):
-    """Singular values of W (..., fan_out, fan_in) in RMS->RMS units, largest first.
+    """All singular values of W (..., fan_out, fan_in), largest first, divided by sigma_per_norm(W).
 
-    In float64 and on the CPU.
+    So the first is the RMS->RMS norm. In float64 and on the CPU.
     """
     return torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
 
 
 def sigma(W):
-    """Largest singular value of W (..., fan_out, fan_in), shape (...), in the precision of W."""
+    """Largest singular value of W (..., fan_out, fan_in), shape (...), in the precision of W.
+
+    Not in RMS->RMS units.
+    """
     largest = avoid_zero(W.abs().amax((-2, -1), keepdim=True))
     eigenvalue = eigvalsh(gram(W / largest))[..., -1]  # divided, as squares overflow
     return eigenvalue.clamp(min=0).sqrt() * largest[..., 0, 0]
@@ -90,11 +93,11 @@ def in_float64(W):
 
 
 # A bound on the norm from above, by products alone (Delattre et al. 2023):
-#   1. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
-#   2. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)).
-#   3. Rescale A before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
-#   4. Before that divide W by its largest entry. So s_1^2 is from 1 to fan_out * fan_in, and its
-#      logarithm is small enough for float32, as Apple's GPUs have no float64.
+#   1. Divide W by its largest entry. Then s_1^2 is from 1 to fan_out * fan_in, so its logarithm is
+#      small enough for float32. Apple's GPUs have no float64.
+#   2. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
+#   3. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)).
+#   4. Rescale A before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
 def norm_bound(W, squarings=10):
     """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...).
 
@@ -280,6 +283,8 @@ def hard_cap(W, w_max, step_norm=0.0):
 
 
 # ---- soft cap: the hard cap as a polynomial, for s at most k = w + step, just above the limit ----
+# A first cubic pulls large singular values x down, and a second gives back to small ones what the
+# first took.
 #   1. Take y = x - alpha x^3, then z = y + alpha y^3. Small x stay, as z = x - 3 alpha^2 x^5 + ...
 #   2. Ask that z(k) = w. With t = alpha k^2 this is
 #      w / k = (1 - t)(1 + t (1 - t)^2) = 1 - 3 t^2 + 3 t^3 - t^4, so t^4 - 3 t^3 + 3 t^2 = 1 - w/k.
@@ -316,7 +321,7 @@ def soft_cap_alpha(w, k):
 #   8. A matrix written from outside may have alpha s^2 > 1, where the polynomial explodes. So W is
 #      first divided by sqrt(c), with c = max(1, ||T^2||_F^(1/2)) >= alpha s_1^2. Then
 #      alpha s^2 <= 1, and what comes out is at most the peak of step 3, (62/81) / sqrt(3 alpha):
-#      1.3 w for steps of 5 %. It is 0 if squares overflow.
+#      1.3 w for steps of 5 %. Where squares overflow, the result is the zero matrix.
 #   9. For matrices within range c = 1, unless very many singular values sit near the limit, so that
 #      t rank^(1/4) > 1 there. W is then scaled down a little more than needed, which is safe.
 @full_sums()
@@ -341,18 +346,19 @@ def soft_cap_map(W, alpha, dtype=None):
 # How far do the roundings of bfloat16 lead? In a matrix of one entry there are 13 of a relative
 # 2^-8: two of W in A, one of A and one of alpha A, all of which enter E squared, so 8; W
 # once more; one each of T^2, the bracket of step 6, E and E W. At worst they add up to 13/256 E W.
-# So alpha is solved for a limit that is lower by step_norm / 16. For larger matrices that is
+# At the top of the range E W is what the cap takes off, step_norm. So alpha is solved for a limit
+# that is lower by step_norm / 16, which is 16/256. For larger matrices that is
 # experience, not proof. A matrix of entries just beside the middle of two bfloat16 numbers, made to
 # break it, ends at 1.012 w_max (tests/test_constraints.py).
 def soft_cap(W, w_max, step_norm=0.0):
-    """All s <= w_max + step_norm (in RMS->RMS) to at most w_max, by the cubics above.
+    """All s up to w_max + step_norm, in RMS->RMS units, to at most w_max, by the cubics above.
 
-    In products alone. Small s hardly change; s near the limit are pulled a little below it.
-    step_norm has to be right: where steps have no known norm (AdamW's) use after_unknown_step. For
-    a step_norm above 1.26 w_max this is hard_cap. The limit holds to a relative 1e-4 in float32 and
-    float64. For float32 weights and steps up to 0.3 w_max, on devices where bfloat16 is fast, it
-    computes in bfloat16, and the limit is exceeded by up to 1.2 % in the worst case known. For a
-    proof take hard_cap.
+    It needs matrix products only. Small s hardly change; s near the limit are pulled a little below
+    it. The limit holds to a relative 1e-4 in float32 and float64. But on devices where bfloat16 is
+    fast it computes in bfloat16, for float32 weights and steps up to 0.3 w_max. Then the limit is
+    exceeded by up to 1.2 % in the worst case known. For a proof take hard_cap. step_norm has to be
+    right: where steps have no known norm, as AdamW's, use after_unknown_step. For a step_norm above
+    1.26 w_max this is hard_cap.
     """
     check(W, w_max, step_norm)
     k = w_max + step_norm

@@ -1,8 +1,9 @@
 """Tutorial 1: an MLP on CIFAR-10 whose Lipschitz constant is enforced at every step of training.
 
 WHAT IT SHOWS. Muon moves each weight matrix by a known amount, and a constraint takes back what
-exceeds its limit. So the network is as Lipschitz as the limits say, after every step. That
-certifies images: one with a large margin keeps its class under *every* perturbation up to a radius.
+exceeds its limit. So after every step the network's Lipschitz constant is below a known number.
+That certifies images: one with a large margin keeps its class under *every* perturbation up to a
+radius.
 
 COMMANDS
     python mlp_cifar.py                                      # half a minute, once CIFAR-10 is there
@@ -134,7 +135,7 @@ class Config(Settings):
     center: bool = True  # subtract the mean training image; nor does that
     lowpass: int = 12  # use only the K x K lowest frequencies of an image; 32: all
     mirror: bool = False  # average the logits of each image and its mirror image
-    roll: int = 0  # K: average also over the image rolled around by K pixels diagonally; 0: no
+    roll: int = 0  # K: average also over four images, shifted around by K pixels diagonally; 0: no
     w_max: str = "3.4"  # limit on the RMS->RMS norm of each layer: one for all, or 3,4,5
     # training
     optimizer: str = "muon"  # of the matrices: muon or adamw
@@ -142,7 +143,7 @@ class Config(Settings):
     constrain_every: int = 4  # at most so many steps between two uses of a constraint that can wait
     steps: int = 2000  # training steps
     batch: int = 512  # images a step
-    lr: float = 0.0  # peak learning rate; 0: 0.2 for Muon, shared by the layers, 0.0013 for AdamW
+    lr: float = 0.0  # peak learning rate; 0: 0.2 for Muon or 0.0013 for AdamW. Muon's is / depth
     momentum: float = 0.9  # Muon's momentum, or AdamW's first beta
     adamw_wd: float = 0.0  # AdamW's own weight decay, besides the constraint
     loss_temperature: float = 1.0  # factor on the logits in the loss; bounds are without it
@@ -173,6 +174,9 @@ class Config(Settings):
 
 CHOICES = dict(optimizer=("muon", "adamw"), activation=("relu", "maxmin"),
                dtype=("auto", "float32", "bfloat16"))
+# The margin is that of Prach and Lampert (2022), 4 sqrt(2). Their temperature is 4, for a constant
+# of 1 in l2. Ours is 30, for limits of 1 in RMS->RMS. In l2 that is 30 sqrt(10 / 432) = 4.6, by 10
+# logits and 432 frequencies.
 CERTIFIED = dict(activation="maxmin", augment=True, w_max="1", batch=2048, loss_temperature=30.0,
                  margin=5.66)
 PRESETS = {
@@ -288,13 +292,20 @@ def build_model(config, state):
 #      largest of their constants, so 4 and 5 hold for the averaged logits, and 6 follows.
 #   8. Each neuron has a multiplier in 3. Any positive one gives a valid bound. They start equal,
 #      and `tune` improves them by gradient descent on the bound.
-# The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow.
+# The smaller of ellipsoid and product counts. Bounds are logarithms, as deep products overflow. On
+# a first reading take step 3 as given.
 def follow_ellipsoid(model, multipliers):
-    """(S, log) with dz_d in E(exp(log) S), by steps 1 to 3. What `multipliers` lacks is 0."""
+    """(S, log) with dz_d in E(exp(log) S), by steps 1 to 3.
+
+    multipliers: {name: logarithms}. Missing ones are added as 0, so the first call fills an empty
+    dict, which `tune` then trains.
+    """
     first, *later = [W.detach().cpu().double() for W in model.weights]
     spread = None if model.activation is maxmin else 0.5
     S, log = ellipsoid(first @ first.T)
     for i, W in enumerate(later):
+        # What stands before W is an activation alone: an MLP without a residual stream (0.0) and
+        # with the identity as its first matrix.
         eye = torch.eye(W.shape[1]).double()
         J_NM, A, B, _ = mlp_slopes(0.0, eye, W, spread)
         neurons_N = multipliers.setdefault(f"neurons {i}", torch.zeros(len(J_NM)).double())
@@ -333,7 +344,7 @@ def certificate(model, steps=0):
 
     tune(bound, multipliers, steps)
     tight = bound(multipliers).item() / LN10
-    tune(mean_pair, multipliers, steps)
+    tune(mean_pair, multipliers, steps)  # goes on from the multipliers of the bound
     pairs_KK = pairs(multipliers) / LN10
     last = model.weights[-1].detach().cpu().double()
     apart_KK = ellipsoid_pairs(torch.eye(last.shape[1]).double(), 0.0, last) / LN10  # |w_y - w_j|
@@ -346,13 +357,13 @@ def certified_radii(model, pairs_log10_KK, images_NP, labels_N):
     """l2 radius in which an image keeps its class, by step 6; < 0 if it is wrong or tied."""
     model = copy.deepcopy(model).cpu()  # float64 is not on every device
     logits_NK = torch.cat([model(x.double() / 255) for x in images_NP.split(2000)])
-    right_N1 = labels_N[:, None]
-    margin_NK = logits_NK.gather(1, right_N1) - logits_NK
+    label_N1 = labels_N[:, None]
+    margin_NK = logits_NK.gather(1, label_N1) - logits_NK
     largest = max(p.detach().abs().max().item() for p in (logits_NK, *model.biases))
-    margin_NK -= 1e-9 * largest  # for rounding
+    margin_NK -= 1e-9 * largest  # more than float64 can lose by adding up numbers of that size
     # The nearest decision boundary: the smallest margin / constant over the other classes.
     radius_NK = margin_NK / 10 ** pairs_log10_KK[labels_N]
-    return radius_NK.scatter(1, right_N1, math.inf).amin(1)
+    return radius_NK.scatter(1, label_N1, math.inf).amin(1)
 
 
 # ==== Data: pictures from a folder or the Hub, or drawn here ======================================
@@ -475,7 +486,7 @@ def augment(images_BP, step, config):
 
 
 # ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
-# On a first reading go on with Main.
+# On a first reading go on with Main. Some names here occur in the other tutorials only.
 # What may change where a stopped run goes on: where things are, and what is for sampling only.
 PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
 
@@ -689,7 +700,8 @@ def main(config):
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     out = make_folder(config)
-    print(f"device {device}, computing in {dtype}, from step {start}, run folder {out}\n"
+    print(f"device {device}, {torch.get_num_threads()} CPU threads (OMP_NUM_THREADS), computing in "
+          f"{dtype} (--dtype), from step {start}, run folder {out}\n"
           f"data: {data_name}, {N} images to train, {len(test_set[1])} to test, {classes} classes")
 
     # ---- train
@@ -817,8 +829,9 @@ def report(config, model, out, log, data_name, test_set, dtype):
 
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, "
           f"seed {config.seed}, data: {data_name}\n"
-          f"  test accuracy {summary['val_accuracy']:.2%}, cross-entropy {summary['val_loss']:.3f} "
-          f"(loss temperature {config.loss_temperature:g})")
+          f"  test accuracy {summary['val_accuracy']:.2%}, cross-entropy {summary['val_loss']:.3f}")
+    if config.loss_temperature != 1:
+        print(f"  trained at a loss temperature of {config.loss_temperature:g}")
     limits = summary["w_max"] or {}
     print_norms(bound["norms"], limits)
     print(f"  Lipschitz constant               l2->l2     RMS->RMS (times {10**to_rms:.2f})")

@@ -2,8 +2,8 @@
 
 Read this file first. The method rests on one fact that AdamW cannot offer: the size of an update is
 known *before* it is made. Muon replaces the momentum matrix by its orthogonal factor, whose
-singular values are all 1. The RMS->RMS norm of W (fan_out x fan_in) is sigma_max(W) * sqrt(fan_in /
-fan_out). So in that norm the update
+singular values are all 1. The RMS->RMS norm of W (fan_out x fan_in) is
+sigma_max(W) * sqrt(fan_in / fan_out). So in that norm the update
 
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
@@ -28,13 +28,13 @@ import torch
 # matrix (a I + b A + c A^2) G has the singular vectors of G, and a s + b s^3 + c s^5 as singular
 # values. So a few such quintics, which together send (0, 1] close to 1, need products alone. What
 # they overshoot by goes straight into the guarantee on the weights. Jordan's five quintics reach
-# 1.20, so these here are made never to exceed 1:
-#   1. Let the singular values lie in [l, 1]. Take the odd quintic that is nearest to 1 in the worst
-#      case on [l, 1 + tau]. It is 1 - e, 1 + e, 1 - e, 1 + e in turn, at l, at two points between,
-#      and at 1 + tau (Remez).
-#   2. Divide it by 1 + e. It then maps [l, 1] into [(1 - e) / (1 + e), 1], and rises from 0 on
-#      [0, l].
-#   3. Repeat with l = (1 - e) / (1 + e). From l = 0.003 that is 0.0118, 0.046, 0.173, 0.548, 0.956.
+# 1.20. In exact arithmetic those here never exceed 1:
+#   1. Let the singular values lie in [low, 1]. Take the odd quintic whose largest distance e from 1
+#      on [low, 1 + tau] is least. It is 1 - e, 1 + e, 1 - e, 1 + e in turn, at low, at two points
+#      between, and at 1 + tau (Remez).
+#   2. Divide it by 1 + e. It then maps [low, 1] into [(1 - e) / (1 + e), 1], and rises from 0 on
+#      [0, low].
+#   3. Repeat with low = (1 - e) / (1 + e). From 0.003 that is 0.0118, 0.046, 0.173, 0.548, 0.956.
 #   4. tau = 0.08 is room for rounding. In low precision a singular value may land a little above 1.
 #      Beyond 1 + tau a quintic rises with a slope of up to 12, so the next steps would blow that
 #      value up.
@@ -42,10 +42,11 @@ import torch
 # How far above 1 can rounding lead? bfloat16 has 8 significant bits and rounds an entry by up to a
 # relative 2^-8. The entries of an orthogonal factor of m x n, m <= n, are about 1 / sqrt(n). If all
 # errors have the same sign, they form a matrix of rank one whose norm is up to 2^-8 sqrt(m), 0.09
-# for 512 rows. Entries of two sizes, one for positive and one for negative entries, come near that.
-# The worst that were found are Hadamard matrices with two such sizes: with 64 to 2048 rows and up
-# to 10,240 columns msign gave at most 1.056, for 512 x 2560 and sizes that differ by 40/256
-# (tests/test_muon.py). So the bfloat16 value below is an observation, not a theorem.
+# for 512 rows. That nearly happens if all positive entries have one size, which is rounded up, and
+# all negative entries another, which is rounded towards 0. Hadamard matrices with two such sizes
+# are the worst that were found. With 64 to 2048 rows and up to 10,240 columns msign gave at most
+# 1.056, for 512 x 2560 and sizes that differ by 40/256 (tests/test_muon.py). So the bfloat16 value
+# below is an observation, not a theorem.
 QUINTICS = (
     (3.9315793965075883, -9.961059610387684, 6.330758067286728),
     (3.9014935990598114, -9.746436633712356, 6.16886741692355),
@@ -53,7 +54,8 @@ QUINTICS = (
     (3.3527885714277708, -6.356417693343335, 3.665787153475924),
     (2.399582326380437, -2.5019688578112294, 1.0618535818890484),
 )
-# {dtype: what no singular value of msign(G) exceeds; in bfloat16 of no G that was tried}
+# {dtype: upper bound on the singular values of msign(G)}. In bfloat16 that is the largest that was
+# found, 1.056, and some room.
 MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.07}
 
 
@@ -141,7 +143,8 @@ class Muon(torch.optim.Optimizer):
                   drift by rounding); for weight_decay, 1 / decay
     dtype         precision of msign; None: that of the parameters. In bfloat16 an update has a norm
                   of up to 1.07 lr, which the constraint takes into account
-    every         a constraint that can wait runs at every so many steps, 1 to 64, or more often
+    every         at most so many steps, 1 to 64, from one use of a constraint that can wait to the
+                  next; fewer where steps are large. Other constraints run after each step
 
     Each can be set per group. Parameters are matrices (fan_out, fan_in) or stacks of matrices
     (count, fan_out, fan_in); ValueError for anything else.
@@ -151,7 +154,9 @@ class Muon(torch.optim.Optimizer):
     arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
     limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
     update, and its entries restart their momentum at 0. A matrix whose gradient is zero in every
-    entry is not moved, but a decay goes on, and on a GPU soft_cap goes on pulling at it.
+    entry gets no update. A decay still shrinks it. On a GPU nobody looks whether a gradient is
+    zero, as that would wait for the GPU. So there its bound grows as if it had moved, and soft_cap
+    goes on lowering the singular values that are near the limit.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,
@@ -170,7 +175,7 @@ class Muon(torch.optim.Optimizer):
     def forget(self):
         """Take nothing for granted about norms. Call it after writing to weights from outside."""
         self.bounds = {}  # {matrix: what its norm is at most}
-        self.steps = 0  # counted since
+        self.steps = 0  # since the last call
 
     def __setstate__(self, state):
         """Called after load_state_dict, by copying and by unpickling."""
@@ -179,7 +184,7 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self):
         """As of any optimizer, with constraints by name: a checkpoint holds no code."""
-        self.forget()  # as loading does, so that a run that goes on and a run that is loaded agree
+        self.forget()  # loading does so too: then a run that goes on and one that is loaded agree
         state = super().state_dict()
         for group in state["param_groups"]:
             group["constraint"] = getattr(group["constraint"], "__name__", None)
@@ -211,7 +216,7 @@ class Muon(torch.optim.Optimizer):
             batches = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    idle = p.is_cpu and not find_moving(p.grad).any()  # on a GPU a look would wait
+                    idle = p.is_cpu and not find_moving(p.grad).any()  # reading waits for a GPU
                     batches.setdefault((p.shape, p.dtype, p.device, idle), []).append(p)
             for (*_, idle), batch in batches.items():
                 with torch.autocast(batch[0].device.type, enabled=False):
@@ -259,9 +264,10 @@ class Muon(torch.optim.Optimizer):
     # on a constraint promises: it takes any W of norm up to w_max + step_norm to at most w_max, and
     # any W at all if step_norm is infinite. Then no norm is measured, as it is enough to count:
     #   1. bounds[W] has grown by step_norm. While it is at most the limit, there is nothing to do.
-    #   2. Where nothing is known of W its bound is infinite. Then the constraint is called twice.
-    #      The first call, with limit + step_norm in the limit's place, makes the bound finite. It
-    #      leaves alone a weight that was within its limit before this step.
+    #   2. Where nothing is known of W its bound is infinite. One call with an infinite step_norm
+    #      would be enough for the limit. But soft_cap then cuts off like hard_cap, and a weight
+    #      that was within its limit before this step should be treated as after any other step. So
+    #      a first call enforces limit + step_norm only, which leaves such a weight as it is.
     #   3. The second call takes W to a target below the limit. The distance is a number of whole
     #      steps, at most every - 1, and at most 1/16 of the limit. The target is the new bound.
     # For example: w_max 2, lr 0.1, every 4, with steps of 0.1001 in float32. Room for 3 steps would
@@ -280,7 +286,8 @@ class Muon(torch.optim.Optimizer):
         norm_at_most = max(self.bounds[p] for p in batch)
         W = stack(batch)
         target = limit
-        # What cannot wait, a decay above all, acts at full strength where gradients are 0, too.
+        # A constraint that cannot wait gets the norm of a full step, also where the gradient was 0.
+        # Else a decay would stop there.
         overshoot = float(group["lr"]) * MSIGN_MAX[group["dtype"] or W.dtype]
         bound = math.inf
         if can_wait:

@@ -890,7 +890,7 @@ def one_message():
 
 
 # ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
-# On a first reading go on with Main.
+# On a first reading go on with Main. Some names here occur in the other tutorials only.
 # What may change where a stopped run goes on: where things are, and what is for sampling only.
 PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
 
@@ -1132,9 +1132,10 @@ def main(config):
         if cuda and not compiles:
             print("This GPU is below compute capability 8, or Triton is missing: nothing is "
                   "compiled, and attention holds a mask of T x T.")
-        print(f"device {device} x {world_size}, computing in {dtype}, data: {data_name} "
-              f"({len(train):,} tokens to train, {len(validation):,} to validate), run folder "
-              f"{out}, from step {start}", flush=True)
+        print(f"device {device} x {world_size}, {torch.get_num_threads()} CPU threads each "
+              f"(OMP_NUM_THREADS), computing in {dtype} (--dtype), from step {start}, run folder "
+              f"{out}\ndata: {data_name}, {len(train):,} tokens to train, {len(validation):,} to "
+              "validate", flush=True)
     out = from_rank_0(out)
 
     # ---- train

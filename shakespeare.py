@@ -604,7 +604,7 @@ def windows(tokens_N, T, batch=None):
 
 
 # ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
-# On a first reading go on with Main.
+# On a first reading go on with Main. Some names here occur in the other tutorials only.
 # What may change where a stopped run goes on: where things are, and what is for sampling only.
 PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
 
@@ -821,7 +821,8 @@ def main(config):
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     out = make_folder(config)
-    print(f"device {device}, computing in {dtype}, from step {start}, run folder {out}\n"
+    print(f"device {device}, {torch.get_num_threads()} CPU threads (OMP_NUM_THREADS), computing in "
+          f"{dtype} (--dtype), from step {start}, run folder {out}\n"
           f"data: {data_name}, {len(train_N):,} characters to train, {len(validation_N):,} to "
           f"validate, {len(vocabulary)} different", flush=True)
 
@@ -971,8 +972,9 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     print(f"\n{config.preset}: {config.optimizer} + {config.constraint}, {config.steps} steps, "
           f"seed {config.seed}, data: {data_name}\n"
           f"  accuracy {summary['val_accuracy']:.2%}, "
-          f"cross-entropy {summary['val_loss_at_temperature']:.3f} "
-          f"(loss temperature {config.loss_temperature:g})")
+          f"cross-entropy {summary['val_loss_at_temperature']:.3f}")
+    if config.loss_temperature != 1:
+        print(f"  at a loss temperature of {config.loss_temperature:g}; bounds are without it")
     limits = dict(summary["w_max"] or {}, embedding=1.0)
     print_norms(bound["norms"], limits)
     print("  Lipschitz constant, embeddings to logits (max-token RMS)")

@@ -79,8 +79,9 @@ def test_the_example_in_python(capsys):
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     for _ in range(60):
         (-scope["model"](x).square().mean()).backward()  # (grows without end if it is let)
-        scope["optimizer"].step()
-        scope["model"].zero_grad()
+        for optimizer in scope["optimizers"]:
+            optimizer.step()
+            optimizer.zero_grad()
     norms = [scope["exact_norm"](W).item() for W in scope["matrices"]]
     assert len(norms) == 2 and 1.5 < max(norms) <= 2 * (1 + 4e-4) and capsys.readouterr().out.startswith("[")
 
