@@ -451,8 +451,8 @@ def find_constraint(name):
 # is 0. Bounds have weights that can be trained: whatever they are, the bound is valid (see `tune`).
 #
 # Shapes: D dimension of z, O of what comes out, N neurons, P parts of a sum, K rows of U, H heads,
-# E = D / H, V vocabulary, M ellipsoids of the same vector. S and X are always (..., D, D). From
-# here on letters mean what is said here, and no longer what they meant in part I.
+# E = D / H, F = E / 2, V vocabulary, M ellipsoids of the same vector. S and X are always
+# (..., D, D). From here on letters mean what is said here, and no longer what they meant in part I.
 def ellipsoid(S, log=0.0):
     """(S, log) of the same ellipsoid with S of trace 1, of each of (..., D, D). Zero stays zero."""
     size = trace(S).clamp(min=1e-300)
@@ -464,15 +464,16 @@ def trace(S):
     return S.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-# What rounding can take from S. Let u = 2^-53, and |.| the Frobenius norm.
-#   1. X X^T, with sums of n terms, is off by at most n u |X|^2 = n u trace(X X^T), as a matrix in
-#      the spectral norm. So is a sum of n such matrices. So S may be too small by n u trace(S).
-#   2. Cholesky's root is one of a matrix that is off by another (D + 1) u trace(S).
-#   3. So 1e-12 trace(S) I is added wherever S is used. That is enough for n + D < 9000: for
-#      D = 1500 and hidden layers of up to four times that. Beyond, it grows with D^2.
+# What rounding can take from S. Let eps = 2^-53, and |.| the Frobenius norm.
+#   1. G G^T, with sums of n terms, is off by at most n eps |G|^2 = n eps trace(G G^T), as a matrix
+#      in the spectral norm. So is a sum of n such matrices. So S may be too small by
+#      n eps trace(S).
+#   2. Cholesky's root is one of a matrix that is off by another (D + 1) eps trace(S).
+#   3. So 1e-11 trace(S) I is added wherever S is used. That is enough for n + D < 90,000, such as
+#      D = 16,384 with hidden layers of four times that.
 def rounding(S):
-    """1e-12 trace(S) of step 3, shape (...)."""
-    return 1e-12 * max(1, S.shape[-1] / 1500) ** 2 * trace(S) + 1e-300
+    """1e-11 trace(S) of step 3, shape (...)."""
+    return 1e-11 * trace(S) + 1e-300
 
 
 def root_of(S):
@@ -483,11 +484,11 @@ def root_of(S):
 # G S G^T, rounded up. Where terms cancel, in G itself or in G z, the computed one could be too
 # small by more than that.
 #   4. Let S = root root^T, so |root|^2 = trace(S). Let `size` be |G|, or the sum of its terms'
-#      norms if G is a sum. The computed G root is off by at most d = n u size |root|, with n terms
-#      in both sums together.
+#      norms if G is a sum, or the product of its factors' norms if it is a product. The computed
+#      G root is off by at most d = n eps size |root|, with n terms in both sums together.
 #   5. The square of a length, |c G root|^2 for |c| = 1, is then off by at most
 #      2 d |c G root| + d^2 <= 1e-9 |c G root|^2 + (1 + 1e9) d^2.
-#   6. (1 + 1e9) d^2 < 1e-14 size^2 trace(S) for n < 9000. So size^2 rounding(S) I covers it, and
+#   6. (1 + 1e9) d^2 < 1e-13 size^2 trace(S) for n < 90,000. So size^2 rounding(S) I covers it, and
 #      what the product of step 1 loses.
 def ellipsoid_image(G_OD, S, size=0.0):
     """G S G^T (..., O, O), a little too large. size: of step 4, if G is a sum."""
@@ -526,10 +527,11 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #      S' = A root (I - Y)^-1 root^T A^T + B diag(1 / l) B^T.
 #   4. For Y < I take any m_i > 0 and scale them: l = share m / sigma(root^T J^T diag(m) J root),
 #      with share < 1.
-#   5. Rounding: Y is rounded up as G S G^T is. Cholesky's root of I - Y is off by (D + 1) u D, less
-#      than 1e-8, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
-#      number of at most 100. So solving errs by 100 D^1.5 u, relatively: 3e-9 for D = 4096, and
-#      1e-8 is added to the square.
+#   5. Rounding: Y is rounded up as G S G^T is. Cholesky's root of I - Y is off by (D + 1) eps D,
+#      less than 1e-8, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
+#      number of at most 100. So what is solved for, half, errs by at most e |half| with
+#      e = 100 D^1.5 eps. As in the step above it, |c half|^2 is then off by at most
+#      1e-8 |c half|^2 + (1 + 1e8) e^2 |half|^2. Both are added.
 # All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
 # be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
 def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, size=0.0):
@@ -548,6 +550,8 @@ def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, si
     rest = cholesky((1 - 1e-8) * eye - scale * Y)
     half = torch.linalg.solve_triangular(rest, root.mT, upper=False)
     inner = (1 + 1e-8) * half.mT @ half  # root (I - Y)^-1 root^T
+    e = 100 * len(S) ** 1.5 * 2.0**-53
+    inner = inner + (1 + 1e8) * e**2 * trace(inner) * eye
     of_z = ellipsoid_image(A_OD, inner, size)
     of_v = (B_ON / (scale * m_N)) @ B_ON.mT
     return ellipsoid(of_z + of_v, log)
@@ -586,9 +590,13 @@ def mlp_slopes(stream, w_in, w_out, spread=None):
     return (in_1 - in_2) / 2**0.5, A, (out_1 - out_2) / 2**0.5, size
 
 
-def ellipsoid_norm(S, log, U_KD):
-    """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up."""
-    largest = eigvalsh(gram(U_KD @ root_of(S)))[-1] + U_KD.square().sum() * rounding(S)
+def ellipsoid_norm(S, log, U_KD, size=0.0):
+    """Logarithm of the largest |U z| over the ellipsoid (for one row u: of |u z|), rounded up.
+
+    size: that of ellipsoid_image, if U is a product.
+    """
+    up = matrix_norm(U_KD).clamp(min=size) ** 2 * rounding(S)
+    largest = eigvalsh(gram(U_KD @ root_of(S)))[-1] + up
     return (largest.clamp(min=1e-300).log() + log) / 2 + 2e-9
 
 
@@ -599,9 +607,9 @@ def ellipsoid_pairs(S, log, U_KD):
     """
     rows_KD = U_KD @ root_of(S)
     distance_KK = torch.cdist(rows_KD, rows_KD, compute_mode="donot_use_mm_for_euclid_dist")
-    # Two rows, each off by at most the d of step 4, which is less than 1e-12 |u| |root|.
+    # Two rows, each off by at most the d of step 4, which is less than 1e-11 |u_i| |root|.
     longest = U_KD.square().sum(1).max().sqrt()
-    up = 2e-12 * max(1, len(S) / 1500) * longest * trace(S).sqrt()
+    up = 2e-11 * longest * trace(S).sqrt()
     same_KK = torch.eye(len(U_KD), dtype=torch.bool)
     return (distance_KK + up).masked_fill(same_KK, 0).log() + log / 2 + 1e-9
 
@@ -643,16 +651,17 @@ def add_log10(x, y):
     return np.logaddexp(x * LN10, y * LN10).item() / LN10
 
 
-def power(exponent, down=False):
+def power(exponent, down=False, digits=4):
     """10^exponent, to read, also where it overflows.
 
-    Rounded up, by up to 0.1 % or a tenth in the exponent, as it is a bound. down: rounded down, for
-    lower bounds, such as what an attack found.
+    Rounded up, as it is a bound: with 4 digits by up to 0.1 %, or a tenth in the exponent. down:
+    rounded down, for lower bounds, such as what an attack found.
     """
     up = -1 if down else 1
     if abs(exponent) < 6 or math.isinf(exponent):
-        return f"{10**exponent * (1 + up * 0.0005):.4g}"
-    return f"10^{exponent + up * 0.05:.1f}"
+        return f"{10**exponent * (1 + up * 5 * 10.0**-digits):.{digits}g}"
+    decimals = digits - 3
+    return f"10^{exponent + up * 0.5 * 10.0**-decimals:.{decimals}f}"
 
 
 # ==== PART III: transformers without norm layers ==================================================
@@ -676,10 +685,10 @@ class BlockBounds:
     """What the bounds need of a block. Matrices are in float64."""
     # The product: constants of steps 3 to 7.
     value: float  # attention's constant where the pattern does not change, and its gain
-    pattern: float  # what the changed pattern adds; without a cap divided by R^2
+    pattern: float  # what the changed pattern adds: with a cap all of it, without one times R^2
     mlp: float  # the MLP's constant
     mlp_gain: float  # its largest output, divided by R
-    # The ellipsoid: x_t <- (1 - a) x_t + sum_h C_h sum_j P^h_tj x_j, then x_t <- mlp(x_t).
+    # The ellipsoid: x_t <- (1 - a) x_t + sum_h C_h sum_j P^h_tj x_j, then the MLP with its stream.
     a: float
     o_HDE: Tensor  # a beta o_h
     v_HED: Tensor
@@ -700,10 +709,11 @@ class BlockBounds:
 # Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. Head h's output, with its o_h, changes by o_h v_h y_h + o_h v_h m_h. y_h averages changed
 #      tokens, |y_h| <= 1. m_h is the changed pattern, applied to tokens. If no logit of a row
-#      changes by more than e_h, the softmax changes by at most e_h in l1 (over sets of
-#      probability p: 4 p (1 - p) e_h <= e_h). So |m_h| <= e_h r.
-#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). RoPE keeps norms.
-#      So a head may as well give each token the key of the one before it, as key_offset does.
+#      changes by more than e_h, the worst change is +e_h on tokens of joint probability p and -e_h
+#      on the others. It moves the softmax by 4 p (1 - p) e_h in l1, at most e_h. So |m_h| <= e_h r.
+#   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). So a head may as
+#      well give each token the key of the one before it, as key_offset does. RoPE keeps norms, so
+#      it changes nothing.
 #   3. o is applied to the v_h y_h of the heads side by side. So |beta sum_h o_h v_h y_h| <= value,
 #      with value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
@@ -711,13 +721,15 @@ class BlockBounds:
 #      |Q dx_t| <= sigma(Q) and |Q x_t| <= sigma(Q) r. So |beta sum_h o_h v_h m_h| <= pattern R^2,
 #      with pattern = beta 2 s D sigma(o) sigma(Q). Attention's constant is value + pattern R^2.
 #      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
-#      too small by up to sqrt(H) in the value and H in the pattern: attacks exceed it.
+#      too small: by up to sqrt(H) in the value, and by up to H in the pattern, as s D is
+#      logit_scale H here and logit_scale there. Attacks exceed it.
 #   5. With a cap: scaling down to a ball is the projection onto it, which brings no two vectors
-#      further apart. So step 3 holds as it is. Let c = cap sqrt(E), the largest length of queries,
-#      keys and values. Then |m_h| <= c e_h and e_h <= s c (|q_h dx_t| + |k_h dx_j|): the radius is
-#      gone. The query's token is the same for all heads, and keys come from any token. So
-#      sqrt(sum_h e_h^2) <= s c (sigma(q) + sqrt(sum_h sigma(k_h)^2)), and pattern R^2 becomes
-#      pattern = beta s c^2 sigma(o) (sigma(q) + sqrt(sum_h sigma(k_h)^2)).
+#      further apart. So step 3 holds as it is. Queries, keys and values have a length of at most
+#      longest = cap sqrt(E). Then |m_h| <= longest e_h, and
+#      e_h <= s longest (|q_h dx_t| + |k_h dx_j|): the radius is gone. The query's token is the same
+#      for all heads, and keys come from any token. So
+#      sqrt(sum_h e_h^2) <= s longest (sigma(q) + sqrt(sum_h sigma(k_h)^2)). In the place of
+#      pattern R^2 stands beta s longest^2 sigma(o) (sigma(q) + sqrt(sum_h sigma(k_h)^2)).
 #   6. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
 #   7. MLP: let n = sigma(w_out) sigma(w_in). MaxMin has constant n and output n R. GeLU has slopes
 #      in [1 - g, g] and |gelu(z)| <= |z|. Divided by a scale, it has constant n g / scale and
@@ -736,24 +748,23 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
     D = len(W["v"])
     v_HED = W["v"].view(heads, -1, D)
     o_HDE = a * beta * W["o"].unflatten(1, (heads, -1)).transpose(0, 1)
-    v_H = sigma(v_HED)
+    sigma_v_H = sigma(v_HED)
     up = 1 + 1e-9  # for rounding
     beta_o = beta * sigma(W["o"]).item() * up
 
-    s = logit_scale * heads / D
-    longest = cap * (D / heads) ** 0.5
-    pattern = 0.0
+    pattern = longest = s = 0.0
     q_HED = k_HED = None
     if p_H is None:  # by content
-        unscaled_q_HED = W["q"].view(heads, -1, D)
-        q_HED = s * unscaled_q_HED
+        s = logit_scale * heads / D
+        q_HED = s * W["q"].view(heads, -1, D)
         k_HED = W["k"].view(heads, -1, D)
-        k_H = sigma(k_HED)
+        sigma_k_H = sigma(k_HED)
         if cap:
-            pattern = beta_o * s * longest**2 * (sigma(W["q"]) + k_H.norm()).item()
+            longest = cap * (D / heads) ** 0.5
+            pattern = beta_o * s * longest**2 * (sigma(W["q"]) + sigma_k_H.norm()).item()
         else:
-            Q_HED = (v_H * k_H)[:, None, None] * unscaled_q_HED
-            pattern = beta_o * 2 * s * D * sigma(Q_HED.flatten(0, 1)).item()
+            Q_HED = (sigma_v_H * sigma_k_H)[:, None, None] * q_HED  # s Q of step 4
+            pattern = beta_o * 2 * D * sigma(Q_HED.flatten(0, 1)).item()
 
     g = scale = 1.0
     spread = token_spread = None
@@ -764,7 +775,7 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
     gain = (sigma(W["in"]) * sigma(W["out"])).item() * up / scale
     w_out = a * W["out"] / scale
     return BlockBounds(
-        value=beta_o * v_H.norm().item(),
+        value=beta_o * sigma_v_H.norm().item(),
         pattern=pattern,
         mlp=gain * g,
         mlp_gain=gain,
@@ -783,66 +794,80 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
 
 
 # ---- THE ELLIPSOID: what one sublayer stretches most, the next does not --------------------------
-# First the changed pattern, sum_h C_h m_h of step 1. Tokens are in E(X), their differences in E(S).
-# As before, derivatives are enough, as E(X) is convex.
+# From here on q_h has s in it, and o_h has a beta in it, as in BlockBounds. First the changed
+# pattern, sum_h C_h m_h of step 1. Tokens are in E(X), their differences in E(S). As before,
+# derivatives are enough, as E(X) is convex.
 #   a. If no logit of a row changes by more than e_h, m_h is in e_h E(X), as in step 1.
-#   b. |c sum_h C_h m_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T). By Cauchy-Schwarz with any t_h > 0,
-#      the sum is in the ellipsoid of (sum_h t_h^2 e_h^2) (sum_h C_h X C_h^T / t_h^2).
+#   b. |c sum_h C_h m_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T) for every row vector c. By
+#      Cauchy-Schwarz with any r_h > 0, the sum is in the ellipsoid of
+#      (sum_h r_h^2 e_h^2) (sum_h C_h X C_h^T / r_h^2).
 #   c. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), k_h x_j is in
 #      E(k_h X k_h^T). So the first term is at most |root_h^T q_h dx_t|, where root_h root_h^T is
 #      k_h X k_h^T. Likewise the second, with S in place of X.
 #   d. RoPE turns queries against keys. So the keys' ellipsoid must be one that turning does not
 #      change: E(L d^-2) holds it with L = sigma(d k_h X k_h^T d), for any diagonal d > 0 that has
 #      one value for both coordinates that turn together. root_h is then sqrt(L) d^-1.
-#   e. All heads see one token. Let n_first be the largest norm of the stacked t_h root_h^T q_h dx_t
+#   e. All heads see one token. Let n_first be the largest norm of the stacked r_h root_h^T q_h dx_t
 #      for dx_t in E(S), and n_second that of the second terms. Then by Minkowski
-#      sum_h t_h^2 e_h^2 <= (n_first + n_second)^2.
-def seen_by_keys(q_HED, k_HED, S, rotates, weights_HE):
-    """root_h^T q_h (H, E, D) of steps c, d: |k_h z . q_h x| <= |root_h^T q_h x| for z in E(S)."""
+#      sum_h r_h^2 e_h^2 <= (n_first + n_second)^2. In root_h^T q_h terms may cancel: its `size` is
+#      |root_h| |q_h|.
+def seen_by_keys(q_HED, k_HED, S, rotates, weights_HF):
+    """(root_h^T q_h (H, E, D), its size (H,)): |k_h z . q_h x| <= |root_h^T q_h x| for z in E(S).
+
+    weights_HF: for d of step d, one for each of the F = E / 2 pairs of coordinates that turn.
+    """
     keys_HEE = ellipsoid_image(k_HED, S)
     if not rotates:
-        return root_of(keys_HEE).mT @ q_HED
-    pair_HE = keys_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2)
-    log_HE = pair_HE.clamp(min=1e-300).log()
-    d_HE = (weights_HE - (log_HE - log_HE.mean()) / 4).exp().repeat(1, 2)
+        root_HEE = root_of(keys_HEE)
+        return root_HEE.mT @ q_HED, matrix_norm(root_HEE) * matrix_norm(q_HED)
+    # The start of d is half way, in logarithms, from leaving the ellipsoid as it is to making it a
+    # ball. pair_HF holds squares, so that is its power -1/4.
+    pair_HF = keys_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2)
+    log_HF = pair_HF.clamp(min=1e-300).log()
+    d_HE = (weights_HF - (log_HF - log_HF.mean()) / 4).exp().repeat(1, 2)
     L_H1 = eigvalsh(d_HE[:, :, None] * keys_HEE * d_HE[:, None])[:, -1:]
-    return (L_H1.clamp(min=1e-300).sqrt() / d_HE)[:, :, None] * q_HED
+    seen_HED = (L_H1.clamp(min=1e-300).sqrt() / d_HE)[:, :, None] * q_HED
+    return seen_HED, matrix_norm(seen_HED)
 
 
-def changed_pattern(values_HDD, S, first_HED, log_second_H, norm_second, weights_H):
+def changed_pattern(values_HDD, S, first_HED, size_H, log_second_H, norm_second, weights_H):
     """(S', log') of steps b and e.
 
     values_HDD      C_h X C_h^T, or what takes its place
-    first_HED       what is applied to dx_t in the first term of e_h
-    log_second_H    logarithm of the second term's square, roughly: for the start of t_h
-    norm_second     a function of t_h: n_second
+    first_HED       what is applied to dx_t in the first term of e_h; size_H: of step e
+    log_second_H    logarithm of the second term's square, roughly: for the start of r_h
+    norm_second     a function of r_h: n_second
     """
-    # The start: t_h^4 is the size of values_HDD by that of e_h^2.
+    # The start: r_h^4 is the size of values_HDD by that of e_h^2.
     log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
     start_H = (ellipsoid(values_HDD)[1] - torch.logaddexp(log_first_H, log_second_H)) / 4
-    t_H11 = (weights_H + start_H).exp()[:, None, None]
-    n_first = ellipsoid_norm(S, 0.0, (t_H11 * first_HED).flatten(0, 1)).exp()
-    # root_h^T q_h may cancel. 1e-6 is generous, and not proved.
-    log = 2 * ((1 + 1e-6) * (n_first + norm_second(t_H11))).log()
-    return ellipsoid((values_HDD / t_H11**2).sum(0), log)
+    r_H = (weights_H + start_H).exp()
+    r_H11 = r_H[:, None, None]
+    stacked = (r_H11 * first_HED).flatten(0, 1)
+    n_first = ellipsoid_norm(S, 0.0, stacked, (r_H * size_H).norm()).exp()
+    log = 2 * ((1 + 1e-9) * (n_first + norm_second(r_H))).log()
+    return ellipsoid((values_HDD / r_H11**2).sum(0), log)
 
 
 def ellipsoid_pattern(S, X, block, weights_H=0.0, weights_S=0.0, weights_X=0.0):
     """(S', log') that holds sum_h C_h m_h, for tokens in E(X) that change within E(S).
 
-    weights_H: for t_h. With RoPE, weights_S and weights_X: for d of the two terms of step c, of
-    each head and pair of coordinates that turns (H, E / 2).
+    weights_H: for r_h. With RoPE, weights_S and weights_X: for d of the second and the first term
+    of step c, of each head and pair of coordinates that turns (H, F).
     """
     keys = block.k_HED
-    first_HED = seen_by_keys(block.q_HED, keys, X, block.rotates, weights_X)  # applied to dx_t
-    second_HED = seen_by_keys(block.q_HED, keys, S, block.rotates, weights_S)  # applied to x_t
+    rotates = block.rotates
+    first_HED, first_size_H = seen_by_keys(block.q_HED, keys, X, rotates, weights_X)  # of dx_t
+    second_HED, second_size_H = seen_by_keys(block.q_HED, keys, S, rotates, weights_S)  # of x_t
     values_HDD = ellipsoid_image(block.C_HDD, X, size_of_C(block))
     log_second_H = ellipsoid(second_HED @ X @ second_HED.mT)[1]
 
-    def norm_second(t_H11):
-        return ellipsoid_norm(X, 0.0, (t_H11 * second_HED).flatten(0, 1)).exp()
+    def norm_second(r_H):
+        stacked = (r_H[:, None, None] * second_HED).flatten(0, 1)
+        return ellipsoid_norm(X, 0.0, stacked, (r_H * second_size_H).norm()).exp()
 
-    return changed_pattern(values_HDD, S, first_HED, log_second_H, norm_second, weights_H)
+    return changed_pattern(values_HDD, S, first_HED, first_size_H, log_second_H, norm_second,
+                           weights_H)
 
 
 def size_of_C(block):
@@ -850,11 +875,13 @@ def size_of_C(block):
     return matrix_norm(block.o_HDE) * matrix_norm(block.v_HED)
 
 
-# With a cap tokens may be anywhere, and lengths are enough. Let o_h be a beta times that of step 1.
-#   f. |m_h| <= c e_h takes the place of e_h E(X) in step a, where m_h is of values, v_h x_j capped.
-#      o_h is applied to it. So c^2 o_h o_h^T takes the place of C_h X C_h^T in step b.
-#   g. e_h <= c |s q_h dx_t| + s c |k_h dx_j|, by step 5. In the second terms each head has a token
-#      of its own. So n_second = sqrt(sum_h (t_h s c)^2 sigma(k_h S k_h^T)) in step e.
+# With a cap tokens may be anywhere, and lengths are enough.
+#   f. |m_h| <= longest e_h takes the place of e_h E(X) in step a, where m_h is of values, v_h x_j
+#      capped. o_h is applied to it. So in step b longest^2 o_h o_h^T takes the place of
+#      C_h X C_h^T.
+#   g. e_h <= longest |q_h dx_t| + s longest |k_h dx_j|, by step 5. In the second terms each head
+#      has a token of its own. So in step e
+#      n_second = sqrt(sum_h (r_h s longest)^2 sigma(k_h S k_h^T)).
 #   h. Values: y_h is an average of vectors no longer than |v_h dx_j|. So o_h y_h is in the
 #      ellipsoid of sigma(v_h S v_h^T) o_h o_h^T.
 def longest_image(W_HED, S):
@@ -874,10 +901,11 @@ def capped_pattern(S, block, weights_H=0.0):
     values_HDD = block.longest**2 * block.o_HDE @ block.o_HDE.mT
     second_H = block.s * block.longest * longest_image(block.k_HED, S)
 
-    def norm_second(t_H11):
-        return (t_H11[:, 0, 0] * second_H).norm()
+    def norm_second(r_H):
+        return (r_H * second_H).norm()
 
-    return changed_pattern(values_HDD, S, block.longest * block.q_HED, 2 * second_H.log(),
+    first_HED = block.longest * block.q_HED
+    return changed_pattern(values_HDD, S, first_HED, matrix_norm(first_HED), 2 * second_H.log(),
                            norm_second, weights_H)
 
 
@@ -900,7 +928,7 @@ def attention_terms(block):
     eye = eye_like(C_HDD)
     p_H11 = torch.zeros(len(C_HDD), 1, 1).to(eye)
     if block.p_H is not None:
-        p_H11 = block.p_H[:, None, None] * (1 - 1e-12)
+        p_H11 = block.p_H[:, None, None] * (1 - 1e-9)  # what a softmax may round up
     G_0 = (1 - block.a) * eye + (p_H11 * C_HDD).sum(0)
     size = (1 - block.a) * len(eye) ** 0.5 + size_of_C(block).sum().item()
     return torch.cat([G_0[None], (1 - p_H11) * C_HDD]), size
@@ -918,6 +946,26 @@ def after_mlp(slopes, S_P, log_P, M, weights, kind):
         found.append(ellipsoid_layer(S, log, J, A, B, neurons_MN[m], share_M[m], size))
     S_M, log_M = zip(*found)
     return torch.stack(S_M), torch.stack(log_M)
+
+
+def add_changed_pattern(block, S_P, log_P, S, log, X, log_X, weights):
+    """(S_P, log_P) with the terms that attention by content adds or changes, step 12.
+
+    Differences of tokens are in E(exp(log) S), tokens in E(exp(log_X) X).
+    """
+    H, E, _ = block.q_HED.shape
+    weights_H = weights("heads", H)
+    if block.longest:
+        values_HDD, log_values_H = ellipsoid(capped_values(S, block))
+        pattern, log_pattern = capped_pattern(S, block, weights_H)
+        S_P = torch.cat([S_P[:1], values_HDD, pattern[None]])
+        return S_P, torch.cat([log_P[:1], log + log_values_H, log + log_pattern[None]])
+    pairs = (H, E // 2)  # that RoPE turns
+    pattern, log_pattern = ellipsoid_pattern(S, X, block, weights_H, weights("S", *pairs),
+                                             weights("X", *pairs))
+    # S and X went in without their logs. e_h^2 scales as S X, and m_h is in e_h E(X).
+    log_pattern = log_pattern + log + 2 * log_X
+    return torch.cat([S_P, pattern[None]]), torch.cat([log_P, log_pattern[None]])
 
 
 def ellipsoid_blocks(blocks, R, free):
@@ -938,18 +986,9 @@ def ellipsoid_blocks(blocks, R, free):
 
         G_P, size = attention_terms(block)
         S_P, log_P = ellipsoid(ellipsoid_image(G_P, S_M, size), log_M)
-        if block.p_H is None and block.longest:
-            values_HDD, values_H = ellipsoid(capped_values(S_M[0], block))
-            S, log = capped_pattern(S_M[0], block, weights("heads", len(block.o_HDE)))
-            S_P = torch.cat([S_P[:1], values_HDD, S[None]])
-            log_P = torch.cat([log_P[:1], log_M + values_H, log_M + log])
-        elif block.p_H is None:
-            H, E, _ = block.q_HED.shape
-            S, log = ellipsoid_pattern(S_M[0], X_M[0], block, weights("heads", H),
-                                       weights("S", H, E // 2), weights("X", H, E // 2))
-            S_P = torch.cat([S_P, S[None]])
-            # S and X went in without their logs. e_h^2 scales as S X, and m_h is in e_h E(X).
-            log_P = torch.cat([log_P, log + log_M + 2 * log_XM])
+        if block.p_H is None:
+            S_P, log_P = add_changed_pattern(block, S_P, log_P, S_M[0], log_M[0], X_M[0], log_XM[0],
+                                             weights)
         if any(later.p_H is None and not later.longest for later in blocks[i + 1:]):
             X_P, log_XP = ellipsoid(ellipsoid_image(G_P, X_M, size), log_XM)
             X_M, log_XM = after_mlp(block.mlp_tokens, X_P, log_XP, 1, weights, "token")

@@ -36,6 +36,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import signal
 import sys
@@ -59,6 +60,7 @@ ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention,
 BLOCK = 128  # positions that attention takes or skips together
 CHUNK = 8192  # tokens whose logits are computed together: those of all would fill the memory
 LONGEST = 8192  # tokens of a sequence for which attention may hold a mask of T x T
+TUNED_WIDTH = 256  # largest width at which the certificate is tuned: that takes up to a minute
 
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
 # V tokens in the vocabulary, N positions, C a chunk of them, Q blocks of them, X rows of the head.
@@ -145,7 +147,7 @@ class Config(Settings):
     blocks: int = 12  # blocks, each of attention and an MLP
     heads: int = 6  # attention heads H, each of dimension D / H
     hidden: int = 3072  # neurons of an MLP
-    window: int = 1792  # tokens that attention sees at the end of training; but for 4 blocks half
+    window: int = 1792  # tokens, in 128s, that 4 blocks see at the end of training; others half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
     content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
     logit_scale: float = 24.0  # on q.k / (D / H), by content; the baseline's largest logit
@@ -203,6 +205,11 @@ class Config(Settings):
             raise UserError(f"--constraint {self.constraint}: must be none for the baseline, whose "
                             "norm layers have no bound")
         return dict(zip(ROLES, limits))
+
+    @property
+    def mix(self):
+        """The share a of each sublayer in x <- (1 - a) x + a f(x)."""
+        return self.residual_scale / (2 * self.blocks)
 
     def content_blocks(self):
         """The set of blocks whose attention looks at content."""
@@ -357,7 +364,7 @@ class Block(torch.nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.config = config
-        self.mix = config.residual_scale / (2 * config.blocks)
+        self.mix = config.mix
         self.attention_scale = config.attention_scale or config.heads**-0.5
         D = config.width
         self.sees_content = index in config.content_blocks()
@@ -470,7 +477,7 @@ class Transformer(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.mix = config.residual_scale / (2 * config.blocks)
+        self.mix = config.mix
         self.flex = False  # flex_attention, which CUDA can compile, in the place of a T x T mask
         generator = torch.Generator().manual_seed(config.seed)
         embedding_VD = torch.randn(config.vocab, config.width, generator=generator)
@@ -553,9 +560,12 @@ class Transformer(torch.nn.Module):
         """Sum of the cross-entropies, over the real tokens alone."""
         return F.cross_entropy(self.logits(x_ND), y_N, reduction="sum")
 
-    def forward(self, tokens_BT, dtype=torch.float32):
-        """Logits (B, T, V) in float32 or float64; all before them is computed in `dtype`."""
-        return self.logits(self.body(*self.embed(tokens_BT, dtype)))
+    def forward(self, tokens_BT, dtype=torch.float32, window=None):
+        """Logits (B, T, V) in float32 or float64; all before them is computed in `dtype`.
+
+        window: None: the whole one, which training has at the end.
+        """
+        return self.logits(self.body(*self.embed(tokens_BT, dtype), window))
 
 
 def build_model(config, state):
@@ -572,8 +582,9 @@ def build_model(config, state):
 #      is its share at the last of seq_len positions.
 #   2. Documents and windows only take tokens out of an average. So all bounds hold with them.
 #   3. The baseline has no bound: a norm layer stretches short vectors without limit.
-#   4. The ellipsoids have trainable weights, of the parts of a sum and of neurons. Any weights give
-#      a valid bound. They start at zero, and `tuned` improves them by descent on the bound.
+#   4. The ellipsoids have trainable weights: of the parts of a sum, of neurons, of heads, of pairs
+#      that RoPE turns. Any weights give a valid bound. They start at zero, and `tuned` improves
+#      them by descent on the bound.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Bounds of a model: what transformer_bounds in constraints.py returns, and norms.
@@ -622,7 +633,7 @@ def describe_blocks(model):
 @torch.enable_grad()
 def tuned(model, steps=30):
     """The weights of step 4, trained for the bound; None at widths for which that takes minutes."""
-    if model.config.baseline or model.config.width > 256:
+    if model.config.baseline or model.config.width > TUNED_WIDTH:
         return None
     blocks = describe_blocks(model)
     R = largest_embedding(model)
@@ -690,6 +701,7 @@ def load_data(config):
     """(train, validation, name): two Tokens."""
     name = config.data
     if name == "stand-in":
+        name = STAND_IN
         text = np.frombuffer(stand_in().encode(), dtype=np.uint8).astype(np.uint16)
         split = int(0.9 * len(text))
         train = [(name, text[:split])]
@@ -716,7 +728,7 @@ def load_data(config):
                 f"--data {name}: has {len(tokens)} tokens in {len(tokens.shards)} files *.bin with "
                 f"the word {kind} in their names, needs {needed}; make such a folder of a text by "
                 "python results/prepare.py TEXT --data FOLDER")
-    # Tokens beyond the vocabulary are found now, not after an hour.
+    # A wrong --vocab nearly always shows in the first sequence: so it is found now.
     train.read(0, config.seq_len + 1)
     validation.read(0, config.val_tokens + 1)
     return train, validation, name
@@ -734,6 +746,9 @@ def find_fineweb(config):
         from huggingface_hub import hf_hub_download  # takes a second, so only where it is needed
         hub = "kjj0/fineweb10B-gpt2"
         return [Path(hf_hub_download(hub, name, repo_type="dataset")) for name in names]
+
+
+STAND_IN = f"stand-in, Python {platform.python_version()}"  # another version's text differs
 
 
 def stand_in(characters=1_115_394):
@@ -1070,7 +1085,7 @@ def draw(path, title, log, norms, limits, bound_log10):
     panels[1].legend([*norms[0], "limits"])
     if math.isfinite(bound_log10):
         panels[2].axhline(bound_log10, color="grey", linestyle="--")
-        panels[2].legend(["untuned, which is quick", "tuned, at the end"])
+        panels[2].legend(["untuned, which is quick", "tuned, if not too wide"])
     figure.savefig(path, dpi=110)
 
 
@@ -1101,9 +1116,11 @@ def main(config):
     if summary:
         return summary
     train, validation, data_name = load_data(config)
-    if state and state["tokens"] != len(train):
-        raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run began "
-                        f"with {state['tokens']}; give the same data")
+    if state:
+        same = state["tokens"] == len(train)
+        if not same or STAND_IN in data_name and data_name != state["data"]:
+            raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run "
+                            f"began with {state['tokens']} of {state['data']}; give the same data")
 
     # ---- build
     model = Transformer(config).to(device)
@@ -1197,7 +1214,8 @@ def main(config):
             exchange.share_weights()
 
             done = step + 1
-            if done % 10 and done not in eval_steps:
+            stops_alone = stops and world_size == 1
+            if done % 10 and done not in eval_steps and not stops_alone:
                 continue  # what follows forces a GPU to synchronise
             check_finite(model, exchange.all_reduce(torch.stack(losses[-10:])), done, out)
             # If one process stopped alone, the others would hang in a collective, waiting for it.
@@ -1244,7 +1262,8 @@ def schedule(config, step):
     momentum = 0.85 + warm * (config.momentum - 0.85)
     # The window grows by whole blocks: near tokens are learned first, and cost less. That of cap1
     # is full at 96 % of training, as in modded-nanogpt.
-    window_blocks = max(1, math.ceil(done * (config.window / BLOCK - 0.5)))
+    all_blocks = math.ceil(config.window / BLOCK)
+    window_blocks = max(1, math.ceil(done * (all_blocks - 0.5)))
     return lr_factor, momentum, window_blocks * BLOCK
 
 
@@ -1342,7 +1361,10 @@ def measure(model, validation, window, dtype, exchange, step, losses, ms_per_ste
 
 def report(config, model, out, log, data_name, dtype, world_size):
     """The end of a run: tuned certificate, summary.json, table and picture. Returns the summary."""
-    print("Tuning the certificate: up to a minute ...", flush=True)
+    if config.width > TUNED_WIDTH:
+        print("The certificate is not tuned: at this width that takes long.")
+    else:
+        print("Tuning the certificate: up to a minute ...", flush=True)
     bound = certificate(model, free=tuned(model))
     summary = summarize(
         config, model, log[-1], dtype, data=data_name, baseline=config.baseline,

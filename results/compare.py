@@ -289,6 +289,13 @@ def main(argv=None):
     if options.search:
         rows.sort(key=lambda row: (row["optimizer"], row["constraint"], row["lr"]))
         write_rows(rows, base / "rates.csv")
+        best = {}
+        for row in rows:
+            pair = row["optimizer"], row["constraint"]
+            best[pair] = max(best.get(pair, (0.0, 0.0)), (row.get("accuracy", 0.0), row["lr"]))
+        for (optimizer, constraint), (accuracy, lr) in best.items():
+            found = f"best learning rate {lr:g}, {100 * accuracy:.1f} %" if accuracy else "diverged at all rates tried"
+            print(f"{optimizer:6} {constraint:22} {found}")
         print(f"Every run: {base}/rates.csv")
         return
     write_rows(rows, base / "compare.csv")

@@ -662,13 +662,14 @@ def test_tuning_keeps_the_best_that_it_saw():
     assert goal(tune(goal, {}, 5, lr=10.0)) == pytest.approx(0.03)
 
 
+@pytest.mark.parametrize("digits", [4, 5])
 @pytest.mark.parametrize("down", [False, True])
-def test_powers_are_rounded(down):
+def test_powers_are_rounded(down, digits):
     """Up, as bounds; down, as what an attack found."""
     for exponent in (-5.5, 0.0, 1e-9, 1.23456, 2.0, 5.99, 11.127, 300.0, 5000.0):
-        text = power(exponent, down)
+        text = power(exponent, down, digits)
         value = float(text[3:]) if text.startswith("10^") else math.log10(float(text))
         error = exponent - value if down else value - exponent
-        assert -1e-12 <= error <= (0.1001 if exponent > 6 else 5e-4)
+        assert -1e-12 <= error <= (0.1001 if exponent > 6 else 5e-4) * 10.0 ** (4 - digits)
     assert power(log10(0), down) == power(-math.inf, down) == "0"
     assert power(math.inf, down) == "inf"

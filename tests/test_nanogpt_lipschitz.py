@@ -411,6 +411,9 @@ def test_schedule():
     windows = [nano.schedule(config, s)[2] for s in range(6200)]
     assert sorted(set(windows)) == list(range(128, 1793, 128))
     assert windows.index(1792) / 6200 == pytest.approx(0.963, abs=1e-3)
+    for window in (1, 128, 129, 190, 200, 300, 640):  # in the end all blocks that the model sees when it is used
+        config = tiny(window=window)
+        assert nano.schedule(config, config.steps)[2] == 128 * math.ceil(window / 128)
 
 
 @pytest.mark.parametrize("changes", [dict(), BY_POSITION, MIXED])

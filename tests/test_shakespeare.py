@@ -948,7 +948,7 @@ def test_data_comes_from_data_dir_then_cache_then_network_then_stand_in(
     monkeypatch.delenv("DATA_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for reason in ("no network", "is another text"):
-        assert shakespeare.load_text("auto") == (shakespeare.stand_in(), "stand-in")
+        assert shakespeare.load_text("auto") == (shakespeare.stand_in(), shakespeare.STAND_IN)
         banner = capsys.readouterr().out
         assert reason in banner and "DATA_DIR" in banner and "STAND-IN" in banner
         assert not cached.exists()
@@ -957,7 +957,7 @@ def test_data_comes_from_data_dir_then_cache_then_network_then_stand_in(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(local))  # no folder can be there
     answers.append(text.encode())
-    assert shakespeare.load_text("auto")[1] == "stand-in" and str(local) in capsys.readouterr().out
+    assert shakespeare.load_text("auto")[1] == shakespeare.STAND_IN and str(local) in capsys.readouterr().out
 
 
 def test_holdout_is_the_end_of_the_training_text():
