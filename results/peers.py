@@ -48,8 +48,8 @@ PEERS = {  # name: peak learning rate; Muon's is shared by the layers
     "soft cap": 0.2,
     "Stiefel": 0.4,
     "AOL, Adam": 0.00075,
-    "AOL, Adam, small batches": 0.00075,
-    "AOL, SGD": 0.05,
+    "AOL, Adam, small batches": 0.000375,
+    "AOL, SGD": 0.025,
     "SpectralLinear": 0.0015,
 }
 SMALL_BATCHES = ("AOL, Adam, small batches", "AOL, SGD")  # an eighth, 256; AOL's authors have 250
