@@ -122,7 +122,9 @@ def compare(f, x_STD, w_STD, h, radius, token_S=None):
     difference_STO = f(above_STD) - f(below_STD)
     size_ST = rms(difference_STO.detach())
     distance_S = rms((above_STD - below_STD).detach()).amax(1)
-    quotient_S = size_ST.amax(1) / distance_S
+    # Where f is constant, its gradient and so w become 0: the two inputs are one.
+    apart_S = distance_S > 1e-140
+    quotient_S = torch.where(apart_S, size_ST.amax(1) / distance_S, 0.0)
     if token_S is None:
         token_S = size_ST.argmax(1)
     length_S = difference_STO[torch.arange(len(token_S)), token_S].norm(dim=1)
@@ -664,9 +666,11 @@ def show(row, name):
     """A value of a row. Those of bounds are logarithms."""
     value = row[name]
     if not isinstance(value, float):
-        return ascii(value)[:150]
+        return ascii(value).strip("'")[:150]
     if row["kind"] != "bound":
         return f"{value:.5g}"
+    if name == "claimed" and row["what"].startswith("limit"):
+        return f"{10**value:.5g}"  # a setting
     return power(value, down=name == "found", digits=5)
 
 

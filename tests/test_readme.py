@@ -66,7 +66,7 @@ def test_command(script, flags, tmp_path, monkeypatch, capsys):
         (tmp_path / "mine.py").write_text(python_code("half_cap"))
     module.main(module.parse_arguments([*shlex.split(flags), *SHORT[script].split()]))
     preset = options.preset
-    folder = options.out or f"runs/{script}_{preset}_seed0"
+    folder = options.out or f"runs/{script}_{preset}_seed{options.seed}"
     assert (tmp_path / folder / "summary.json").exists() and preset in capsys.readouterr().out
 
 
