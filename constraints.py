@@ -528,9 +528,9 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #   4. For Y < I take any m_i > 0 and scale them: l = share m / sigma(root^T J^T diag(m) J root),
 #      with share < 1.
 #   5. Rounding: Y is rounded up as G S G^T is. Cholesky's root of I - Y is off by (D + 1) eps D,
-#      less than 1e-8, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
-#      number of at most 100. So what is solved for, half, errs by at most e |half| with
-#      e = 100 D^1.5 eps. As in the step above it, |c half|^2 is then off by at most
+#      less than 1e-7, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
+#      number of at most 101. So what is solved for, half, errs by at most e |half| with
+#      e = 101 D^1.5 eps. By 2 a b <= 1e-8 a^2 + 1e8 b^2, |c half|^2 is then off by at most
 #      1e-8 |c half|^2 + (1 + 1e8) e^2 |half|^2. Both are added.
 # All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
 # be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
@@ -547,10 +547,10 @@ def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, si
     Y = Y + m_N.max() * J_ND.square().sum() * rounding(S) * eye
     share = torch.sigmoid(torch.as_tensor(share_logit)).clamp(max=1 - 1e-4)
     scale = share / eigvalsh(Y)[-1].clamp(min=1e-290)
-    rest = cholesky((1 - 1e-8) * eye - scale * Y)
+    rest = cholesky((1 - 1e-7) * eye - scale * Y)
     half = torch.linalg.solve_triangular(rest, root.mT, upper=False)
     inner = (1 + 1e-8) * half.mT @ half  # root (I - Y)^-1 root^T
-    e = 100 * len(S) ** 1.5 * 2.0**-53
+    e = 101 * len(S) ** 1.5 * 2.0**-53
     inner = inner + (1 + 1e8) * e**2 * trace(inner) * eye
     of_z = ellipsoid_image(A_OD, inner, size)
     of_v = (B_ON / (scale * m_N)) @ B_ON.mT

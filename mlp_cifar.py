@@ -135,12 +135,12 @@ class Config(Settings):
     center: bool = True  # subtract the mean training image; nor does that
     lowpass: int = 12  # use only the K x K lowest frequencies of an image; 32: all
     mirror: bool = False  # average the logits of each image and its mirror image
-    roll: int = 0  # K: average also over four images, shifted around by K pixels diagonally; 0: no
+    roll: int = 0  # K: average also over four copies, shifted around by K pixels diagonally; 0: no
     w_max: str = "3.4"  # limit on the RMS->RMS norm of each layer: one for all, or 3,4,5
     # training
     optimizer: str = "muon"  # of the matrices: muon or adamw
     constraint: str = "soft_cap"  # a name in constraints.py, or a function of yours: FILE.py:NAME
-    constrain_every: int = 4  # at most so many steps between two uses of a constraint that can wait
+    constrain_every: int = 4  # a constraint that can wait runs at about every so many steps
     steps: int = 2000  # training steps
     batch: int = 512  # images a step
     lr: float = 0.0  # peak learning rate; 0: 0.2 for Muon or 0.0013 for AdamW. Muon's is / depth
@@ -360,7 +360,7 @@ def certified_radii(model, pairs_log10_KK, images_NP, labels_N):
     label_N1 = labels_N[:, None]
     margin_NK = logits_NK.gather(1, label_N1) - logits_NK
     largest = max(p.detach().abs().max().item() for p in (logits_NK, *model.biases))
-    margin_NK -= 1e-9 * largest  # more than float64 can lose by adding up numbers of that size
+    margin_NK -= 1e-9 * largest  # for rounding: generous, as float64 has 1e-16, and not proved
     # The nearest decision boundary: the smallest margin / constant over the other classes.
     radius_NK = margin_NK / 10 ** pairs_log10_KK[labels_N]
     return radius_NK.scatter(1, label_N1, math.inf).amin(1)

@@ -143,8 +143,8 @@ class Muon(torch.optim.Optimizer):
                   drift by rounding); for weight_decay, 1 / decay
     dtype         precision of msign; None: that of the parameters. In bfloat16 an update has a norm
                   of up to 1.07 lr, which the constraint takes into account
-    every         at most so many steps, 1 to 64, from one use of a constraint that can wait to the
-                  next; fewer where steps are large. Other constraints run after each step
+    every         a constraint that can wait leaves room for up to so many steps less one, 1 to 64,
+                  of the present size, and runs when it is used up. Others run after each step
 
     Each can be set per group. Parameters are matrices (fan_out, fan_in) or stacks of matrices
     (count, fan_out, fan_in); ValueError for anything else.

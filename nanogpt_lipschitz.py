@@ -147,7 +147,7 @@ class Config(Settings):
     blocks: int = 12  # blocks, each of attention and an MLP
     heads: int = 6  # attention heads H, each of dimension D / H
     hidden: int = 3072  # neurons of an MLP
-    window: int = 1792  # tokens, in 128s, that 4 blocks see at the end of training; others half
+    window: int = 1792  # tokens, rounded up to 128s, that 4 blocks see in the end; the others half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
     content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
     logit_scale: float = 24.0  # on q.k / (D / H), by content; the baseline's largest logit
@@ -160,7 +160,7 @@ class Config(Settings):
     baseline: bool = False  # without limits, with RMSNorm, QK norm, softcap, whole residuals
     # training
     constraint: str = "soft_cap"  # a name in constraints.py, or a function of yours: FILE.py:NAME
-    constrain_every: int = 4  # at most so many steps between two uses of a constraint that can wait
+    constrain_every: int = 4  # a constraint that can wait runs at about every so many steps
     steps: int = 6200  # training steps
     batch: int = 8  # sequences a step, over all processes
     seq_len: int = 49_152  # tokens of a sequence; it holds parts of many documents
@@ -1118,7 +1118,7 @@ def main(config):
     train, validation, data_name = load_data(config)
     if state:
         same = state["tokens"] == len(train)
-        if not same or STAND_IN in data_name and data_name != state["data"]:
+        if not same or "stand-in" in data_name + state["data"] and data_name != state["data"]:
             raise UserError(f"--data {data_name}: has {len(train)} tokens to train, but the run "
                             f"began with {state['tokens']} of {state['data']}; give the same data")
 
@@ -1356,14 +1356,13 @@ def measure(model, validation, window, dtype, exchange, step, losses, ms_per_ste
         lipschitz_log10=finite(bound["log10"]),
         lipschitz_product_log10=finite(bound["product_log10"]), activations=activations,
         ms_per_step=ms_per_step, tokens_per_second=1000 * tokens_a_step / ms_per_step,
-        memory_gib=torch.cuda.max_memory_allocated() / 2**30, losses=losses)
+        memory_gib=torch.cuda.max_memory_allocated() / 2**30, losses=losses,
+        dtype=str(dtype).removeprefix("torch."))
 
 
 def report(config, model, out, log, data_name, dtype, world_size):
     """The end of a run: tuned certificate, summary.json, table and picture. Returns the summary."""
-    if config.width > TUNED_WIDTH:
-        print("The certificate is not tuned: at this width that takes long.")
-    else:
+    if config.width <= TUNED_WIDTH and not config.baseline:
         print("Tuning the certificate: up to a minute ...", flush=True)
     bound = certificate(model, free=tuned(model))
     summary = summarize(

@@ -149,7 +149,7 @@ class Config(Settings):
     # training
     optimizer: str = "muon"  # of the matrices: muon or adamw
     constraint: str = "soft_cap"  # a name in constraints.py, or a function of yours: FILE.py:NAME
-    constrain_every: int = 4  # at most so many steps between two uses of a constraint that can wait
+    constrain_every: int = 4  # a constraint that can wait runs at about every so many steps
     steps: int = 600  # training steps
     batch: int = 32  # windows a step
     lr: float = 0.0  # peak learning rate of the matrices; 0: 0.1 for Muon, or 0.003 for AdamW
@@ -823,7 +823,7 @@ def main(config):
     train_N, validation_N, vocabulary, data_name = load_data(config)
     if state:
         same = (state["vocabulary"], state["tokens"]) == (vocabulary, len(train_N))
-        if not same or STAND_IN in data_name and data_name != state["data"]:
+        if not same or "stand-in" in data_name + state["data"] and data_name != state["data"]:
             raise UserError(f"--data {data_name}: is another text than that which the run began "
                             f"with, {state['data']}")
     encode(config.prompt, vocabulary)  # so that a wrong prompt is reported before training
@@ -976,7 +976,7 @@ def report(config, model, out, log, data_name, validation_N, dtype):
     """The end of a run: tuned certificate, summary.json, table, picture, sample. Returns the
     summary.
     """
-    print("Tuning the certificate, counting certified tokens: a minute, or some if it is wide ...",
+    print("Tuning the certificate, counting certified tokens: up to a minute, at width 256 ...",
           flush=True)
     weights = tuned(model)
     bound = certificate(model, free=weights)

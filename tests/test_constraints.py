@@ -654,6 +654,19 @@ def test_gradients_flow_through_ellipsoids():
     assert torch.autograd.gradcheck(bound, (free,))
 
 
+def test_the_rounding_of_a_product_that_cancels_is_allowed_for():
+    """a b is what rounding made of it. Fractions know it exactly: without the size of its factors bounds are too small."""
+    too_small = 0
+    for seed in range(20):
+        a, b = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed)).double()
+        b[2] = -(a[0] * b[0] + a[1] * b[1]) / a[2]
+        exact = abs(sum(Fraction(x) * Fraction(y) for x, y in zip(a.tolist(), b.tolist())))
+        S, U = torch.eye(1).double(), (a @ b).view(1, 1)
+        assert exact <= ellipsoid_norm(S, 0.0, U, size=a.norm() * b.norm()).exp().item()
+        too_small += exact > ellipsoid_norm(S, 0.0, U).exp().item()
+    assert too_small > 3
+
+
 def test_tuning_keeps_the_best_that_it_saw():
     """Steps of 10 from a start that is 0.03 off: all later ones are worse."""
     def goal(free):

@@ -174,12 +174,13 @@ def test_a_constraint_that_passes_its_limit(constraint, verdict, runs, tmp_path,
     assert rows.get("weights limit on layer 2") == (verdict and "held")
 
 
-@pytest.mark.parametrize("dtype, excess, code", [("auto", 1e-3, 0), ("auto", 0.02, 1), ("float32", 1e-3, 1)])
-def test_soft_cap_in_bfloat16_may_pass_its_limit_by_little(dtype, excess, code, runs, tmp_path):
+@pytest.mark.parametrize("constraint, excess, code", [
+    ("soft_cap", 1e-3, 0), ("soft_cap", 0.02, 1), ("hard_cap", 1e-3, 1)])
+def test_soft_cap_in_bfloat16_may_pass_its_limit_by_little(constraint, excess, code, runs, tmp_path):
     files = Files(runs / "mlp", tmp_path / "copy")
     limit = files.summary["norms"]["layer 1"] / (1 + excess)
-    files.settings.update(dtype=dtype, w_max=f"{limit},3.4,3.4")
-    files.config.update(dtype=dtype, w_max=f"{limit},3.4,3.4")
+    files.settings.update(constraint=constraint, w_max=f"{limit},3.4,3.4")
+    files.config.update(constraint=constraint, w_max=f"{limit},3.4,3.4")
     files.summary["w_max"]["layer 1"] = limit
     found, _, rows = status(files.write())
     assert found == code and rows["weights limit on layer 1"] == ("BROKEN" if code else "above its limit")
@@ -192,6 +193,9 @@ def test_a_network_whose_bound_is_0_is_held(tmp_path):
     assert status(tmp_path / "run")[:2] == (0, "held")
     shakespeare.main(shakespeare.Config(**{**GPT, "steps": 1}, final_scale=0.0, out=str(tmp_path / "zero")))
     assert status(tmp_path / "zero")[:2] == (0, "held")
+    files = Files(tmp_path / "zero", tmp_path / "copy")
+    files.summary["val_accuracy"] = 0.5
+    assert status(files.write())[2]["summary.json val_accuracy"] == "BROKEN"
 
 
 def test_a_gpt_that_was_killed_is_evaluated_as_it_was(tmp_path, after_step):
@@ -391,6 +395,13 @@ def test_radii_of_a_linear_network_are_exact(claimed, verdict, monkeypatch):
     monkeypatch.setattr(Table, "attack", lambda *arguments, **more: None)  # of other bounds
     verify_lipschitz.verify_mlp(table, config, model, (images_NP, labels_N))
     assert [row["verdict"] for row in table.rows] == [verdict] and 0.3 < table.rows[0]["claimed"] < 0.7
+
+
+def test_a_search_whose_gradient_is_not_finite_did_not_check():
+    """sqrt is finite at 0, and its slope is not."""
+    table = Table(options())
+    table.attack("map", "norm", 0.0, lambda x: x.clamp(min=0).sqrt() - (-x).clamp(min=0).sqrt(), torch.zeros(4, 1, 4))
+    assert table.rows[0]["verdict"] == "not checked: overflow"
 
 
 @pytest.mark.parametrize("activation", ["gelu", "maxmin"])
