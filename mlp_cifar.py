@@ -6,7 +6,7 @@ That certifies images: one with a large margin keeps its class under *every* per
 radius.
 
 COMMANDS
-    python mlp_cifar.py                                      # half a minute, once CIFAR-10 is there
+    python mlp_cifar.py                                      # a minute, once CIFAR-10 is there
     python mlp_cifar.py --preset paper                       # the paper's network; --help has more
     python mlp_cifar.py --optimizer adamw --constraint none  # no constraint: see how the norms grow
     python mlp_cifar.py --out DIR                            # stopped, the same command goes on
@@ -666,7 +666,7 @@ def draw(path, title, log, norms, limits, bound_log10):
     panels[1].legend([*norms[0], "limits"])
     if math.isfinite(bound_log10):
         panels[2].axhline(bound_log10, color="grey", linestyle="--")
-        panels[2].legend(["untuned, which is quick", "tuned, if not too wide"])
+        panels[2].legend(["untuned, at each evaluation", "certificate at the end"])
     figure.savefig(path, dpi=110)
 
 

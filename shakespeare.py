@@ -801,7 +801,7 @@ def draw(path, title, log, norms, limits, bound_log10):
     panels[1].legend([*norms[0], "limits"])
     if math.isfinite(bound_log10):
         panels[2].axhline(bound_log10, color="grey", linestyle="--")
-        panels[2].legend(["untuned, which is quick", "tuned, if not too wide"])
+        panels[2].legend(["untuned, at each evaluation", "certificate at the end"])
     figure.savefig(path, dpi=110)
 
 
