@@ -125,7 +125,7 @@ def main(argv=None):
         rows.append(row)
     if options.runs:
         with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     draw(rows, options.out)

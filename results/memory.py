@@ -255,7 +255,7 @@ def main(argv=None):
     parser.parse_args(argv)
     table = rows(PRESETS, on_fake_cuda(CASES))
     with open(TABLE, "w", newline="") as f:
-        writer = csv.DictWriter(f, table[0].keys())
+        writer = csv.DictWriter(f, table[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
     print("GiB on rank 0 of 8, in the third step, at the paper's shapes")

@@ -112,7 +112,7 @@ def main(argv=None):
                   f"largest activation {row['largest_activation']:.4g}", flush=True)
     if options.csv:
         with open(options.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 

@@ -541,3 +541,9 @@ def test_every_table_and_picture_is_measured():
     for row in rows:
         assert all(re.fullmatch("[0-9a-f]{7}", commit) for commit in row["commits"].split())
         assert all((ROOT / name).exists() for name in row["rests_on"].split())
+
+
+def test_lines_of_tables_end_alike():
+    """A table that a script writes anew differs from the old one in its figures only."""
+    for path in (ROOT / "results").glob("*.csv"):
+        assert b"\r" not in path.read_bytes(), path.name
