@@ -530,8 +530,8 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #   5. Rounding: Y is rounded up as G S G^T is. Cholesky's root of I - Y is off by (D + 1) eps D,
 #      less than 1e-7, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
 #      number of at most 101. So what is solved for, half, errs by at most e |half| with
-#      e = 101 D^1.5 eps. By 2 a b <= 1e-8 a^2 + 1e8 b^2, |c half|^2 is then off by at most
-#      1e-8 |c half|^2 + (1 + 1e8) e^2 |half|^2. Both are added.
+#      e = 101 D^1.5 eps. By 2 a b <= 1e-8 a^2 + 1e8 b^2, |half c^T|^2 for |c| = 1 is then off by
+#      at most 1e-8 |half c^T|^2 + (1 + 1e8) e^2 |half|^2. Both are added.
 # All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
 # be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
 def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, size=0.0):

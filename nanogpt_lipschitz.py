@@ -2,7 +2,7 @@
 
 WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338): 162M weights on FineWeb, no layer
 norm, QK norm or softcapping. Each matrix belongs to one process, which alone updates and constrains
-it: so the constraint costs the less the more GPUs there are.
+it: so the more GPUs there are, the less time the constraint takes.
 
 COMMANDS
     python nanogpt_lipschitz.py                                    # minutes on a laptop, no network

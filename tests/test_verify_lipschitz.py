@@ -147,6 +147,12 @@ def test_a_published_checkpoint(tmp_path):
     small = published(tmp_path / "small.npz")
     results_published.main([str(small), "--data", str(text), "--out", str(run)])
     assert status(run, data=str(text))[:2] == (0, "held")
+    # Theirs keeps no limit on the stored table: a longer vector is told, and nothing is false.
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["model"]["embedding_VD"] *= 2 / state["model"]["embedding_VD"].square().mean(1).sqrt().max()
+    torch.save(state, run / "checkpoint.pt")
+    (run / "summary.json").unlink()
+    assert status(run, data=str(text))[2]["weights limit on embedding"] == "above its limit"
 
 
 def test_what_may_differ(runs, tmp_path):
@@ -198,7 +204,7 @@ def test_a_network_whose_bound_is_0_is_held(tmp_path):
     assert status(files.write())[2]["summary.json val_accuracy"] == "BROKEN"
 
 
-def test_a_gpt_that_was_killed_is_evaluated_as_it_was(tmp_path, after_step):
+def test_a_gpt_that_was_killed_is_evaluated_as_it_was(tmp_path, after_step, monkeypatch):
     """In the middle of training attention sees less than the whole window."""
     flags = [*NANO, "--seq_len", "256", "--window", "256", "--steps", "8", "--evals", "8", "--dtype", "float32"]
     steps = []
@@ -215,6 +221,8 @@ def test_a_gpt_that_was_killed_is_evaluated_as_it_was(tmp_path, after_step):
     assert state["step"] == 2 and nanogpt_lipschitz.schedule(config, 2)[2] == 128
     code, verdict, rows = status(tmp_path / "run")
     assert (code, verdict) == (2, "nothing claimed") and rows["checkpoint's log val_loss"] == "agrees"
+    monkeypatch.setattr(nanogpt_lipschitz, "schedule", lambda config, step: (1.0, 0.95, 256))
+    assert status(tmp_path / "run")[2]["checkpoint's log val_loss"] == "BROKEN"
 
 
 # ---- what was tampered with is reported --------------------------------------------------------------
