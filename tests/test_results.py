@@ -492,14 +492,28 @@ def check_peers(path):
     assert "\n".join(peers.table(rows)) in README
 
 
+def test_rates_of_the_comparison_are_inside_their_grids():
+    """Each is the best of those tried on training data held out, and has a worse one on either side."""
+    with open(ROOT / "results" / "learning_rates.csv", newline="") as file:
+        tried = list(csv.DictReader(file))
+    for name, study in compare.STUDIES.items():
+        for point in compare.rates_of(study):
+            kind = (name, point["optimizer"], point["constraint"])
+            of_pair = [row for row in tried if (row["study"], row["optimizer"], row["constraint"]) == kind]
+            rates = {float(row["lr"]): float(row["accuracy"] or 0) for row in of_pair}
+            assert rates[point["lr"]] == max(rates.values()) and not compare.beside_the_best(rates), kind
+            assert {float(row["w_max"]) for row in of_pair} == {point["w_max"]}
+            assert f"{point['lr']:g}: {100 * max(rates.values()):.1f} %" in README
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.csv")), ids=lambda path: path.name)
 def test_table(path):
-    """Every figure of a CSV file is in the README, but for logarithms; of norm_free.csv and peers.csv the means."""
+    """Every figure of a CSV file is in the README, but for logarithms; of several seeds the means."""
     if path.name == "norm_free.csv":
         return check_norm_free(path)
     if path.name == "peers.csv":
         return check_peers(path)
-    if path.name in ("measured.csv", "norm_free_searches.csv", "peers_rates.csv"):
+    if path.name in ("measured.csv", "norm_free_searches.csv", "peers_rates.csv", "learning_rates.csv"):
         return None  # see below; lists that no table repeats
     known = set(re.findall(r"\d[\d.e]*", README.replace(",", " ")))
     with open(path, newline="") as file:
