@@ -1,6 +1,6 @@
 """Every optimizer with every constraint at several strengths: accuracy at equal Lipschitz bounds.
 
-    python results/compare.py mlp_cifar                             # 44 runs of the paper's network
+    python results/compare.py mlp_cifar                             # 46 runs of the paper's network
     python results/compare.py shakespeare                           # of the paper's transformer, half as wide
     python results/compare.py mlp_cifar --seeds 3 --minutes 120     # adds two seeds to what is there
     python results/compare.py mlp_cifar --search --minutes 90       # the learning rates, on training data held out
@@ -8,7 +8,8 @@
 Other flags are those of the tutorial. Each run has a folder of its own below --out. The same command goes on
 where it was stopped. At the end: a table, compare.csv with a line a run, compare.png. One seed: 30 to 45
 minutes on one core. --search halves and doubles the learning rate of each pair at its middle strength, until the
-best of them has a worse one on either side: rates.csv.
+best of them has a worse one on either side: rates.csv. AdamW with spectral normalization, whose best rate
+changes most with the strength, is searched at each.
 """
 
 import argparse
@@ -39,24 +40,24 @@ STUDIES = {
             "hard_cap": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.008, (2, 3.5, 6))),
             "hammer": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.002, (2, 3.5, 6))),
             "none": dict(muon=(0.05, (1,)), adamw=(0.002, (1,))),
-            "weight_decay": dict(muon=(0.8, (2, 3.5, 6)), adamw=(0.002, (0.05, 0.2, 0.5))),
+            "weight_decay": dict(muon=(0.8, (2, 3.5, 6)), adamw=(0.002, (0.05, 0.2, 0.5, 2))),
             "spectral_weight_decay": dict(muon=(0.2, (0.2, 0.5, 1)), adamw=(0.016, (0.01, 0.03, 0.1))),
-            "specnorm": dict(muon=(0.4, (2, 3.5, 6)), adamw=(0.001, (2, 3.5, 6))),
+            "specnorm": dict(muon=(0.4, (2, 3.5, 6)), adamw=((0.001, 0.001, 0.002, 0.002), (2, 3.5, 6, 12))),
             "stiefel": dict(muon=(0.8, (2, 3.5, 6)), adamw=(0.004, (2, 3.5, 6))),
         }),
     "shakespeare": dict(
         flags="--preset paper --evals 1 --constrain_every 1 --steps 200 --batch 32 --width 128 "
               "--hidden 512 --seq_len 128",
-        bound="lipschitz_log10", bound_name="max-token RMS, heads counted", bounds=(3, 6, 9, 12),
+        bound="lipschitz_log10", bound_name="max-token RMS, heads counted", bounds=(3, 6, 9),
         certified=("certified_token_accuracy", "0.001"), holdout=True,
         adamw=dict(momentum=0.9, warmup=20), pairs={
             "soft_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
             "hard_cap": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
             "hammer": dict(muon=(0.1, (1, 2, 4)), adamw=(0.024, (1, 2, 4))),
             "none": dict(muon=(0.2, (1,)), adamw=(0.024, (1,))),
-            "weight_decay": dict(muon=(0.2, (1, 2, 4)), adamw=(0.012, (0.03, 0.1, 0.3))),
+            "weight_decay": dict(muon=(0.4, (1, 2, 4, 8)), adamw=(0.024, (0.03, 0.1, 0.3, 1))),
             "spectral_weight_decay": dict(muon=(0.2, (0.1, 0.3, 1)), adamw=(0.048, (0.01, 0.03, 0.1))),
-            "specnorm": dict(muon=(0.2, (1, 2, 4)), adamw=(0.0001875, (1, 2, 4))),
+            "specnorm": dict(muon=(0.2, (1, 2, 4)), adamw=((0.0001875, 0.012, 0.048, 0.024), (2, 4, 8, 16))),
             "stiefel": dict(muon=(0.2, (1, 2, 4)), adamw=(0.048, (1, 2, 4))),
         }),
 }
@@ -94,17 +95,27 @@ def open_folder(tutorial, base, settings):
     tutorial.write(known, json.dumps(settings, indent=1))
 
 
+def rate_at(lr, strengths, w_max):
+    """A pair has one learning rate, or one for each of its strengths."""
+    return lr[strengths.index(w_max)] if isinstance(lr, tuple) else lr
+
+
 def points_of(study, seeds):
     """Of the comparison: each pair at each strength."""
-    return [dict(optimizer=optimizer, constraint=constraint, w_max=w, lr=lr, seed=seed)
+    return [dict(optimizer=optimizer, constraint=constraint, w_max=w_max, lr=rate_at(lr, strengths, w_max), seed=seed)
             for seed in range(seeds) for constraint, pair in study["pairs"].items()
-            for optimizer, (lr, strengths) in pair.items() for w in strengths]
+            for optimizer, (lr, strengths) in pair.items() for w_max in strengths]
 
 
 def rates_of(study):
-    """Of the search: each pair at its middle strength, with its learning rate."""
-    return [dict(optimizer=optimizer, constraint=constraint, w_max=strengths[len(strengths) // 2], lr=lr, seed=0)
-            for constraint, pair in study["pairs"].items() for optimizer, (lr, strengths) in pair.items()]
+    """Of the search: each pair where its learning rate is searched, at the middle strength or at each."""
+    points = []
+    for constraint, pair in study["pairs"].items():
+        for optimizer, (lr, strengths) in pair.items():
+            searched = strengths if isinstance(lr, tuple) else [strengths[len(strengths) // 2]]
+            points += [dict(optimizer=optimizer, constraint=constraint, w_max=w_max,
+                            lr=rate_at(lr, strengths, w_max), seed=0) for w_max in searched]
+    return points
 
 
 def beside_the_best(tried):
@@ -117,14 +128,14 @@ def beside_the_best(tried):
 
 
 def rates_beside(rows):
-    """Of the search: what is to be tried next, given the rows of all pairs."""
-    pairs = {}
+    """Of the search: what is to be tried next, given all rows."""
+    searches = {}
     for row in rows:
-        pairs.setdefault((row["optimizer"], row["constraint"]), []).append(row)
+        searches.setdefault((row["optimizer"], row["constraint"], row["w_max"]), []).append(row)
     points = []
-    for of_pair in pairs.values():
-        settings = {key: of_pair[0][key] for key in SET_HERE}
-        rates = beside_the_best({row["lr"]: row.get("accuracy", 0.0) for row in of_pair})
+    for search in searches.values():
+        settings = {key: search[0][key] for key in SET_HERE}
+        rates = beside_the_best({row["lr"]: row.get("accuracy", 0.0) for row in search})
         points += [dict(settings, lr=lr) for lr in rates]
     return points
 
@@ -244,7 +255,7 @@ def draw(study, rows, path):
             left.plot(bound, 100 * accuracy, style, color=f"C{color}", label=name)
             right.plot(100 * accuracy, 100 * certified, style, color=f"C{color}")
     left.set(xlabel=f"log10 of the Lipschitz bound ({study['bound_name']})", ylabel="accuracy, %",
-             title="A curve for each pair, a point for each strength. Solid: Muon. Dashed: AdamW")
+             title="A point for each strength. Solid: Muon. Dashed: AdamW")
     right.set(xlabel="accuracy, %", ylabel=f"certified accuracy, %, at radius {study['certified'][1]}",
               title="What a certificate keeps of the accuracy")
     figure.legend(loc="outside right upper", fontsize="small")
@@ -285,15 +296,15 @@ def main(argv=None):
     if not rows:
         return
     if options.search:
-        rows.sort(key=lambda row: (row["optimizer"], row["constraint"], row["lr"]))
+        rows.sort(key=lambda row: (row["optimizer"], row["constraint"], row["w_max"], row["lr"]))
         write_rows(rows, base / "rates.csv")
         best = {}
         for row in rows:
-            pair = row["optimizer"], row["constraint"]
-            best[pair] = max(best.get(pair, (0.0, 0.0)), (row.get("accuracy", 0.0), row["lr"]))
-        for (optimizer, constraint), (accuracy, lr) in best.items():
+            search = row["optimizer"], row["constraint"], row["w_max"]
+            best[search] = max(best.get(search, (0.0, 0.0)), (row.get("accuracy", 0.0), row["lr"]))
+        for (optimizer, constraint, w_max), (accuracy, lr) in best.items():
             found = f"best learning rate {lr:g}, {100 * accuracy:.1f} %" if accuracy else "diverged at all rates tried"
-            print(f"{optimizer:6} {constraint:22} {found}")
+            print(f"{optimizer:6} {constraint:22} {w_max:<5g} {found}")
         print(f"Every run: {base}/rates.csv")
         return
     write_rows(rows, base / "compare.csv")

@@ -62,7 +62,7 @@ def small_data(few_images, little_text):
 # ==== compare.py ==================================================================================
 def few_pairs(monkeypatch, name):
     pairs = {"none": dict(muon=(0.2, (1,)), adamw=(1e30, (1,))),
-             "soft_cap": dict(muon=(0.2, (1.5, 4)), adamw=(0.001, (1.5,)))}
+             "soft_cap": dict(muon=((0.2, 0.3), (1.5, 4)), adamw=(0.001, (1.5,)))}
     monkeypatch.setitem(compare.STUDIES[name], "pairs", pairs)
 
 
@@ -117,18 +117,21 @@ def test_compare_searches_rates_on_data_held_out(tmp_path, monkeypatch, capsys):
     compare.main(["mlp_cifar", *MLP, "--search", "--out", str(tmp_path)])
     with open(tmp_path / "rates.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    for constraint, pair in compare.STUDIES["mlp_cifar"]["pairs"].items():
-        for optimizer, (lr, strengths) in pair.items():
-            mine = [row for row in rows if (row["optimizer"], row["constraint"]) == (optimizer, constraint)]
-            rates = {float(row["lr"]): float(row["accuracy"] or 0) for row in mine}
-            best = max(rates.values())
-            assert lr in rates and any({rate / 2, 2 * rate} <= rates.keys() for rate in rates if rates[rate] == best)
-            assert {float(row["w_max"]) for row in mine} == {strengths[len(strengths) // 2]}
+    searches = compare.rates_of(compare.STUDIES["mlp_cifar"])
+    for point in searches:
+        search = [row for row in rows if tuple(row.values())[:3] == (
+            point["optimizer"], point["constraint"], str(point["w_max"]))]
+        rates = {float(row["lr"]): float(row["accuracy"] or 0) for row in search}
+        best = max(rates.values())
+        assert point["lr"] in rates
+        assert any({rate / 2, 2 * rate} <= rates.keys() for rate in rates if rates[rate] == best)
+    assert sorted({(row["optimizer"], row["constraint"], row["w_max"]) for row in rows}) == [
+        ("adamw", "none", "1"), ("adamw", "soft_cap", "1.5"), ("muon", "none", "1"),
+        ("muon", "soft_cap", "1.5"), ("muon", "soft_cap", "4")]
     file, = tmp_path.glob("muon_none_1_lr0.2_seed0/config.json")
     assert json.loads(file.read_text())["holdout"] == 100
-    pairs = sum(map(len, compare.STUDIES["mlp_cifar"]["pairs"].values()))
     said = capsys.readouterr().out
-    assert said.count("best learning rate") + said.count("diverged at all rates tried") == pairs
+    assert said.count("best learning rate") + said.count("diverged at all rates tried") == len(searches)
 
 
 def test_a_search_of_rates_ends_inside_its_grid():
@@ -145,6 +148,14 @@ def test_a_search_of_rates_ends_inside_its_grid():
     assert sorted(row["lr"] for row in found if row["optimizer"] == "muon") == [0.5, 1, 2, 4, 8]
     assert sorted(row["lr"] for row in found if row["optimizer"] == "adamw") == [0.5, 1, 2]
     assert compare.beside_the_best({1.0: 0.5, 2.0: 0.6, 4.0: 0.6}) == [8.0]  # equal ones are both gone beyond
+
+
+def test_a_pair_may_have_a_rate_for_each_strength():
+    study = dict(pairs={"specnorm": dict(muon=(0.1, (1, 2, 4)), adamw=((0.01, 0.02), (1, 2)))})
+    rates = [(point["optimizer"], point["w_max"], point["lr"]) for point in compare.points_of(study, 1)]
+    assert rates == [("muon", 1, 0.1), ("muon", 2, 0.1), ("muon", 4, 0.1), ("adamw", 1, 0.01), ("adamw", 2, 0.02)]
+    searched = [(point["optimizer"], point["w_max"], point["lr"]) for point in compare.rates_of(study)]
+    assert searched == [("muon", 2, 0.1), ("adamw", 1, 0.01), ("adamw", 2, 0.02)]
 
 
 def test_compare_starts_with_what_it_is_run_for():
@@ -492,17 +503,36 @@ def check_peers(path):
     assert "\n".join(peers.table(rows)) in README
 
 
+def read_comparison(path):
+    """The rows of compare.py, with numbers where it has numbers. What diverged has no figures."""
+    rows = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            words = {key: row.pop(key) for key in ("optimizer", "constraint")}
+            seed = int(row.pop("seed"))
+            rows.append(dict(words, seed=seed, **{key: float(value) for key, value in row.items() if value}))
+    return rows
+
+
+def check_comparison(path):
+    study = compare.STUDIES[path.stem.removeprefix("comparison_")]
+    rows = read_comparison(path)
+    seeds = 1 + max(row["seed"] for row in rows)
+    of_study = [tuple(point.values()) for point in compare.points_of(study, seeds)]
+    assert sorted(of_study) == sorted(tuple(row[key] for key in compare.SET_HERE) for row in rows)
+    assert "\n".join(compare.table(study, rows)) in README
+
+
 def test_rates_of_the_comparison_are_inside_their_grids():
     """Each is the best of those tried on training data held out, and has a worse one on either side."""
     with open(ROOT / "results" / "learning_rates.csv", newline="") as file:
         tried = list(csv.DictReader(file))
     for name, study in compare.STUDIES.items():
         for point in compare.rates_of(study):
-            kind = (name, point["optimizer"], point["constraint"])
-            of_pair = [row for row in tried if (row["study"], row["optimizer"], row["constraint"]) == kind]
-            rates = {float(row["lr"]): float(row["accuracy"] or 0) for row in of_pair}
+            kind = (name, point["optimizer"], point["constraint"], f"{point['w_max']:g}")
+            search = [row for row in tried if tuple(row.values())[:4] == kind]
+            rates = {float(row["lr"]): float(row["accuracy"] or 0) for row in search}
             assert rates[point["lr"]] == max(rates.values()) and not compare.beside_the_best(rates), kind
-            assert {float(row["w_max"]) for row in of_pair} == {point["w_max"]}
             assert f"{point['lr']:g}: {100 * max(rates.values()):.1f} %" in README
 
 
@@ -513,6 +543,8 @@ def test_table(path):
         return check_norm_free(path)
     if path.name == "peers.csv":
         return check_peers(path)
+    if path.name.startswith("comparison_"):
+        return check_comparison(path)
     if path.name in ("measured.csv", "norm_free_searches.csv", "peers_rates.csv", "learning_rates.csv"):
         return None  # see below; lists that no table repeats
     known = set(re.findall(r"\d[\d.e]*", README.replace(",", " ")))
