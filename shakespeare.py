@@ -68,7 +68,7 @@ def explain(what, remedy):
     try:
         yield
     except Exception as problem:
-        reason = f"{type(problem).__name__}: {problem}".split("\n")[0][:160]
+        reason = f"{type(problem).__name__}: {problem}".split("\n")[0][:300]
         raise UserError(f"{what} ({reason}); {remedy}") from problem
 
 
@@ -779,16 +779,20 @@ def print_norms(norms, limits):
         print(f"  {name:10} norm (RMS->RMS) {norm:9.4f}   limit {limit:g}{verdict}")
 
 
-def draw(path, title, log, norms, limits, bound_log10):
+def draw(path, title, log, norms, limits, levels_log10):
     """A picture of a run over its steps.
 
-    norms: of each record {name: norm}; limits: dotted; bound_log10: tuned, of the final weights.
+    norms: of each record {name: norm}; limits: dotted. levels_log10: {name: log10 of a Lipschitz
+    constant of the final weights}, dashed beside the bounds.
     """
     from matplotlib.figure import Figure  # not pyplot: whoever calls main keeps their backend
+    bounds_log10 = [float(record["lipschitz_log10"]) for record in log]
+    small = max(bounds_log10) < 4  # drawn as it is; a larger one by its exponent
     curves = {
         "share of predictions that are right": [record["val_accuracy"] for record in log],
         "norms of the weights, RMS->RMS": [list(each.values()) for each in norms],
-        "Lipschitz bound, log10": [float(record["lipschitz_log10"]) for record in log]}
+        "Lipschitz bound" if small else "Lipschitz bound, log10":
+            [10**bound if small else bound for bound in bounds_log10]}
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 3)
@@ -799,9 +803,12 @@ def draw(path, title, log, norms, limits, bound_log10):
     for limit in set(limits):
         panels[1].axhline(limit, color="grey", linestyle=":")
     panels[1].legend([*norms[0], "limits"])
-    if math.isfinite(bound_log10):
-        panels[2].axhline(bound_log10, color="grey", linestyle="--")
-        panels[2].legend(["untuned, at each evaluation", "certificate at the end"])
+    panels[2].lines[0].set_label("valid bound, untuned")
+    for (name, level), color in zip(levels_log10.items(), ("black", "tab:red")):
+        if math.isfinite(level):
+            height = 10**level if small else level
+            panels[2].axhline(height, color=color, linestyle="--", label=name)
+    panels[2].legend()
     figure.savefig(path, dpi=110)
 
 
@@ -1007,7 +1014,8 @@ def report(config, model, out, log, data_name, validation_N, dtype):
         print(f"    rho {rho:21} {share:10.2%}")
     norms = [record["norms"] for record in log]
     title = f"{config.preset}, {data_name}"
-    draw(out / "curves.png", title, log, norms, limits.values(), float(summary["lipschitz_log10"]))
+    levels_log10 = {"valid bound, tuned, at the end": float(summary["lipschitz_log10"])}
+    draw(out / "curves.png", title, log, norms, limits.values(), levels_log10)
 
     print("-" * 80)
     sample(model, config, dtype)
