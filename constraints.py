@@ -12,9 +12,9 @@ On a first reading part I is enough. Every constraint has one signature,
 
 for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
 `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
-the steps since the last use can have led. Infinity means that W may be anything. The decays take it
-for the learning rate. With w = w_max * sqrt(fan_out / fan_in), the limit on singular values, and
-s_1, the largest of them:
+the steps since the last use can have led. Infinity means that W may be anything. To the decays it
+is the learning rate, and 1 / w_max the decay. With w = w_max * sqrt(fan_out / fan_in), the limit on
+singular values, and s_1, the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
@@ -93,11 +93,12 @@ def in_float64(W):
 
 
 # A bound on the norm from above, by products alone (Delattre et al. 2023):
-#   1. Divide W by its largest entry. Then s_1^2 is from 1 to fan_out * fan_in, so its logarithm is
-#      small enough for float32. Apple's GPUs have no float64.
+#   1. Divide W by its largest entry. Then s_1^2 is from 1 to fan_out * fan_in. Its logarithm is
+#      small, so that float32 is enough: Apple's GPUs have no float64.
 #   2. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
 #   3. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)).
-#   4. Rescale A before each squaring, and carry the factor as a logarithm: log s_1^2 <= log_square.
+#   4. Powers would overflow. So divide A by its Frobenius norm before each squaring. The sum of the
+#      logarithms of these divisors is log_square, an upper bound on log s_1^2.
 def norm_bound(W, squarings=10):
     """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...).
 
@@ -168,7 +169,7 @@ def by_svd(new, X, where, f):
 
 
 def top_pair(W):
-    """(u, s_1 v), shapes (..., fan_out, 1) and (..., 1, fan_in), with u and v the vectors of s_1.
+    """(u, s_1 v), shapes (..., fan_out, 1) and (..., 1, fan_in), with the singular vectors of s_1.
 
     Their product is the part of W that has s_1. Zeros for a zero matrix.
     """
@@ -195,7 +196,7 @@ def check(W, w_max, step_norm):
                          f"got {w_max} and {step_norm}")
 
 
-# ---- the decays: a pull, of which step_norm / w_max is lr * weight_decay -------------------------
+# ---- the decays: lr = step_norm, weight_decay = 1 / w_max ----------------------------------------
 def none(W, w_max=1.0, step_norm=0.0):
     """All s as they are."""
     return W
@@ -262,9 +263,9 @@ def hammer(W, w_max, step_norm=0.0):
 def hard_cap(W, w_max, step_norm=0.0):
     """All s -> min(s, w), exactly: the nearest matrix within the limit.
 
-    A matrix that is within the limit stays as it is. With the small Gram matrix A = V diag(s^2)
-    V^T, take V diag(max(0, 1 - w / s)) V^T W from W: the time of a dozen products on a CPU. A
-    resolves s^2 only to 1e-7 of s_1^2, so an SVD is used where s_1 is far above w.
+    A matrix that is within the limit stays as it is. With the small Gram matrix A = V diag(s^2) V^T
+    the result is W - V diag(max(0, 1 - w / s)) V^T W. That takes as long as a dozen products on a
+    CPU. A resolves s^2 only to 1e-7 of s_1^2, so an SVD is used where s_1 is far above w.
     """
     check(W, w_max, step_norm)
     w = w_max * sigma_per_norm(W)
@@ -296,7 +297,10 @@ def hard_cap(W, w_max, step_norm=0.0):
 #      alpha x^2 <= 1, which is up to k = (81/62) sqrt(3) w = 2.26 w. Beyond that, use the hard cap.
 #   5. Where k <= w nothing has to come down: alpha = 0.
 def soft_cap_alpha(w, k):
-    """The alpha that takes every s in [0, k] into [0, w], for k <= 2.26 w. Its unit is w^-2."""
+    """The alpha that takes every s in [0, k] into [0, w], for k <= 2.26 w.
+
+    w and k in one unit, singular values or RMS->RMS norms. alpha has that unit to the power -2.
+    """
     if k <= w:
         return 0.0
     if k > 81 / 62 * 3**0.5 * w:
@@ -321,7 +325,8 @@ def soft_cap_alpha(w, k):
 #   8. A matrix written from outside may have alpha s^2 > 1, where the polynomial explodes. So W is
 #      first divided by sqrt(c), with c = max(1, ||T^2||_F^(1/2)) >= alpha s_1^2. Then
 #      alpha s^2 <= 1, and what comes out is at most the peak of step 3, (62/81) / sqrt(3 alpha):
-#      1.3 w for steps of 5 %. Where squares overflow, the result is the zero matrix.
+#      1.3 w for steps of 5 %. That may be above the limit still; later uses bring it there. Where
+#      squares overflow, the result is the zero matrix.
 #   9. For matrices within range c = 1, unless very many singular values sit near the limit, so that
 #      t rank^(1/4) > 1 there. W is then scaled down a little more than needed, which is safe.
 @full_sums()
@@ -343,13 +348,13 @@ def soft_cap_map(W, alpha, dtype=None):
     return new.sub_(X).mul_(-c.rsqrt()).to(W.dtype)  # (X - E X) / sqrt(c)
 
 
-# How far do the roundings of bfloat16 lead? In a matrix of one entry there are 13 of a relative
-# 2^-8: two of W in A, one of A and one of alpha A, all of which enter E squared, so 8; W
-# once more; one each of T^2, the bracket of step 6, E and E W. At worst they add up to 13/256 E W.
-# At the top of the range E W is what the cap takes off, step_norm. So alpha is solved for a limit
-# that is lower by step_norm / 16, which is 16/256. For larger matrices that is
-# experience, not proof. A matrix of entries just beside the middle of two bfloat16 numbers, made to
-# break it, ends at 1.012 w_max (tests/test_constraints.py).
+# How far do the roundings of bfloat16 lead? Count those of a 1 x 1 matrix, each a relative 2^-8. W
+# twice in A, A, and T = alpha A are 4. E is about 3 T^2, so they count double: 8. T^2, the bracket
+# of step 6, E, E W, and W in E W are 5 more. At worst they add up to 13/256 of E W. At the top of
+# the range E W is what the cap takes off, step_norm. So alpha is solved for a limit that is lower
+# by step_norm / 16, which is 16/256. For larger matrices that is experience, not proof. A matrix of
+# entries just beside the middle of two bfloat16 numbers, made to break it, ends at 1.012 w_max
+# (tests/test_constraints.py).
 def soft_cap(W, w_max, step_norm=0.0):
     """All s up to w_max + step_norm, in RMS->RMS units, to at most w_max, by the cubics above.
 
@@ -397,10 +402,7 @@ def after_unknown_step(constraint, W, w_max, lr):
 
 
 def cap_rows(table_VD, limit=1.0):
-    """Each row of an embedding table scaled down to an RMS of at most `limit`.
-
-    So the table's norm from l1 to RMS is at most `limit`, too.
-    """
+    """Each row of an embedding table (V, D) scaled down to an RMS of at most `limit`."""
     # The first clamp is for the gradient: that of sqrt at 0 is infinite.
     rms = table_VD.square().mean(-1, keepdim=True).clamp(min=1e-30).sqrt()
     return table_VD * (limit / rms.clamp(min=limit))
@@ -464,7 +466,7 @@ def trace(S):
     return S.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-# What rounding can take from S. Let eps = 2^-53, and |.| the Frobenius norm.
+# Rounding of S. What can it take from S? Let eps = 2^-53, and |.| the Frobenius norm.
 #   1. G G^T, with sums of n terms, is off by at most n eps |G|^2 = n eps trace(G G^T), as a matrix
 #      in the spectral norm. So is a sum of n such matrices. So S may be too small by
 #      n eps trace(S).
@@ -523,7 +525,7 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #   1. With S = root root^T, z = root y with |y| <= 1. For any l_i > 0,
 #      sum_i l_i v_i^2 <= sum_i l_i (J z)_i^2 = y^T Y y with Y = root^T J^T diag(l) J root.
 #   2. So y^T (I - Y) y + v^T diag(l) v <= y^T y <= 1: if Y < I, the pair (y, v) is in an ellipsoid.
-#   3. By step 2 of the picture its image A root y + B v is in the ellipsoid of
+#   3. By 2 of what is used of E(S), above, its image A root y + B v is in the ellipsoid of
 #      S' = A root (I - Y)^-1 root^T A^T + B diag(1 / l) B^T.
 #   4. For Y < I take any m_i > 0 and scale them: l = share m / sigma(root^T J^T diag(m) J root),
 #      with share < 1.
@@ -607,7 +609,7 @@ def ellipsoid_pairs(S, log, U_KD):
     """
     rows_KD = U_KD @ root_of(S)
     distance_KK = torch.cdist(rows_KD, rows_KD, compute_mode="donot_use_mm_for_euclid_dist")
-    # Two rows, each off by at most the d of step 4, which is less than 1e-11 |u_i| |root|.
+    # Two rows, each off by at most the d of ellipsoid_image, which is less than 1e-11 |u_i| |root|.
     longest = U_KD.square().sum(1).max().sqrt()
     up = 2e-11 * longest * trace(S).sqrt()
     same_KK = torch.eye(len(U_KD), dtype=torch.bool)
@@ -671,6 +673,8 @@ def power(exponent, down=False, digits=4):
 #   attention(x)_t = beta sum_h o_h v_h sum_(j <= t) P^h_tj x_j,   mlp(x) = w_out f(w_in x) / scale
 #   P^h_t = softmax over j of s q_h x_t . k_h x_j + bias,   q_h and k_h with or without RoPE
 #
+# Here a is the share of a sublayer, beta is attention_scale, s is logit_scale / (D / H), P^h are
+# the attention weights of head h, its pattern, and scale is the constant by which GeLU is divided.
 # This is attention by content. By position there is no q_h and no k_h: the bias alone decides. A
 # block by content may have a cap: if the RMS of q_h x_t, k_h x_j or v_h x_j is above the cap, the
 # vector is scaled down to it, as cap_rows does.
@@ -707,10 +711,11 @@ class BlockBounds:
 
 # ---- THE PRODUCT: how long a difference gets in a sublayer ---------------------------------------
 # Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
-#   1. Head h's output, with its o_h, changes by o_h v_h y_h + o_h v_h m_h. y_h averages changed
-#      tokens, |y_h| <= 1. m_h is the changed pattern, applied to tokens. If no logit of a row
-#      changes by more than e_h, the worst change is +e_h on tokens of joint probability p and -e_h
-#      on the others. It moves the softmax by 4 p (1 - p) e_h in l1, at most e_h. So |m_h| <= e_h r.
+#   1. By the product rule head h's output, with its o_h, changes by o_h v_h y_h + o_h v_h m_h, with
+#      y_h = sum_j P_tj dx_j and m_h = sum_j dP_tj x_j. y_h is an average of changes, so |y_h| <= 1.
+#      If no logit of a row changes by more than e_h, the worst change is +e_h on tokens of joint
+#      probability p and -e_h on the others. It moves the softmax by 4 p (1 - p) e_h in l1, at most
+#      e_h. So |m_h| <= e_h r.
 #   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). So a head may as
 #      well give each token the key of the one before it, as key_offset does. RoPE keeps norms, so
 #      it changes nothing.

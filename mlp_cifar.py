@@ -47,6 +47,7 @@ from muon import Muon, fast_dtype
 SCRIPT = "mlp_cifar"
 RADII = {"36/255": 36 / 255, "72/255": 72 / 255, "108/255": 108 / 255, "1": 1.0}  # l2, of pixels
 
+# Capitals at the end of a name are the shape of a tensor: images_BP is (B, P).
 # Shapes: B images in a batch, N images in a set, P = 3072 pixel values, K classes, X columns or
 # rows of an image, F frequencies, M and N neurons of a certificate.
 
@@ -283,9 +284,9 @@ def build_model(config, state):
 #   3. With the next matrix behind it, dz' = A dz + B v with |v_i| <= |(J dz)_i| for known A, B, J
 #      (mlp_slopes), which lies in another ellipsoid (ellipsoid_layer).
 #   4. At the end |dz_d| <= sqrt(sigma(S_d)).
-#   5. The difference of two logits, f_y - f_j, changes by at most L_yj, the largest
-#      |(e_y - e_j) z| in E(S_d). Nor by more than |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}), with
-#      the rows w of W_d.
+#   5. The difference of two logits, f_y - f_j, changes by at most the largest |z_y - z_j| for z in
+#      E(S_d). It changes by at most |w_y - w_j| sigma(W_1) ... sigma(W_{d-1}), too, with the rows w
+#      of W_d. L_yj is the smaller of the two.
 #   6. If f_y(x) - f_j(x) > r L_yj for all j != y, all images within r (l2) of x have class y.
 #   7. With `mirror` or `roll` the logits are an average over views. View k is a permutation P_k,
 #      and |T P_k dx| <= |dx|, so 1 to 5 hold for each. The average of functions has at most the
@@ -741,11 +742,13 @@ def main(config):
             fraction = 1 - step / config.steps
             set_learning_rates(optimizers, fraction)
 
-            # Muon changes every W by an update of RMS->RMS norm lr, whatever the gradient. Then,
-            # still inside optimizer.step(), the constraint brings the norm of W back to at most
-            # w_max. So after this step each layer is within its limit. The network's Lipschitz
-            # constant, from the numbers that layer 1 sees to the logits, is at most the product of
-            # the limits.
+            # Muon changes every W by an update whose RMS->RMS norm is about lr, whatever the
+            # gradient. So the norm of W grows by no more than that. Where it could now exceed
+            # w_max, the constraint lowers it, still inside optimizer.step(), and somewhat further
+            # than needed, so that it may rest for some steps (constrain_every). So after each step
+            # every layer is within its limit. What stands between the layers increases no
+            # difference. So the RMS->RMS Lipschitz constant of the network, from the numbers that
+            # layer 1 sees to the logits, is at most the product of the limits.
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -1,14 +1,15 @@
-"""Muon: momentum, orthogonalised. A step of size `lr` moves a weight matrix by `lr`.
+"""Muon: momentum, orthogonalised. An update has norm `lr`, whatever the gradient.
 
 Read this file first. The method rests on one fact that AdamW cannot offer: the size of an update is
 known *before* it is made. Muon replaces the momentum matrix by its orthogonal factor, whose
-singular values are all 1. The RMS->RMS norm of W (fan_out x fan_in) is
-sigma_max(W) * sqrt(fan_in / fan_out). So in that norm the update
+singular values are all 1. The RMS->RMS norm of W (fan_out x fan_in) is the largest factor by which
+W can increase the root mean square (RMS) of a vector's entries:
+sigma_max(W) * sqrt(fan_in / fan_out). In that norm the update
 
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
-has size lr. A matrix that was within its limit ends at most lr above it, and the maps of
-constraints.py take that back.
+has size lr. By the triangle inequality a matrix that was within its limit ends at most lr above it.
+The constraints of constraints.py take that back.
 
 The file has two parts: msign, which computes the orthogonal factor, and the optimizer, which also
 decides when a constraint has to run.
@@ -26,27 +27,29 @@ import torch
 # ==== msign: the orthogonal factor of a matrix, by matrix products alone ==========================
 # For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. With A = G G^T, the
 # matrix (a I + b A + c A^2) G has the singular vectors of G, and a s + b s^3 + c s^5 as singular
-# values. So a few such quintics, which together send (0, 1] close to 1, need products alone. What
-# they overshoot by goes straight into the guarantee on the weights. Jordan's five quintics reach
-# 1.20. In exact arithmetic those here never exceed 1:
-#   1. Let the singular values lie in [low, 1]. Take the odd quintic whose largest distance e from 1
-#      on [low, 1 + tau] is least. It is 1 - e, 1 + e, 1 - e, 1 + e in turn, at low, at two points
-#      between, and at 1 + tau (Remez).
+# values. So a few such quintics need products alone. Together those here take [0.003, 1] into
+# [0.955, 1], and smaller values grow by a factor of at least 300. A singular value above 1 would
+# make the update larger than lr, and so weaken the guarantee on the weights. Jordan's five quintics
+# reach 1.20. In exact arithmetic those here never exceed 1:
+#   1. Let the singular values lie in [low, 1], and let tau = 0.08 be room for rounding. Take the
+#      odd quintic whose largest distance e from 1 on [low, 1 + tau] is least. In turn it is 1 - e
+#      and 1 + e, at low, at two points between, and at 1 + tau (Remez).
 #   2. Divide it by 1 + e. It then maps [low, 1] into [(1 - e) / (1 + e), 1], and rises from 0 on
 #      [0, low].
 #   3. Repeat with low = (1 - e) / (1 + e). From 0.003 that is 0.0118, 0.046, 0.173, 0.548, 0.956.
-#   4. tau = 0.08 is room for rounding. In low precision a singular value may land a little above 1.
-#      Beyond 1 + tau a quintic rises with a slope of up to 12, so the next steps would blow that
-#      value up.
+#   4. Why tau: in low precision a singular value may land a little above 1. Up to 1 + tau a quintic
+#      still gives at most 1. Beyond, it rises steeply, the first one with a slope of 12 and more,
+#      so the next steps would blow that value up.
 #
 # How far above 1 can rounding lead? bfloat16 has 8 significant bits and rounds an entry by up to a
 # relative 2^-8. The entries of an orthogonal factor of m x n, m <= n, are about 1 / sqrt(n). If all
 # errors have the same sign, they form a matrix of rank one whose norm is up to 2^-8 sqrt(m), 0.09
-# for 512 rows. That nearly happens if all positive entries have one size, which is rounded up, and
-# all negative entries another, which is rounded towards 0. Hadamard matrices with two such sizes
-# are the worst that were found. With 64 to 2048 rows and up to 10,240 columns msign gave at most
-# 1.056, for 512 x 2560 and sizes that differ by 40/256 (tests/test_muon.py). So the bfloat16 value
-# below is an observation, not a theorem.
+# for 512 rows. That estimate grows with m, and is too large to reckon with. A matrix comes near it
+# if all positive entries have one size, which is rounded up, and all negative entries another,
+# which is rounded towards 0. Hadamard matrices with two such sizes are the worst that were found.
+# With 64 to 2048 rows and up to 10,240 columns msign gave at most 1.056, for 512 x 2560 and sizes
+# that differ by 40/256 (tests/test_muon.py). So the 1.07 below is what was found and some room, not
+# a theorem.
 QUINTICS = (
     (3.9315793965075883, -9.961059610387684, 6.330758067286728),
     (3.9014935990598114, -9.746436633712356, 6.16886741692355),
@@ -54,8 +57,7 @@ QUINTICS = (
     (3.3527885714277708, -6.356417693343335, 3.665787153475924),
     (2.399582326380437, -2.5019688578112294, 1.0618535818890484),
 )
-# {dtype: upper bound on the singular values of msign(G)}. In bfloat16 that is the largest that was
-# found, 1.056, and some room.
+# {dtype: upper bound on the singular values of msign(G)}
 MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.07}
 
 
@@ -143,8 +145,9 @@ class Muon(torch.optim.Optimizer):
                   drift by rounding); for weight_decay, 1 / decay
     dtype         precision of msign; None: that of the parameters. In bfloat16 an update has a norm
                   of up to 1.07 lr, which the constraint takes into account
-    every         a constraint that can wait leaves room for up to so many steps less one, 1 to 64,
-                  of the present size, and runs when it is used up. Others run after each step
+    every         1 to 64. A constraint that can wait takes norms so far below w_max that up to
+                  every - 1 more steps of the present size fit, but by at most w_max / 16. It runs
+                  again when that room is used up. Other constraints run after each step
 
     Each can be set per group. Parameters are matrices (fan_out, fan_in) or stacks of matrices
     (count, fan_out, fan_in); ValueError for anything else.
@@ -153,10 +156,10 @@ class Muon(torch.optim.Optimizer):
     after each of its steps, to a relative 1e-4, wherever the weights start. soft_cap in bfloat16
     arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
     limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
-    update, and its entries restart their momentum at 0. A matrix whose gradient is zero in every
-    entry gets no update. A decay still shrinks it. On a GPU nobody looks whether a gradient is
-    zero, as that would wait for the GPU. So there its bound grows as if it had moved, and soft_cap
-    goes on lowering the singular values that are near the limit.
+    update, and the momentum of those entries restarts at 0. A matrix whose gradient is zero in
+    every entry gets no update, but a decay still shrinks it. On a GPU such a matrix counts as
+    moved, since finding out would wait for the GPU. So the norm that is counted for it grows, and
+    soft_cap goes on lowering the singular values that are near the limit.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,
@@ -184,7 +187,7 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self):
         """As of any optimizer, with constraints by name: a checkpoint holds no code."""
-        self.forget()  # loading does so too: then a run that goes on and one that is loaded agree
+        self.forget()  # as loading does: so a run that goes on after saving equals a resumed one
         state = super().state_dict()
         for group in state["param_groups"]:
             group["constraint"] = getattr(group["constraint"], "__name__", None)
@@ -226,7 +229,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, batch, group, idle):
-        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns the norm of a step, at most."""
+        """W <- W - lr * sqrt(fan_out / fan_in) * msign(M). Returns what its norm is at most."""
         lr = float(group["lr"])
         momentum = float(group["momentum"])
         if not 0 <= lr < math.inf:  # a schedule that ran past its end
@@ -264,10 +267,11 @@ class Muon(torch.optim.Optimizer):
     # on a constraint promises: it takes any W of norm up to w_max + step_norm to at most w_max, and
     # any W at all if step_norm is infinite. Then no norm is measured, as it is enough to count:
     #   1. bounds[W] has grown by step_norm. While it is at most the limit, there is nothing to do.
-    #   2. Where nothing is known of W its bound is infinite. One call with an infinite step_norm
-    #      would be enough for the limit. But soft_cap then cuts off like hard_cap, and a weight
-    #      that was within its limit before this step should be treated as after any other step. So
-    #      a first call enforces limit + step_norm only, which leaves such a weight as it is.
+    #   2. Where nothing is known of W its bound is infinite: at the first step, after loading or
+    #      saving, after forget(). One call with an infinite step_norm would restore the limit. But
+    #      soft_cap is hard_cap for that, and would act otherwise than at other steps, though most
+    #      weights never left their limit. So a first call enforces limit + step_norm only. It
+    #      changes no weight that was within its limit before this step.
     #   3. The second call takes W to a target below the limit. The distance is a number of whole
     #      steps, at most every - 1, and at most 1/16 of the limit. The target is the new bound.
     # For example: w_max 2, lr 0.1, every 4, with steps of 0.1001 in float32. Room for 3 steps would

@@ -62,6 +62,7 @@ CHUNK = 8192  # tokens whose logits are computed together: those of all would fi
 LONGEST = 8192  # tokens of a sequence for which attention may hold a mask of T x T
 TUNED_WIDTH = 256  # largest width at which the certificate is tuned: that takes up to a minute
 
+# Capitals at the end of a name are the shape of a tensor: x_BTD is (B, T, D).
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
 # V tokens in the vocabulary, N positions, C a chunk of them, Q blocks of them, X rows of the head.
 
@@ -154,7 +155,7 @@ class Config(Settings):
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     key_offset: bool = False  # half of the heads by content give a token the key of the one before
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
-    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a f(x), f attention or MLP
+    residual_scale: float = 1.0  # x <- (1 - a) x + a f(x), with a = residual_scale / (2 * blocks)
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
     w_max: str = "1"  # limit on RMS->RMS norms: one for all, or 7, of q,k,v,o,in,out,head
     baseline: bool = False  # without limits, with RMSNorm, QK norm, softcap, whole residuals
@@ -408,7 +409,8 @@ class Block(torch.nn.Module):
 
     def attention(self, x_BTD, mask=None, first_BT=None):
         """out_t = beta sum_h o_h sum_j P^h_tj v_h x_j over all j that t sees, with the pattern
-        P^h_t = softmax over j of s q_h x_t . k_h x_j with RoPE, or of waves in t - j.
+        P^h_t = softmax over j of s q_h x_t . k_h x_j with RoPE, or of waves in t - j,
+        beta = attention_scale and s = logit_scale / E.
         """
         if self.sees_content:
             y_BHTE = self.by_content(x_BTD, mask, first_BT)
@@ -501,10 +503,10 @@ class Transformer(torch.nn.Module):
             if role == "q":
                 q_DD = W.detach().clone()
             if role == "k" and config.key_offset:
-                # A key that equals the query makes a token find itself. In the heads with offset
-                # keys it so finds what came after earlier places of it, from the first step on:
-                # without that some seeds never learn to copy. In the other heads rows are moved on
-                # by one, so that a token finds neither.
+                # With equal key and query matrices a token attends most to tokens like itself. In
+                # the heads with offset keys it attends to what came after these, so it can copy
+                # from the first step on: without that some seeds never learn to copy. In the other
+                # heads rows of the query matrix are moved on by one, so that none is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = limits[role] if stiefel else min(1.0, limits[role])
@@ -1171,9 +1173,9 @@ def main(config):
     timed_from = start
     with catch_ctrl_c() as stops:
         for step in steps:
-            # The learning rate is constant, then decays linearly over the last 40 % of the steps. A
-            # step of Muon does not become smaller by itself near an optimum, so only this averages
-            # the noise of the batches out. Momentum and the window of attention grow.
+            # The learning rate is constant, then falls linearly to a tenth over the last 40 % of
+            # the steps. A step of Muon does not become smaller by itself near an optimum, so only
+            # this averages the noise of the batches out. Momentum and the window of attention grow.
             lr_factor, momentum, window = schedule(config, step)
 
             # A batch consists of sequences of the text, of web text consecutive ones. Each position
@@ -1202,12 +1204,13 @@ def main(config):
             exchange.finish_gradients()
             losses.append(loss / (config.batch * config.seq_len))
 
-            # Muon changes every W by an update of RMS->RMS norm lr, whatever the gradient. Then,
-            # still inside optimizer.step(), the constraint brings the norm of W back to at most
-            # w_max. A process does this for the matrices that it owns, and share_weights sends them
-            # to the others. So after this step each matrix is within its limit, and attention
-            # logits and the residual stream are bounded. Other transformers need norm layers for
-            # that.
+            # Muon changes every W by an update whose RMS->RMS norm is about lr, whatever the
+            # gradient. So the norm of W grows by no more than that. Where it could now exceed
+            # w_max, the constraint lowers it, still inside optimizer.step(), and somewhat further
+            # than needed, so that it may rest for some steps (constrain_every). A process does this
+            # for the matrices that it owns, and share_weights sends them to the others. So after
+            # each step every matrix is within its limit, and attention logits and the residual
+            # stream are bounded. Other transformers need norm layers for that.
             set_learning_rates(optimizers, lr_factor)
             set_momentum(optimizers, momentum)
             for optimizer in optimizers:

@@ -52,6 +52,7 @@ RHOS = (0.001, 0.003, 0.01, 0.03, 0.1)  # radii of certified tokens: RMS, at eve
 TUNED_WIDTH = 512  # largest width at which the certificate is tuned: that takes minutes there
 AT_ONCE = 32  # windows whose gradient is computed at a time; the sum is the same but for rounding
 
+# Capitals at the end of a name are the shape of a tensor: x_BTD is (B, T, D).
 # Shapes: B windows in a batch, T tokens (characters) in a window, D dimension of a token's vector,
 # H heads, E = D / H, V characters in the vocabulary, N positions in a text, S windows of a text.
 
@@ -143,7 +144,7 @@ class Config(Settings):
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     key_offset: bool = False  # half of the heads by content give a token the key of the one before
     attention_scale: float = 1 / 3  # factor on the output of attention; 0: 1 / sqrt(H)
-    residual_scale: float = 1.0  # 2 * blocks * a in x <- (1 - a) x + a f(x), f attention or MLP
+    residual_scale: float = 1.0  # x <- (1 - a) x + a f(x), with a = residual_scale / (2 * blocks)
     final_scale: float = 1.0  # fixed factor on the logits, counted in bounds
     w_max: str = "6"  # limit on RMS->RMS norms: one for all, or 7, of q,k,v,o,in,out,head
     # training
@@ -288,7 +289,8 @@ class Block(torch.nn.Module):
 
     def attention(self, x_BTD):
         """out_t = beta sum_h o_h sum_(j <= t) P^h_tj v_h x_j, with the pattern
-        P^h_t = softmax over j of s (q_h x_t) . (k_h x_j) + bias_h(t - j), RoPE before the dot.
+        P^h_t = softmax over j of s (q_h x_t) . (k_h x_j) + bias_h(t - j), RoPE before the dot,
+        beta = attention_scale and s = logit_scale / E.
         """
         B, T, D = x_BTD.shape
         position_T = torch.arange(T, device=x_BTD.device)
@@ -379,10 +381,10 @@ class Transformer(torch.nn.Module):
             if role == "q":
                 q_DD = W.detach().clone()
             if role == "k" and config.key_offset:
-                # A key that equals the query makes a token find itself. In the heads with offset
-                # keys it so finds what came after earlier places of it, from the first step on:
-                # without that some seeds never learn to copy. In the other heads rows are moved on
-                # by one, so that a token finds neither.
+                # With equal key and query matrices a token attends most to tokens like itself. In
+                # the heads with offset keys it attends to what came after these, so it can copy
+                # from the first step on: without that some seeds never learn to copy. In the other
+                # heads rows of the query matrix are moved on by one, so that none is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = limits[role] if stiefel else min(1.0, limits[role])
@@ -891,10 +893,12 @@ def main(config):
             warm = min(1, (step + 1) / max(1, config.warmup))
             set_learning_rates(optimizers, (1 - step / config.steps) * warm)
 
-            # Muon changes every W by an update of RMS->RMS norm lr, whatever the gradient. Then,
-            # still inside optimizer.step(), the constraint brings the norm of W back to at most
-            # w_max. So after this step each matrix is within its limit, and attention logits and
-            # the residual stream are bounded. Other transformers need norm layers for that.
+            # Muon changes every W by an update whose RMS->RMS norm is about lr, whatever the
+            # gradient. So the norm of W grows by no more than that. Where it could now exceed
+            # w_max, the constraint lowers it, still inside optimizer.step(), and somewhat further
+            # than needed, so that it may rest for some steps (constrain_every). So after each step
+            # every matrix is within its limit, and attention logits and the residual stream are
+            # bounded. Other transformers need norm layers for that.
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -3,8 +3,8 @@
 WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes no
 file. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, by the
 tutorials' own functions, and holds them against what the files of a run say. Then it looks for the
-pair, in the norm and the ball for which a bound is claimed: found / certified above 1 is a bug,
-below 1 the tightness. The search shares no code with the certificates.
+pair, in the norm and the ball for which a bound is claimed. found / certified is the tightness. It
+is at most 1, or there is a bug. The search shares no code with the certificates.
 
 COMMANDS
     python verify_lipschitz.py runs/NAME [...]        # run folders, or folders of them
@@ -47,6 +47,7 @@ from mlp_cifar import PLACES, RADII, explain, finite
 
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
 
+# Capitals at the end of a name are the shape of a tensor: x_STD is (S, T, D).
 # Shapes: S searches or windows side by side, T tokens (1 for an image), D dimension of a token's
 # vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
 # All is computed in float64.
@@ -111,13 +112,14 @@ def directions(*shape, seed):
 
 
 def compare(f, x_STD, w_STD, h, radius, token_S=None):
-    """(quotient_S of f at x + h w and x - h w, gradients of the difference of a token by x and w).
+    """(quotient_S, the gradients by x and by w of the length of one token's difference).
 
-    The token is token_S, or the one whose difference is the largest.
+    The quotient is that of f(x + h w) - f(x - h w) and 2 h w, each by the RMS of its largest token.
+    The one token is token_S, or the one whose difference is the largest.
     """
     x_STD = x_STD.detach().requires_grad_()
     w_STD = w_STD.detach().requires_grad_()
-    above_STD = into_ball(x_STD + h * w_STD, radius)  # the bound is of no others
+    above_STD = into_ball(x_STD + h * w_STD, radius)  # the bound holds there only
     below_STD = into_ball(x_STD - h * w_STD, radius)
     difference_STO = f(above_STD) - f(below_STD)
     size_ST = rms(difference_STO.detach())
@@ -185,12 +187,14 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 
 # ==== Claims: what the files of a run say, beside what the weights give ===========================
 # A claimed number has to be the recomputed one, or lie in its range.
-#   1. Norms and products are of float64, to 7e-10 (1000 layers): ROUNDING is a thousand times that.
+#   1. Norms and products are computed in float64. For 1000 layers that is right to a relative
+#      7e-10. ROUNDING allows a thousand times as much.
 #   2. A tuned bound, or a share certified with it, may be claimed weaker than here, not stronger.
 #   3. Loss and accuracy come from float32, or the dtype of the run for nanogpt_lipschitz.py. Let e
-#      be by how much the logits in that dtype differ from exact ones here. On another machine they
-#      may have differed by more. It is an ASSUMPTION, not proved, that this was at most 4 e: then
-#      margins and losses differ by at most 8 e, and a smaller margin may count either way.
+#      be the largest error of an example's logits in that dtype, measured here. On another machine
+#      it may have been larger. It is an ASSUMPTION, not proved, that it was at most 4 e. Then
+#      margins and losses differ by at most 8 e, and a prediction with a smaller margin may count as
+#      right or wrong.
 ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-9)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 SOFT_CAP_SLACK = 0.012  # what soft_cap is known to exceed where it computes in bfloat16

@@ -4,8 +4,9 @@
 
 measured.csv has a line for each table and picture: the commits at which it was measured, and the
 files that its figures rest on. This script names the functions, classes and constants of those files
-that differ between one of those commits and the files as they are. Comments and docstrings do not count. A name
-need not matter to the figure: read what it says before you believe, or rerun, a table.
+that differ between one of those commits and the files as they are. Comments and docstrings do not
+count, nor does what draws pictures where it is a table. A name need not matter to the figure: read
+what it says before you believe, or rerun, a table.
 """
 
 import argparse
@@ -63,6 +64,8 @@ def main(argv=None):
             names = []
             for commit in row["commits"].split():
                 names += changed(commit, name)
+            if row["table"].endswith(".csv"):
+                names = [each for each in names if each != "draw"]
             if names:
                 differs.append(f"{name}: {', '.join(dict.fromkeys(names))}")
         print(f"{row['table']:28} {row['commits']}  {'; '.join(differs) or 'of the code as it is'}")
