@@ -386,6 +386,18 @@ CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay
                                        hammer, soft_cap, hard_cap)}
 # What this promises stands above Muon._constrain in muon.py.
 specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True
+NO_LIMIT = ("none", "weight_decay", "spectral_weight_decay")  # norms may exceed w_max
+
+
+def norm_at_start(name, w_max):
+    """The RMS->RMS norm with which training under the constraint of that name starts a matrix.
+
+    It is 1, or w_max if that is a smaller limit. stiefel has all singular values at the limit. To
+    the decays w_max is no limit but the inverse of a strength, so they start as `none` does.
+    """
+    if name == "stiefel":
+        return w_max
+    return 1.0 if name in NO_LIMIT else min(1.0, w_max)
 
 
 # ---- where steps have no known norm; embeddings; constraints of one's own ------------------------

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 from constraints import (LN10, after_unknown_step, ellipsoid, ellipsoid_layer,
                          ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, log10,
-                         maxmin, mlp_slopes, power, sigma_per_norm, tune)
+                         maxmin, mlp_slopes, norm_at_start, power, sigma_per_norm, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "mlp_cifar"
@@ -223,12 +223,11 @@ class MLP(torch.nn.Module):
         self.biases = torch.nn.ParameterList()
         generator = torch.Generator().manual_seed(config.seed)
         for fan_in, fan_out, limit in zip(sizes, sizes[1:], config.limits().values()):
-            # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is
-            # the limit.
+            # All singular values are equal. The norm is 1 if the limit allows it.
             W = torch.nn.init.orthogonal_(torch.zeros(fan_out, fan_in), generator=generator)
             if config.activation == "maxmin" and fan_in == fan_out:
                 torch.nn.init.eye_(W)  # as Prach and Lampert (2022) start theirs
-            norm = limit if config.constraint == "stiefel" else min(1.0, limit)
+            norm = norm_at_start(config.constraint, limit)
             self.weights.append(W * (sigma_per_norm(W) * norm))
             if config.bias:
                 self.biases.append(torch.zeros(fan_out))

@@ -51,8 +51,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from constraints import (block_bounds, cap_rows, ellipsoid_blocks, ellipsoid_norm, exact_norm,
-                         find_constraint, in_float64, maxmin, power, sigma_per_norm,
-                         transformer_bounds, tune)
+                         find_constraint, in_float64, maxmin, norm_at_start, power,
+                         sigma_per_norm, transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
@@ -497,8 +497,7 @@ class Transformer(torch.nn.Module):
             fades_in = role in ("o", "out") and not stiefel and self.mix < 0.4
             if role == "head" or fades_in:
                 continue
-            # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is the
-            # limit.
+            # All singular values are equal. The norm is 1 if the limit allows it.
             torch.nn.init.orthogonal_(W, generator=generator)
             if role == "q":
                 q_DD = W.detach().clone()
@@ -509,7 +508,7 @@ class Transformer(torch.nn.Module):
                 # heads rows of the query matrix are moved on by one, so that none is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
-            norm = limits[role] if stiefel else min(1.0, limits[role])
+            norm = norm_at_start(config.constraint, limits[role])
             W.data.mul_(sigma_per_norm(W) * norm)
         if config.dtype == "float64":
             self.double()

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 from constraints import (LN10, after_unknown_step, block_bounds, cap_rows, ellipsoid_blocks,
                          ellipsoid_norm, ellipsoid_pairs, exact_norm, find_constraint, maxmin,
-                         power, sigma_per_norm, transformer_bounds, tune)
+                         norm_at_start, power, sigma_per_norm, transformer_bounds, tune)
 from muon import Muon, fast_dtype
 
 SCRIPT = "shakespeare"
@@ -375,8 +375,7 @@ class Transformer(torch.nn.Module):
         limits = config.limits()
         stiefel = config.constraint == "stiefel"
         for role, W in self.matrices():
-            # All singular values are equal. The norm is 1 if the limit allows it; stiefel's is
-            # the limit.
+            # All singular values are equal. The norm is 1 if the limit allows it.
             torch.nn.init.orthogonal_(W, generator=generator)
             if role == "q":
                 q_DD = W.detach().clone()
@@ -387,7 +386,7 @@ class Transformer(torch.nn.Module):
                 # heads rows of the query matrix are moved on by one, so that none is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
-            norm = limits[role] if stiefel else min(1.0, limits[role])
+            norm = norm_at_start(config.constraint, limits[role])
             W.data.mul_(sigma_per_norm(W) * norm)
             # o and w_out start at 0, so that a block begins as (1 - a) x. Not where a is large: too
             # little of x would reach the head.

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 import mlp_cifar
 import nanogpt_lipschitz
 import shakespeare
-from constraints import exact_norm, log10, power
+from constraints import NO_LIMIT, exact_norm, log10, power
 from mlp_cifar import PLACES, RADII, explain, finite
 
 SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_lipschitz)}
@@ -199,7 +199,6 @@ ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-9)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 SOFT_CAP_SLACK = 0.012  # what soft_cap is known to exceed where it computes in bfloat16
 PROMISES = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # to keep every norm within its limit
-NO_LIMIT = ("none", "weight_decay", "spectral_weight_decay")
 NORM = "max-token RMS->max-token RMS"
 # What a run did, its weights do not tell.
 HISTORY = ("train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",

@@ -22,6 +22,9 @@ import torch
 from PIL import Image
 
 import mlp_cifar
+import nanogpt_lipschitz
+import shakespeare
+from constraints import exact_norm
 from mlp_cifar import Config, UserError
 from tiny import TINY, checkpoint, flags, run
 
@@ -270,3 +273,17 @@ def test_a_second_ctrl_c_interrupts_at_once(request):
 
 def test_infinite_numbers_are_words():
     assert [mlp_cifar.finite(x) for x in (math.inf, -math.inf, 1.5)] == ["inf", "-inf", 1.5]
+
+
+@pytest.mark.parametrize("constraint, w_max, norm", [
+    ("weight_decay", "0.05", 1), ("spectral_weight_decay", "0.01", 1), ("none", "0.5", 1),
+    ("soft_cap", "0.5", 0.5), ("hard_cap", "3", 1), ("stiefel", "3", 3)])
+def test_what_norm_matrices_start_with(constraint, w_max, norm):
+    """To a decay w_max is the inverse of its strength and no limit: weights start as without one."""
+    settings = dict(constraint=constraint, w_max=w_max, width=16)
+    small = dict(settings, heads=2, hidden=16)
+    for model in (mlp_cifar.MLP(Config(**settings)), shakespeare.Transformer(shakespeare.Config(**small), "ab"),
+                  nanogpt_lipschitz.Transformer(nanogpt_lipschitz.Config(**small, vocab=4))):
+        norms = [exact_norm(W).item() for _, W in model.matrices()]
+        started = [each for each in norms if each > 0]  # others fade in
+        assert started and started == pytest.approx([norm] * len(started), rel=1e-4)
