@@ -422,7 +422,7 @@ def verify_mlp(table, config, model, data):
     for name, radius in RADII.items():
         stands_N = withstands(model, x_NP, labels_N[:attacked], radius / 3072**0.5,
                               table.steps(20), restarts=4, seed=table.seed)
-        table.predictions("test images", name, certified[name], stands_N, "l2, pixels in [0, 1]")
+        table.predictions("test images", name, certified[name], stands_N, "l2, pixels / 255, not clipped")
 
     def logits(x_NP, dtype):
         return model(x_NP.to(dtype) / 255)
@@ -440,8 +440,9 @@ def verify_mlp(table, config, model, data):
 
 # ==== Transformer: sublayers, blocks and the whole, inside the ball of its certificate ============
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
-# Bounds do not depend on the length of a sequence, and the time of an attack grows with its square.
-# So what heads look at further back than this is attacked only where predictions are.
+# Bounds hold for all lengths up to that of the training sequences, and the time of an attack grows
+# with the square of the length. So what heads look at further back than this is attacked only where
+# predictions are, and the tightness that is found is that of short sequences.
 ATTACKED_TOKENS = 32
 
 

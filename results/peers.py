@@ -1,7 +1,7 @@
 """Certified accuracy on CIFAR-10 after equal minutes: other layers of norm 1 in the same training loop.
 
-    python results/peers.py --data DIR                   # 5 minutes a run, on as many threads as torch takes
-    python results/peers.py --data DIR --search          # the learning rates, on images held out
+    python results/peers.py --data DIR --csv runs/peers.csv        # 5 minutes a run, on as many threads as torch takes
+    python results/peers.py --data DIR --csv runs/rates.csv --search   # the learning rates, on images held out
     pip install deel-torchlip==1.0.5                     # first, for the row of its layers
 
 The network, loss, augmentation and certificate are those of `mlp_cifar.py --preset certified`, and so is the
@@ -13,8 +13,8 @@ batch, but where a name says otherwise. What differs is how a layer keeps to a n
                         of 5e-4 and small batches; their rate drops three times
     SpectralLinear      deel-torchlip: division by a power iteration's norm, then Bjorck's iteration; Adam
 
-Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore larger. So they have the loss
-temperature divided by that ratio, 4.6, and the same margin, 5.66. AOL's authors have 4 and 5.66. The learning
+Norm 1 is RMS->RMS for ours and l2->l2 for the others, whose logits are therefore sqrt(432 / 10) = 6.6 times as
+large. So they have the loss temperature divided by that, 4.6, and the same margin, 5.66. AOL's authors have 4 and 5.66. The learning
 rate falls to 0 over the minutes. The certificate is computed after them. --search halves and doubles each rate,
 until the one that certifies most has a worse one on either side. Two processes need an OMP_NUM_THREADS of 1 and
 a --csv each. Muon and the soft cap compute in bfloat16, the others' constraints in float32, as they come.
