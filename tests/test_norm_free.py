@@ -15,6 +15,7 @@ import shakespeare
 from constraints import exact_norm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+import capped  # noqa: E402
 import norm_free  # noqa: E402
 import promise  # noqa: E402
 
@@ -296,3 +297,26 @@ def test_rivals_train_their_layers(tmp_path):
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     assert saved["blocks.0.squash.0.alpha"] != 0.5
     assert saved["squash.gain_D"].std() > 0
+
+
+def test_capped_counts_what_the_cap_scales_down(tmp_path, capsys):
+    """By hand in the first block, whose queries are one product away from the embeddings."""
+    cap = 0.1
+    config = nano.Config.of("tiny", **SMALL, out=str(tmp_path / "run"), content="0", cap=cap, evals=1)
+    nano.main(config)
+    capsys.readouterr()
+    capped.main([str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    _, model, _ = nano.load_checkpoint(tmp_path / "run")
+    _, validation, _ = nano.load_data(config)
+    T = config.seq_len
+    starts = [i * T % (len(validation) - T + 1) for i in range(16)]
+    x_NTD = torch.cat([model.embed(validation.read(start, T)[None], torch.float32)[0] for start in starts])
+    for name, W in (("queries", model.blocks[0].q), ("keys", model.blocks[0].k), ("values", model.blocks[0].v)):
+        rms = (x_NTD @ W.T).unflatten(-1, (config.heads, -1)).square().mean(-1).sqrt()
+        share = (rms > cap).double().mean().item()
+        assert 0 < share and f"| 0 | {name} | {share:.1%} |" in shown
+    with pytest.raises(SystemExit):
+        nano.main(nano.Config.of("tiny_tight", **SMALL, out=str(tmp_path / "other"), evals=1))
+        capped.main([str(tmp_path / "other")])
+    assert "without --cap" in capsys.readouterr().err
