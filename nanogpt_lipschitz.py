@@ -1,8 +1,9 @@
 """Tutorial 3: a GPT on web text, within a Lipschitz constant at every step, on any number of GPUs.
 
 WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338): 162M weights on FineWeb, no layer
-norm, QK norm or softcapping. Each matrix belongs to one process, which alone updates and constrains
-it: so the more GPUs there are, the less time the constraint takes.
+norm, QK norm or softcapping. The default preset, `tiny`, has heads that can copy, and caps queries,
+keys and values, which is not far from QK norm. Each matrix belongs to one process, which alone
+updates and constrains it: so the more GPUs there are, the less time the constraint takes.
 
 COMMANDS
     python nanogpt_lipschitz.py                                    # minutes on a laptop, no network
