@@ -506,7 +506,7 @@ class Transformer(torch.nn.Module):
                 # With equal key and query matrices a token attends most to tokens like itself. In
                 # the heads with offset keys it attends to what came after these, so it can copy
                 # from the first step on: without that some seeds never learn to copy. In the other
-                # heads rows of the query matrix are moved on by one, so that none is preferred.
+                # heads rows of the query matrix are moved on by one, so that no token is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = norm_at_start(config.constraint, limits[role])

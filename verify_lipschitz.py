@@ -422,7 +422,8 @@ def verify_mlp(table, config, model, data):
     for name, radius in RADII.items():
         stands_N = withstands(model, x_NP, labels_N[:attacked], radius / 3072**0.5,
                               table.steps(20), restarts=4, seed=table.seed)
-        table.predictions("test images", name, certified[name], stands_N, "l2, pixels / 255, not clipped")
+        table.predictions("test images", name, certified[name], stands_N,
+                          "l2, pixels / 255, not clipped")
 
     def logits(x_NP, dtype):
         return model(x_NP.to(dtype) / 255)
