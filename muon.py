@@ -244,8 +244,8 @@ class Muon(torch.optim.Optimizer):
             M = state["momentum"].lerp_(gradient, 1 - momentum)
             # msign does not see the scale of the momentum. So without a gradient a matrix would go
             # on in the same direction for thousands of steps. It stays instead, as msign(0) = 0.
-            nesterov = torch.lerp(gradient, M, momentum).mul_(find_moving(gradient))
-            directions.append(nesterov.to(group["dtype"] or M.dtype))
+            direction = torch.lerp(gradient, M, momentum).to(group["dtype"] or M.dtype)
+            directions.append(direction.mul_(find_moving(gradient)))
         updates = msign(stack(directions))
 
         # One entry that is not finite makes its whole update NaN: then no update, and momentum
