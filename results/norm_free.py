@@ -62,6 +62,7 @@ SHAPES = {
     "english": dict(width=256, hidden=1024, heads=8, val_tokens=200_000),
 }
 ALPHA = {"DyT": 0.5, "Derf": 1.0}  # with which a rival's layers start
+RATES = ("lr", "head_lr", "embed_lr")  # that --search searches
 FIELDS = ("shape", "row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
           "lipschitz_product_log10", "largest_entry", "largest_logit")
 
@@ -181,19 +182,34 @@ def train(name, shape, steps, seed, out, **changes):
 
 
 def search(name, shape, steps, folder, **changes):
-    """Losses on text held out, with each rate of a row halved and doubled in turn."""
+    """Halve and double each rate of a row, until the best setting has six worse beside it.
+
+    Losses are of training text held out. Prints each run. Returns {rates: loss}.
+    """
     preset, own = ROWS[name]
     settings = vars(nano.Config.of(preset, **own))
-    tries = [dict()]
-    for rate in ("lr", "head_lr", "embed_lr"):
-        tries += [{rate: settings[rate] / 2}, {rate: 2 * settings[rate]}]
-    for rates in tries:
-        label = " ".join(f"{rate} {value:g}" for rate, value in rates.items()) or "as it is"
-        where = Path(changes.get("data", "")).name  # two searches may differ in these alone
-        stem = f"search {shape} {name} {steps} {label} {ALPHA} {where}"
-        stem = re.sub(r"[^\w.]+", "_", stem)
-        row = train(name, shape, steps, 0, folder / stem, holdout=True, **changes, **rates)
-        print(f"{name}: {label}: held out {row['val_loss']}", flush=True)
+    best = tuple(settings[rate] for rate in RATES)
+    losses = {}
+    new = [best, *beside(best)]
+    while new:
+        for values in new:
+            rates = dict(zip(RATES, values))
+            label = " ".join(f"--{rate} {value:g}" for rate, value in rates.items())
+            where = Path(changes.get("data", "")).name  # two searches may differ in these alone
+            stem = f"search {shape} {name} {steps} {label} {ALPHA} {where}"
+            stem = re.sub(r"[^\w.]+", "_", stem)
+            row = train(name, shape, steps, 0, folder / stem, holdout=True, **changes, **rates)
+            print(f"{name}: {label}: held out {row['val_loss']}", flush=True)
+            losses[values] = math.inf if row["val_loss"] == "diverged" else row["val_loss"]
+        best = min(losses, key=losses.get)
+        new = [values for values in beside(best) if values not in losses]
+    return losses
+
+
+def beside(values):
+    """Settings that differ from this one in one rate, by a factor of two."""
+    return [(*values[:i], factor * values[i], *values[i + 1:])
+            for i in range(len(values)) for factor in (0.5, 2)]
 
 
 def group(rows):
@@ -285,7 +301,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=float, help="of Muon in the blocks, for all rows [their own]")
-    parser.add_argument("--search", action="store_true", help="rates on text held out, no table")
+    parser.add_argument("--search", action="store_true", help="rates, on text held out, no table")
     parser.add_argument("--alpha", type=float, help="for --search: of DyT and Derf")
     parser.add_argument("--minutes", type=float, default=600, help="begin no run after so long")
     parser.add_argument("--csv", default="results/norm_free.csv")

@@ -272,6 +272,21 @@ def test_flags_that_do_not_fit(flags, capsys):
     assert status.value.code == 2 and "error: --" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("optimum", [(0.1, 0.025, 0.4), (0.05, 0.0125, 0.1)])
+def test_the_search_ends_where_both_neighbours_of_each_rate_are_worse(optimum, tmp_path):
+    """Of a loss that is known: it starts at the rates of the row, (0.05, 0.0125, 0.1)."""
+    def train(name, shape, steps, seed, out, holdout, **rates):
+        assert holdout and seed == 0
+        distance = sum(abs(math.log2(rates[rate] / best))
+                       for rate, best in zip(norm_free.RATES, optimum))
+        return dict(val_loss="diverged" if rates["embed_lr"] > 0.5 else 1 + distance)
+
+    with mock.patch.object(norm_free, "train", train):
+        losses = norm_free.search("Derf, odd, offset", "tiny", 3, tmp_path)
+    assert min(losses, key=losses.get) == pytest.approx(optimum)
+    assert {values for values in norm_free.beside(optimum)} <= losses.keys()
+
+
 def test_a_row_that_diverged_is_in_the_table():
     rows = [dict(shape="tiny", row="tiny", steps=3, seed=seed, val_loss=loss, val_accuracy=0.5,
                  lipschitz_log10=1.0, largest_entry=1.0, largest_logit=1.0)
