@@ -62,7 +62,7 @@ SHAPES = {
     "english": dict(width=256, hidden=1024, heads=8, val_tokens=200_000),
 }
 ALPHA = {"DyT": 0.5, "Derf": 1.0}  # with which a rival's layers start
-RATES = ("lr", "head_lr", "embed_lr")  # that --search searches
+RATES = ("lr", "head_lr", "embed_lr", "bias_lr")  # that --search searches
 FIELDS = ("shape", "row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
           "lipschitz_product_log10", "largest_entry", "largest_logit")
 
@@ -182,7 +182,7 @@ def train(name, shape, steps, seed, out, **changes):
 
 
 def search(name, shape, steps, folder, **changes):
-    """Halve and double each rate of a row, until the best setting has six worse beside it.
+    """Halve and double each rate of a row, until the best setting has eight worse beside it.
 
     Losses are of training text held out. Prints each run. Returns {rates: loss}.
     """

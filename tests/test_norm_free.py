@@ -272,9 +272,9 @@ def test_flags_that_do_not_fit(flags, capsys):
     assert status.value.code == 2 and "error: --" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimum", [(0.1, 0.025, 0.4), (0.05, 0.0125, 0.1)])
+@pytest.mark.parametrize("optimum", [(0.1, 0.025, 0.4, 0.02), (0.05, 0.0125, 0.1, 0.01)])
 def test_the_search_ends_where_both_neighbours_of_each_rate_are_worse(optimum, tmp_path):
-    """Of a loss that is known: it starts at the rates of the row, (0.05, 0.0125, 0.1)."""
+    """Of a loss that is known: it starts at the rates of the row, 0.05, 0.0125, 0.1 and 0.02."""
     def train(name, shape, steps, seed, out, holdout, **rates):
         assert holdout and seed == 0
         distance = sum(abs(math.log2(rates[rate] / best))
