@@ -13,8 +13,8 @@ On a first reading part I is enough. Every constraint has one signature,
 for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
 `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
 the steps since the last use can have led. Infinity means that W may be anything. To the decays it
-is the learning rate, and 1 / w_max the decay. With w = w_max * sqrt(fan_out / fan_in), the limit on
-singular values, and s_1, the largest of them:
+is the learning rate, under Muon the most that a step can add, and 1 / w_max is the decay. With
+w = w_max * sqrt(fan_out / fan_in), the limit on singular values, and s_1, the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
@@ -205,8 +205,9 @@ def none(W, w_max=1.0, step_norm=0.0):
 def weight_decay(W, w_max, step_norm=0.0):
     """All s -> (1 - step_norm / w_max) s: decoupled weight decay of strength 1 / w_max.
 
-    Under Muon it keeps a limit: (w_max + lr) (1 - lr / w_max) = w_max - lr^2 / w_max. After AdamW's
-    steps, of unknown norm, it guarantees nothing.
+    Under Muon step_norm is the most that a step can add. So it keeps a limit:
+    (w_max + step_norm) (1 - step_norm / w_max) = w_max - step_norm^2 / w_max. After AdamW's steps,
+    of unknown norm, it guarantees nothing.
     """
     check(W, w_max, step_norm)
     return W * max(0.0, 1 - step_norm / w_max)
@@ -320,8 +321,8 @@ def soft_cap_alpha(w, k):
 
 #   6. As matrices: by step 2, z = x - e x with e = 3 t^2 - 3 t^3 + t^4 and t = alpha x^2. So W
 #      becomes W - E W, with T = alpha A for the Gram matrix A, and E = T^2 (3 I - 3 T + T^2).
-#   7. E is small, so it may be computed in bfloat16: an error of 2^-8 in E W is one of 2^-8 |E| in
-#      the result.
+#   7. E is small, so it may be computed in bfloat16: a relative error of 2^-8 in E W changes a
+#      singular value s by about 2^-8 e s.
 #   8. A matrix written from outside may have alpha s^2 > 1, where the polynomial explodes. So W is
 #      first divided by sqrt(c), with c = max(1, ||T^2||_F^(1/2)) >= alpha s_1^2. Then
 #      alpha s^2 <= 1, and what comes out is at most the peak of step 3, (62/81) / sqrt(3 alpha):
@@ -461,12 +462,14 @@ def find_constraint(name):
 #      end.
 #
 # Over many layers S leaves the range of float64. So all functions take and return a pair (S, log),
-# which stands for E(exp(log) S). Everything is in float64, and differentiable where neither S nor c
-# is 0. Bounds have weights that can be trained: whatever they are, the bound is valid (see `tune`).
+# which stands for E(exp(log) S). Everything is in float64, and differentiable where neither S nor
+# the matrix that is applied to it is 0. A bound has free numbers of its own, which are called
+# weights, too. Whatever they are, the bound is valid. So they can be trained: see `tune`.
 #
 # Shapes: D dimension of z, O of what comes out, N neurons, P parts of a sum, K rows of U, H heads,
-# E = D / H, F = E / 2, V vocabulary, M ellipsoids of the same vector. S and X are always
-# (..., D, D). From here on letters mean what is said here, and no longer what they meant in part I.
+# E = D / H, F = E / 2, V vocabulary, M ellipsoids of the same vector. S, and in part III X, are
+# always (..., D, D). E(.) with brackets is an ellipsoid, E alone a dimension. From here on letters
+# mean what is said here, and no longer what they meant in part I.
 def ellipsoid(S, log=0.0):
     """(S, log) of the same ellipsoid with S of trace 1, of each of (..., D, D). Zero stays zero."""
     size = trace(S).clamp(min=1e-300)
@@ -480,8 +483,8 @@ def trace(S):
 
 # Rounding of S. What can it take from S? Let eps = 2^-53, and |.| the Frobenius norm.
 #   1. G G^T, with sums of n terms, is off by at most n eps |G|^2 = n eps trace(G G^T), as a matrix
-#      in the spectral norm. So is a sum of n such matrices. So S may be too small by
-#      n eps trace(S).
+#      in the spectral norm. A sum of n such matrices is off by at most n eps trace, too. So S may
+#      be too small by n eps trace(S).
 #   2. Cholesky's root is one of a matrix that is off by another (D + 1) eps trace(S).
 #   3. So 1e-11 trace(S) I is added wherever S is used. That is enough for n + D < 90,000, such as
 #      D = 16,384 with hidden layers of four times that.
@@ -497,15 +500,16 @@ def root_of(S):
 
 # G S G^T, rounded up. Where terms cancel, in G itself or in G z, the computed one could be too
 # small by more than that.
-#   4. Let S = root root^T, so |root|^2 = trace(S). Let `size` be |G|, or the sum of its terms'
-#      norms if G is a sum, or the product of its factors' norms if it is a product. The computed
-#      G root is off by at most d = n eps size |root|, with n terms in both sums together.
+#   4. Let root root^T = S, so |root|^2 = trace(S), up to the relative 1e-11 D of step 3. Let `size`
+#      be |G|, or the sum of its terms' norms if G is a sum, or the product of its factors' norms if
+#      it is a product. The computed G root is off by at most d = n eps size |root|, with n terms in
+#      the sums that compute G, if it is computed, and those of G root, together.
 #   5. The square of a length, |c G root|^2 for |c| = 1, is then off by at most
 #      2 d |c G root| + d^2 <= 1e-9 |c G root|^2 + (1 + 1e9) d^2.
 #   6. (1 + 1e9) d^2 < 1e-13 size^2 trace(S) for n < 90,000. So size^2 rounding(S) I covers it, and
 #      what the product of step 1 loses.
 def ellipsoid_image(G_OD, S, size=0.0):
-    """G S G^T (..., O, O), a little too large. size: of step 4, if G is a sum."""
+    """G S G^T (..., O, O), a little too large. size: of step 4, if G is computed."""
     G_root = G_OD @ root_of(S)
     image = (1 + 1e-9) * G_root @ G_root.mT
     up = matrix_norm(G_OD).clamp(min=size) ** 2 * rounding(S)
@@ -541,11 +545,13 @@ def ellipsoid_sum(S_P, log_P, weights_P=0.0):
 #      S' = A root (I - Y)^-1 root^T A^T + B diag(1 / l) B^T.
 #   4. For Y < I take any m_i > 0 and scale them: l = share m / sigma(root^T J^T diag(m) J root),
 #      with share < 1.
-#   5. Rounding: Y is rounded up as G S G^T is. Cholesky's root of I - Y is off by (D + 1) eps D,
-#      less than 1e-7, which is taken from I first. With share <= 1 - 1e-4 the root has a condition
-#      number of at most 101. So what is solved for, half, errs by at most e |half| with
-#      e = 101 D^1.5 eps. By 2 a b <= 1e-8 a^2 + 1e8 b^2, |half c^T|^2 for |c| = 1 is then off by
-#      at most 1e-8 |half c^T|^2 + (1 + 1e8) e^2 |half|^2. Both are added.
+#   5. Let rest rest^T = I - Y, and half = rest^-1 root^T. Then half^T half is the
+#      root (I - Y)^-1 root^T of step 3.
+#   6. Rounding: Y is rounded up as G S G^T is. Cholesky's root is one of a matrix that differs from
+#      I - Y by at most (D + 1) eps D, less than 1e-7, which is taken from I first. With
+#      share <= 1 - 1e-4 rest has a condition number of at most 101. So `half` is off by at most
+#      e |half| with e = 101 D^1.5 eps. By 2 a b <= 1e-8 a^2 + 1e8 b^2, |half c^T|^2 for |c| = 1 is
+#      then off by at most 1e-8 |half c^T|^2 + (1 + 1e8) e^2 |half|^2. Both are added.
 # All m alike and share 1/2 are ECLipsE-Fast (Xu and Sivaranjani 2024). The best values of all would
 # be LipSDP-Neuron (Fazlyab et al. 2019); trained ones come near it from above.
 def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, size=0.0):
@@ -557,13 +563,14 @@ def ellipsoid_layer(S, log, J_ND, A_OD, B_ON, weights_N=0.0, share_logit=0.0, si
     seen = J_ND @ root
     m_N = (torch.zeros_like(seen[:, 0]) + weights_N).exp()
     eye = eye_like(S)
+    # With m in place of l. So scale * Y is the Y of step 1.
     Y = (1 + 1e-9) * seen.mT @ (m_N[:, None] * seen)
     Y = Y + m_N.max() * J_ND.square().sum() * rounding(S) * eye
     share = torch.sigmoid(torch.as_tensor(share_logit)).clamp(max=1 - 1e-4)
     scale = share / eigvalsh(Y)[-1].clamp(min=1e-290)
     rest = cholesky((1 - 1e-7) * eye - scale * Y)
     half = torch.linalg.solve_triangular(rest, root.mT, upper=False)
-    inner = (1 + 1e-8) * half.mT @ half  # root (I - Y)^-1 root^T
+    inner = (1 + 1e-8) * half.mT @ half
     e = 101 * len(S) ** 1.5 * 2.0**-53
     inner = inner + (1 + 1e8) * e**2 * trace(inner) * eye
     of_z = ellipsoid_image(A_OD, inner, size)
@@ -580,11 +587,12 @@ def maxmin(z):
     return torch.cat([second + excess, first - excess], -1)
 
 
-# An MLP with its stream, stream x + w_out f(w_in x), is such a layer. Let z = w_in x:
-#   1. If f has slopes from 1/2 - spread to 1/2 + spread, it changes by df = dz / 2 + spread v with
-#      |v_i| <= |dz_i|. So J = w_in, A = stream I + w_out w_in / 2, and B = spread w_out. ReLU has
+# A residual block with an MLP makes stream x + w_out f(w_in x) of x, with a number `stream`. It is
+# such a layer. Let h = w_in x be what its neurons see:
+#   1. If f has slopes from 1/2 - spread to 1/2 + spread, it changes by df = dh / 2 + spread v with
+#      |v_i| <= |dh_i|. So J = w_in, A = stream I + w_out w_in / 2, and B = spread w_out. ReLU has
 #      spread 1/2, and GeLU g - 1/2 with g its steepest slope.
-#   2. For values in place of differences, gelu(z) = z / 2 + v / 2 with |v| <= |z|: spread 1/2.
+#   2. For values in place of differences, gelu(h) = h / 2 + v / 2 with |v| <= |h|: spread 1/2.
 #   3. MaxMin of a pair (p, q) is ((p + q) + |p - q|) / 2 and ((p + q) - |p - q|) / 2. The change of
 #      |p - q| is sqrt(2) v with |v| <= |d(p - q)| / sqrt(2). So J has rows (in_1 - in_2) / sqrt(2),
 #      B has columns (out_1 - out_2) / sqrt(2), and A has the part of p + q.
@@ -648,7 +656,7 @@ def tune(goal, free, steps, lr=0.1):
         optimizer.zero_grad()
         value.backward()
         for weights in free.values():
-            if weights.grad is not None:  # without RoPE those of S and X are not used
+            if weights.grad is not None:  # some weights are not used, as those for RoPE without it
                 weights.grad.nan_to_num_(0, 0, 0)  # a zero matrix gives NaN
         optimizer.param_groups[0]["lr"] = lr * (1 - step / (steps + 1))
         optimizer.step()
@@ -689,19 +697,21 @@ def power(exponent, down=False, digits=4):
 # the attention weights of head h, its pattern, and scale is the constant by which GeLU is divided.
 # This is attention by content. By position there is no q_h and no k_h: the bias alone decides. A
 # block by content may have a cap: if the RMS of q_h x_t, k_h x_j or v_h x_j is above the cap, the
-# vector is scaled down to it, as cap_rows does.
+# vector is scaled down to it, as cap_rows does. q_h, k_h and v_h (E, D) are the rows of q, k and v
+# that belong to head h, and o_h (D, E) the columns of o.
 #
 # A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
 # length. Attention without a cap has no bound on all of space, as larger tokens move its pattern
 # more (Kim, Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex,
-# so a bound on derivatives is a bound on differences. dx is a difference, and sigma(.) the largest
-# singular value.
+# so the segment between two inputs stays in it, and a bound on derivatives along the segment is a
+# bound on differences. From here on dx, dP, y and m are derivatives along such a segment, and
+# sigma(.) is the largest singular value.
 @dataclass
 class BlockBounds:
     """What the bounds need of a block. Matrices are in float64."""
     # The product: constants of steps 3 to 7.
-    value: float  # attention's constant where the pattern does not change, and its gain
-    pattern: float  # what the changed pattern adds: with a cap all of it, without one times R^2
+    value: float  # attention's constant, if its pattern did not change
+    pattern: float  # what the changed pattern adds; without a cap this is still to be times R^2
     mlp: float  # the MLP's constant
     mlp_gain: float  # its largest output, divided by R
     # The ellipsoid: x_t <- (1 - a) x_t + sum_h C_h sum_j P^h_tj x_j, then the MLP with its stream.
@@ -711,7 +721,8 @@ class BlockBounds:
     C_HDD: Tensor  # C_h = a beta o_h v_h
     mlp_differences: tuple  # mlp_slopes of the MLP and its stream, for differences of tokens
     mlp_tokens: tuple  # and for tokens themselves
-    # By position: what head h gives a token of itself, at least. By content it is None.
+    # By position: the least weight that head h gives to the token at which it stands,
+    # P^h_tt >= p_h. By content it is None.
     p_H: Tensor | None = None
     # By content: logits are q_h x_t . k_h x_j, with s in q_h.
     q_HED: Tensor | None = None
@@ -725,35 +736,44 @@ class BlockBounds:
 # Let |dx_t| <= 1 and |x_t| <= r = R sqrt(D).
 #   1. By the product rule head h's output, with its o_h, changes by o_h v_h y_h + o_h v_h m_h, with
 #      y_h = sum_j P_tj dx_j and m_h = sum_j dP_tj x_j. y_h is an average of changes, so |y_h| <= 1.
-#      If no logit of a row changes by more than e_h, the worst change is +e_h on tokens of joint
-#      probability p and -e_h on the others. It moves the softmax by 4 p (1 - p) e_h in l1, at most
-#      e_h. So |m_h| <= e_h r.
+#      Let no logit of a row change by more than e_h. The softmax's change in l1 is
+#      sum_j P_tj |dl_j - mean|, which is convex in the changes dl of the logits. So it is largest
+#      at a corner: +e_h on some tokens, of total weight p, and -e_h on the others. There it is
+#      4 p (1 - p) e_h, at most e_h. So |m_h| <= e_h r.
 #   2. Keys come from any token: e_h <= s sigma(k_h) (|q_h dx_t| r + |q_h x_t|). So a head may as
 #      well give each token the key of the one before it, as key_offset does. RoPE keeps norms, so
 #      it changes nothing.
 #   3. o is applied to the v_h y_h of the heads side by side. So |beta sum_h o_h v_h y_h| <= value,
 #      with value = beta sigma(o) sqrt(sum_h sigma(v_h)^2).
 #   4. All queries of a token come from one vector. Let Q be q with the rows of head h times
-#      sigma(v_h) sigma(k_h). Then sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2, with
-#      |Q dx_t| <= sigma(Q) and |Q x_t| <= sigma(Q) r. So |beta sum_h o_h v_h m_h| <= pattern R^2,
-#      with pattern = beta 2 s D sigma(o) sigma(Q). Attention's constant is value + pattern R^2.
-#      For one head this is the paper's formula, with norms of whole matrices. For H heads that is
-#      too small: by up to sqrt(H) in the value, and by up to H in the pattern, as s D is
-#      logit_scale H here and logit_scale there. Attacks exceed it.
-#   5. With a cap: scaling down to a ball is the projection onto it, which brings no two vectors
-#      further apart. So step 3 holds as it is. Queries, keys and values have a length of at most
-#      longest = cap sqrt(E). Then |m_h| <= longest e_h, and
+#      sigma(v_h) sigma(k_h). Then sum_h (sigma(v_h) sigma(k_h) |q_h dx_t|)^2 = |Q dx_t|^2. As in
+#      step 3, |beta sum_h o_h v_h m_h| <= beta sigma(o) sqrt(sum_h (sigma(v_h) e_h r)^2). With
+#      step 2 and Minkowski's inequality that is at most
+#      beta s sigma(o) r (r |Q dx_t| + |Q x_t|). As |Q dx_t| <= sigma(Q), |Q x_t| <= sigma(Q) r and
+#      r^2 = R^2 D, it is at most pattern R^2, with pattern = beta 2 s D sigma(o) sigma(Q).
+#      Attention's constant is value + pattern R^2.
+#      The paper's formula is this one for a single head, and takes the norms of whole matrices for
+#      any number of heads. For H heads it is too small: by up to sqrt(H) in the value, and by up to
+#      H in the pattern, as s D is logit_scale H here, where the paper has logit_scale. Attacks
+#      exceed it.
+#   5. With a cap let v_hj be v_h x_j, scaled down. Head h's output changes by o_h y'_h + o_h m_h,
+#      with y'_h = sum_j P_tj dv_hj and m_h = sum_j dP_tj v_hj. Scaling down to a ball is the
+#      projection onto it, which brings no two vectors further apart. So |y'_h| <= sigma(v_h), and
+#      step 3's value holds. Queries, keys and values have a length of at most
+#      longest = cap sqrt(E). So |m_h| <= longest e_h, and
 #      e_h <= s longest (|q_h dx_t| + |k_h dx_j|): the radius is gone. The query's token is the same
-#      for all heads, and keys come from any token. So
-#      sqrt(sum_h e_h^2) <= s longest (sigma(q) + sqrt(sum_h sigma(k_h)^2)). In the place of
-#      pattern R^2 stands beta s longest^2 sigma(o) (sigma(q) + sqrt(sum_h sigma(k_h)^2)).
+#      for all heads, and keys come from any token. So by Minkowski
+#      sqrt(sum_h e_h^2) <= s longest (sigma(q) + sqrt(sum_h sigma(k_h)^2)). And
+#      |beta sum_h o_h m_h| <= beta sigma(o) sqrt(sum_h |m_h|^2). So in the place of pattern R^2
+#      stands beta s longest^2 sigma(o) (sigma(q) + sqrt(sum_h sigma(k_h)^2)).
 #   6. The output of attention has an RMS of at most value R: step 3 with averages of tokens.
 #   7. MLP: let n = sigma(w_out) sigma(w_in). MaxMin has constant n and output n R. GeLU has slopes
 #      in [1 - g, g] and |gelu(z)| <= |z|. Divided by a scale, it has constant n g / scale and
 #      output n R / scale.
-#   8. Residual: R starts as the largest RMS of an embedding. Each sublayer multiplies it by
-#      (1 - a) + a output / R, with the output of step 6 or 7. It multiplies the network's constant
-#      by (1 - a) + a constant, with that of step 4, 5 or 7. Last comes the norm of the head.
+#   8. Residual: R starts as the largest RMS of an embedding. Let a sublayer have outputs of an RMS
+#      of at most gain * R, by step 6 or 7, and a constant by step 4, 5 or 7. It multiplies R by
+#      (1 - a) + a * gain, and the network's constant by (1 - a) + a * constant. Last comes the norm
+#      of U, the matrix from the last block to the logits.
 def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, gelu=None, cap=0.0):
     """What transformer_bounds takes of a block.
 
@@ -811,15 +831,16 @@ def block_bounds(W, heads, a, beta, p_H=None, logit_scale=0.0, rotates=False, ge
 
 
 # ---- THE ELLIPSOID: what one sublayer stretches most, the next does not --------------------------
-# From here on q_h has s in it, and o_h has a beta in it, as in BlockBounds. First the changed
-# pattern, sum_h C_h m_h of step 1. Tokens are in E(X), their differences in E(S). As before,
-# derivatives are enough, as E(X) is convex.
+# From here on q_h includes the factor s, and o_h the factors a and beta, as in BlockBounds. First
+# the changed pattern, sum_h C_h m_h of step 1. Tokens are in E(X), their differences in E(S). As
+# before, derivatives are enough, as E(X) is convex.
 #   a. If no logit of a row changes by more than e_h, m_h is in e_h E(X), as in step 1.
 #   b. |c sum_h C_h m_h| <= sum_h e_h sqrt(c C_h X C_h^T c^T) for every row vector c. By
 #      Cauchy-Schwarz with any r_h > 0, the sum is in the ellipsoid of
 #      (sum_h r_h^2 e_h^2) (sum_h C_h X C_h^T / r_h^2).
-#   c. e_h <= |q_h dx_t . k_h x_j| + |q_h x_t . k_h dx_j|. As x_j is in E(X), k_h x_j is in
-#      E(k_h X k_h^T). So the first term is at most |root_h^T q_h dx_t|, where root_h root_h^T is
+#   c. Let e_h be the largest change of a logit of the row. It is at most
+#      max_j |q_h dx_t . k_h x_j| + max_j |q_h x_t . k_h dx_j|. Every x_j is in E(X), so k_h x_j is
+#      in E(k_h X k_h^T). So the first term is at most |root_h^T q_h dx_t|, where root_h root_h^T is
 #      k_h X k_h^T. Likewise the second, with S in place of X.
 #   d. RoPE turns queries against keys. So the keys' ellipsoid must be one that turning does not
 #      change: E(L d^-2) holds it with L = sigma(d k_h X k_h^T d), for any diagonal d > 0 that has
@@ -837,8 +858,8 @@ def seen_by_keys(q_HED, k_HED, S, rotates, weights_HF):
     if not rotates:
         root_HEE = root_of(keys_HEE)
         return root_HEE.mT @ q_HED, matrix_norm(root_HEE) * matrix_norm(q_HED)
-    # The start of d is half way, in logarithms, from leaving the ellipsoid as it is to making it a
-    # ball. pair_HF holds squares, so that is its power -1/4.
+    # With d = 1 the ellipsoid that holds it is a ball. With d = pair_HF^(-1/2) its axes are as long
+    # as those of the keys' ellipsoid. The start is half way, in logarithms: the power -1/4.
     pair_HF = keys_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2)
     log_HF = pair_HF.clamp(min=1e-300).log()
     d_HE = (weights_HF - (log_HF - log_HF.mean()) / 4).exp().repeat(1, 2)
@@ -851,11 +872,13 @@ def changed_pattern(values_HDD, S, first_HED, size_H, log_second_H, norm_second,
     """(S', log') of steps b and e.
 
     values_HDD      C_h X C_h^T, or what takes its place
+    S               of the differences of tokens
     first_HED       what is applied to dx_t in the first term of e_h; size_H: of step e
     log_second_H    logarithm of the second term's square, roughly: for the start of r_h
     norm_second     a function of r_h: n_second
+    weights_H       logarithm of r_h, less that of the start
     """
-    # The start: r_h^4 is the size of values_HDD by that of e_h^2.
+    # The start has about the least trace in step b: r_h^4 is the trace of values_HDD by e_h^2.
     log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
     start_H = (ellipsoid(values_HDD)[1] - torch.logaddexp(log_first_H, log_second_H)) / 4
     r_H = (weights_H + start_H).exp()
@@ -888,7 +911,7 @@ def ellipsoid_pattern(S, X, block, weights_H=0.0, weights_S=0.0, weights_X=0.0):
 
 
 def size_of_C(block):
-    """(H,): `size` of ellipsoid_image for C_h, which is a sum of products."""
+    """(H,): `size` of ellipsoid_image for C_h = o_h v_h, which is a product."""
     return matrix_norm(block.o_HDE) * matrix_norm(block.v_HED)
 
 
@@ -899,15 +922,15 @@ def size_of_C(block):
 #   g. e_h <= longest |q_h dx_t| + s longest |k_h dx_j|, by step 5. In the second terms each head
 #      has a token of its own. So in step e
 #      n_second = sqrt(sum_h (r_h s longest)^2 sigma(k_h S k_h^T)).
-#   h. Values: y_h is an average of vectors no longer than |v_h dx_j|. So o_h y_h is in the
-#      ellipsoid of sigma(v_h S v_h^T) o_h o_h^T.
+#   h. Values: y'_h of step 5 is an average of vectors no longer than |v_h dx_j|. So o_h y'_h is in
+#      the ellipsoid of sigma(v_h S v_h^T) o_h o_h^T.
 def longest_image(W_HED, S):
     """The largest |W_h z| for z in E(S), of each head (H,)."""
     return eigvalsh(ellipsoid_image(W_HED, S))[:, -1].clamp(min=1e-300).sqrt()
 
 
 def capped_values(S, block):
-    """S' (H, D, D): the ellipsoids of all o_h y_h, for tokens that change within E(S)."""
+    """S' (H, D, D): the ellipsoids of all o_h y'_h, for tokens that change within E(S)."""
     longest_H = longest_image(block.v_HED, S)
     root_HDE = longest_H[:, None, None] * block.o_HDE
     return root_HDE @ root_HDE.mT
@@ -930,9 +953,10 @@ def capped_pattern(S, block, weights_H=0.0):
 #   9. E(S) is convex and symmetric: if all tokens change within E(S), so do their averages,
 #      whatever the pattern.
 #  10. The MLP with its stream is an ellipsoid_layer (mlp_slopes).
-#  11. Pattern by position, which does not change: head h gives a token at least p_h of itself, and
-#      an average y_h of the rest. So the token changes by the sum of G_0 dx_t and all G_h y_h, with
-#      G_0 = (1 - a) I + sum_h p_h C_h, and G_h = (1 - p_h) C_h.
+#  11. Pattern by position, which does not change: P_tt is at least p_h. So sum_j P_tj dx_j is
+#      p_h dx_t + (1 - p_h) average_h, with some average of the changes of all tokens that are
+#      seen, the token itself included. So the token changes by the sum of G_0 dx_t and all
+#      G_h average_h, with G_0 = (1 - a) I + sum_h p_h C_h, and G_h = (1 - p_h) C_h.
 #  12. Pattern by content: p_h = 0, and the changed pattern is one more term of the sum. Without a
 #      cap it depends on where tokens are: in E(X), from X = R^2 D I on by the same steps.
 #  13. The same difference lies in many ellipsoids, one for each choice of weights. A block hands on
@@ -952,7 +976,12 @@ def attention_terms(block):
 
 
 def after_mlp(slopes, S_P, log_P, M, weights, kind):
-    """(S, log) (M, D, D) and (M,): behind the sum of these terms and the MLP, step 13."""
+    """(S, log) (M, D, D) and (M,): M ellipsoids of a vector behind the sum and the MLP, step 13.
+
+    S_P, log_P      of the terms of the sum
+    weights         a function (name, *shape) to free weights
+    kind            first word of their names: token or difference
+    """
     J, A, B, size = slopes
     parts_MP = weights(f"{kind} parts", M, len(S_P))
     neurons_MN = weights(f"{kind} neurons", M, len(J))

@@ -487,7 +487,8 @@ def augment(images_BP, step, config):
 
 # ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
 # On a first reading go on with Main. Some names here occur in the other tutorials only.
-# What may change where a stopped run goes on: where things are, and what is for sampling only.
+# What may change where a stopped run goes on: where things are, how many sequences are in memory at
+# once, and what is for sampling only.
 PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
 
 
@@ -741,11 +742,12 @@ def main(config):
             fraction = 1 - step / config.steps
             set_learning_rates(optimizers, fraction)
 
-            # Muon changes every W by an update whose RMS->RMS norm is about lr, whatever the
-            # gradient. So the norm of W grows by no more than that. Where it could now exceed
-            # w_max, the constraint lowers it, still inside optimizer.step(), and somewhat further
-            # than needed, so that it may rest for some steps (constrain_every). So after each step
-            # every layer is within its limit. What stands between the layers increases no
+            # Muon changes every W by an update whose RMS->RMS norm is at most lr, in bfloat16
+            # 1.07 lr, whatever the gradient. So the norm of W grows by no more than that. Where it
+            # could now exceed w_max, the constraint lowers it, still inside optimizer.step(), and
+            # somewhat further than needed, so that it may rest for some steps (constrain_every).
+            # Constraints that cannot wait act after every step. With a constraint that guarantees
+            # its limit, every layer is then within it. What stands between the layers increases no
             # difference. So the RMS->RMS Lipschitz constant of the network, from the numbers that
             # layer 1 sees to the logits, is at most the product of the limits.
             for optimizer in optimizers:

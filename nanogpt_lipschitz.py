@@ -3,7 +3,7 @@
 WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338): 162M weights on FineWeb, no layer
 norm, QK norm or softcapping. The default preset, `tiny`, has heads that can copy, and caps queries,
 keys and values, which is not far from QK norm. Each matrix belongs to one process, which alone
-updates and constrains it: so the more GPUs there are, the less time the constraint takes.
+updates and constrains it. So processes share that work, down to that of the largest matrix.
 
 COMMANDS
     python nanogpt_lipschitz.py                                    # minutes on a laptop, no network
@@ -11,10 +11,12 @@ COMMANDS
     python nanogpt_lipschitz.py --sample runs/NAME --prompt "def " --temperature 0.8
     python results/prepare.py SOURCE --data DIR                    # token shards of a text of yours
     python nanogpt_lipschitz.py --out DIR                # stopped, the same command goes on
-    It goes on with any number of processes (--micro_batch may change). torchrun's --max-restarts
-    revives what was killed; on several nodes with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    A stopped run goes on with any number of processes that divides the batch. With --max-restarts N
+    torchrun starts all again after any failure. With --out DIR they go on, else they begin anew. On
+    several nodes set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
 
-RESULT (bytes of Python's library; one core of a CPU, two minutes each). CUDA is unmeasured.
+RESULT (bytes of Python's library; one core of a CPU, two minutes each). CUDA is unmeasured. Bounds
+    are from embeddings to logits.
     tiny, the default (seeds 0 to 2): 67.2 +- 0.1 % right, loss 1.253 +- 0.007, bound 10^3.7;
     tiny_baseline, with norm layers (seeds 0 to 2): 65.8 +- 0.1 %, 1.296 +- 0.007, no bound;
     the same with --content last --key_offset: 69.7 +- 0.1 %, 1.155 +- 0.002, no bound;
@@ -22,8 +24,9 @@ RESULT (bytes of Python's library; one core of a CPU, two minutes each). CUDA is
 
 ANCESTRY. The experiment is the authors', its shape modded-nanogpt's (Jordan et al.), the shards are
 Karpathy's; none of their code is used. Different on purpose: softmax and limit of the head are over
-50257 real tokens, not 50304 rows; embeddings have an RMS of at most 1. Attention by position, its
-mixture with attention by content, caps and whole heads of offset keys are ours.
+50257 real tokens, not 50304 rows; embeddings have an RMS of at most 1. Attention by position, whose
+weights depend on the distance of two tokens alone, its mixture with attention by content, caps, and
+whole heads in which a token has the key of the one before it are ours.
 """
 
 import argparse
@@ -58,14 +61,15 @@ from muon import Muon, fast_dtype
 
 SCRIPT = "nanogpt_lipschitz"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
-BLOCK = 128  # positions that attention takes or skips together
-CHUNK = 8192  # tokens whose logits are computed together: those of all would fill the memory
+TILE = 128  # positions that attention takes or skips together
+CHUNK = 8192  # tokens whose logits exist in float32 at a time, which takes twice that of bfloat16
 LONGEST = 8192  # tokens of a sequence for which attention may hold a mask of T x T
 TUNED_WIDTH = 256  # largest width at which the certificate is tuned: that takes up to a minute
 
 # Capitals at the end of a name are the shape of a tensor: x_BTD is (B, T, D).
 # Shapes: B sequences, T tokens in a sequence, D dimension of a token's vector, H heads, E = D / H,
-# V tokens in the vocabulary, N positions, C a chunk of them, Q blocks of them, X rows of the head.
+# V tokens in the vocabulary, N positions, C a chunk of them, Q tiles of 128 positions, X rows of
+# the head, of which V are used.
 
 
 # ==== Settings (the same text in the three tutorials) =============================================
@@ -151,7 +155,7 @@ class Config(Settings):
     hidden: int = 3072  # neurons of an MLP
     window: int = 1792  # tokens, rounded up to 128s, that 4 blocks see in the end; the others half
     activation: str = "gelu"  # gelu, divided by 1.1289, or maxmin, which sorts pairs of neurons
-    content: str = "all"  # blocks by content, others by position: all, odd, last, none, or as 0,2
+    content: str = "all"  # blocks by content: all, odd, last, none, 0,2; the others by position
     logit_scale: float = 24.0  # on q.k / (D / H), by content; the baseline's largest logit
     cap: float = 0.0  # largest RMS of a head's queries, keys and values by content; 0: no cap
     key_offset: bool = False  # half of the heads by content give a token the key of the one before
@@ -174,14 +178,14 @@ class Config(Settings):
     momentum: float = 0.95  # Muon's momentum, after a rise from 0.85
     momentum_warmup: int = 300  # steps of that rise
     # run
-    seed: int = 0  # of initialisation, order of the data, samples
+    seed: int = 0  # of initialisation, samples, and the order of the stand-in; not of shards
     dtype: str = "auto"  # of the products: auto, float32, bfloat16, float64 (then weights as well)
     device: str = "auto"  # auto, cpu, cuda or mps; auto: cuda if there is one, a GPU for a process
     evals: int = 10  # evaluations on the validation tokens, each with a checkpoint
     out: str = ""  # run folder, in which a stopped run goes on; default: a new one in runs/
     # sample
     sample: str = ""  # a run folder: do not train, only sample from its model
-    prompt: str = ""  # text that the sample continues; default: the start of a document
+    prompt: str = ""  # text that the sample continues; default: a new document, of bytes a newline
     length: int = 300  # tokens to sample
     temperature: float = 0.8  # of the sample; 0: always the most probable token
 
@@ -281,36 +285,37 @@ def rope_speeds(x_BHTE):
     return torch.where(i < E // 4, 1024 ** (-i / max(1, E // 4 - 1)), 0)
 
 
-def dense_mask(docs_BT, blocks):
-    """(B, T, T): t sees j <= t of its own document, in its own block and the blocks - 1 before."""
+def dense_mask(docs_BT, tiles):
+    """(B, T, T): t sees j <= t of its own document, in its own tile and the tiles - 1 before."""
     t = torch.arange(docs_BT.shape[1], device=docs_BT.device)
-    back_TT = t[:, None] // BLOCK - t // BLOCK
-    near_TT = (t[:, None] >= t) & (back_TT < blocks)
+    back_TT = t[:, None] // TILE - t // TILE
+    near_TT = (t[:, None] >= t) & (back_TT < tiles)
     return near_TT & (docs_BT[:, :, None] == docs_BT[:, None])
 
 
-def block_mask(docs_BT, blocks):
+def block_mask(docs_BT, tiles):
     """The same for flex_attention, without ever looking at T x T positions."""
-    # flex_attention goes through blocks of 128 x 128 positions. Of each row of blocks it wants two
-    # lists: those with `some` positions to see, in which it asks `sees`, and those with the `whole`
-    # of them, in which it need not ask. With documents A, B and blocks = 3, for example:
+    # flex_attention goes through squares, of a tile of 128 queries and one of 128 keys. Of each row
+    # of squares it wants two lists: those with `some` positions to see, in which it asks `sees`,
+    # and those with the `whole` of them, in which it need not ask. With documents A, B and
+    # tiles = 3:
     #
     #     document    A  A  AB B  B      s  some: on the diagonal, as later tokens are not seen, or
-    #                 s                     where a document ends within one of the two blocks
-    #                 w  s               w  whole: one document, the same in both blocks
+    #                 s                     where a document ends within one of the two tiles
+    #                 w  s               w  whole: one document, the same in both tiles
     #                 s  s  s            .  none: later, or of another document, or further back
     #                 .  .  s  s            than the window reaches
     #                 .  .  s  w  s
     #
-    # Numbers of documents rise along a sequence. So two blocks have one in common only if their
+    # Numbers of documents rise along a sequence. So two tiles have one in common only if their
     # ranges overlap. `sees` knows no window: so a new window compiles nothing anew.
     B, T = docs_BT.shape
-    docs_BQ = docs_BT.view(B, -1, BLOCK)
+    docs_BQ = docs_BT.view(B, -1, TILE)
     first_BQ = docs_BQ[..., 0]
     last_BQ = docs_BQ[..., -1]
-    q = torch.arange(T // BLOCK, device=docs_BT.device)
+    q = torch.arange(T // TILE, device=docs_BT.device)
     back_QQ = q[:, None] - q
-    inside_QQ = (back_QQ >= 0) & (back_QQ < blocks)
+    inside_QQ = (back_QQ >= 0) & (back_QQ < tiles)
     seen_BQQ = inside_QQ & (first_BQ[:, :, None] <= last_BQ[:, None])
     whole_BQQ = seen_BQQ & (back_QQ > 0) & (first_BQ[:, None] == last_BQ[:, :, None])
     some_BQQ = seen_BQQ & ~whole_BQQ
@@ -323,7 +328,7 @@ def block_mask(docs_BT, blocks):
     def sees(b, h, t, j):
         return (t >= j) & (docs_BT[b, t] == docs_BT[b, j])
 
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(T, T))
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(T, T))
 
 
 def attend(q_BHTE, k_BHTE, v_BHTE, mask, scale):
@@ -379,11 +384,12 @@ class Block(torch.nn.Module):
         self.w_out = torch.nn.Parameter(torch.zeros(D, config.hidden))
         if not self.sees_content:
             # Attention by position: the logits of a head are a sum of n waves in the distance d to
-            # a token, sum_i a_i cos(speed_i d) + b_i sin(speed_i d). The fastest turns by 2 radians
+            # a token, sum_i c_i cos(speed_i d) + s_i sin(speed_i d). The fastest turns by 2 radians
             # a token, a wave of 3 tokens. The slowest is longer than the window, so that the sum
             # can tell all distances apart. At the start all waves of head h have their peak at the
-            # same distance: h * 2^i in block i, from i = 5 on h * 32. The logit there is 12, so a
-            # token at the peak gets e^12 times the share of one where the waves cancel.
+            # same distance: h * 2^index in the block of that index, from 5 on h * 32. The logit
+            # there is 12, so a token at the peak gets e^12 times the share of one where the waves
+            # cancel.
             n = D // config.heads // 2
             fastest = 2
             fastest_per_slowest = 4 * config.window
@@ -450,7 +456,7 @@ class Block(torch.nn.Module):
         H = self.config.heads
         v_BHTE = F.linear(x_BTD, self.v.to(x_BTD.dtype)).view(B, T, H, D // H).transpose(1, 2)
         key_HE = torch.zeros_like(self.query_HE)
-        key_HE[:, :len(self.speeds)].fill_(1)  # on a GPU `= 1` would wait for a copy from the CPU
+        key_HE[:, :len(self.speeds)].fill_(1)  # `= 1` may cost a GPU a copy from the CPU
         turned = []
         for x_HE in (self.query_HE, key_HE):
             x_HTE = rotate(x_HE[:, None].expand(H, T, -1), self.speeds).to(x_BTD.dtype)
@@ -506,7 +512,8 @@ class Transformer(torch.nn.Module):
                 # With equal key and query matrices a token attends most to tokens like itself. In
                 # the heads with offset keys it attends to what came after these, so it can copy
                 # from the first step on: without that some seeds never learn to copy. In the other
-                # heads rows of the query matrix are moved on by one, so that no token is preferred.
+                # heads the key matrix has the rows of the query matrix moved on by one, so that no
+                # token is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = norm_at_start(config.constraint, limits[role])
@@ -534,10 +541,10 @@ class Transformer(torch.nn.Module):
         if docs_BT is None:
             docs_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.int64)
         first_BT = F.pad(docs_BT.diff(dim=1), (1, 0)) != 0
-        window_blocks = math.ceil((window or self.config.window) / BLOCK)
+        window_tiles = math.ceil((window or self.config.window) / TILE)
         build_mask = block_mask if self.flex else dense_mask
-        far = build_mask(docs_BT, window_blocks)
-        near = build_mask(docs_BT, max(1, window_blocks // 2))
+        far = build_mask(docs_BT, window_tiles)
+        near = build_mask(docs_BT, max(1, window_tiles // 2))
         n = len(self.blocks)
         see_far = (0, n // 3, n - 1 - n // 3, n - 1)  # of 12 blocks 0, 4, 7 and 11
         for i, block in enumerate(self.blocks):
@@ -591,7 +598,8 @@ def build_model(config, state):
 def certificate(model, rho=0.0, free=None):
     """Bounds of a model: what transformer_bounds in constraints.py returns, and norms.
 
-    log10     the certificate used, log10 of a constant from embeddings to logits (max-token RMS)
+    log10     the certificate used, log10 of a constant from embeddings to logits, where a sequence
+              is measured by the largest RMS of its tokens
     norms     {role: largest RMS->RMS norm of its matrices; of the embedding: largest RMS}
     max_weight_norm: the largest of them, without the embedding
     Arguments: rho is how far (RMS) embeddings may be from those of the table; free, the trainable
@@ -675,13 +683,13 @@ class Tokens:
         return torch.from_numpy(np.concatenate(pieces))
 
     def sequences(self, step, rows, config):
-        """(B, T + 1): sequences `rows` of a step. Those of web text follow each other in it."""
+        """(B, T + 1): the sequences of a step's batch with these numbers."""
         T = config.seq_len
         places = (len(self) - 1) // T
         sequences = []
         for row in rows:
             epoch, place = divmod(step * config.batch + row, places)
-            if config.data == "stand-in":  # web text is shuffled already
+            if config.data == "stand-in":  # else in the order of the shards, for every seed
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
                 place = torch.randperm(places, generator=generator)[place].item()
             sequences.append(self.read(place * T, T + 1))
@@ -774,8 +782,10 @@ def load_gpt2():
 # main. Each holds the whole model.
 #   1. Each takes its share of the batch. The gradient of a weight is the sum over all processes.
 #   2. Each weight has one owner, which alone needs that sum. It alone keeps the momentum, runs Muon
-#      and the constraint. So what costs most is done once, and different matrices at the same time.
-#   3. New weights go from their owners to all. So all copies of the model have the same bits.
+#      and the constraint. So each matrix is updated and constrained once, and different matrices at
+#      the same time.
+#   3. New weights go from their owners to all. So after each step all copies of the model have the
+#      same bits.
 # Only rank 0 reads and writes run folders, and prints.
 class Exchange:
     """Messages between the processes. Alone there are none: one process owns all."""
@@ -785,8 +795,8 @@ class Exchange:
         self.world_size = world_size
         self.device = model.head_XD.device
         self.names = {p: name for name, p in model.named_parameters()}
-        # Largest work first, each to the rank that has least. Work is counted in operations: about
-        # 10 m n min(m, n) for msign of an m x n matrix, 100 for a number of which Adam takes care.
+        # Largest work first, each to the rank that has least. Work is a rough count of operations:
+        # 10 m n min(m, n) for msign of an m x n matrix, 100 for each number that Adam updates.
         work = {p: 100 * p.numel() for p in model.parameters()}
         for _, W in model.matrices():
             work[W] = 10 * W.numel() * min(W.shape)
@@ -807,7 +817,10 @@ class Exchange:
         return self.owner[p] == self.rank
 
     def send_gradient(self, p):
-        """Begin to sum p.grad at its owner. All ranks do so in the order of the backward pass."""
+        """Begin to sum p.grad at its owner.
+
+        All ranks do so in the order of the backward pass, and messages are matched by their order.
+        """
         if self.world_size > 1 and self.last_part:
             self.sending.append(dist.reduce(p.grad, self.owner[p], async_op=True))
 
@@ -836,7 +849,7 @@ class Exchange:
         """{name of a weight: its optimizer's state}, of all owners, on rank 0."""
         own = {}
         for optimizer in optimizers:
-            optimizer.state_dict()  # here Muon forgets norms, as in loading: so both go on alike
+            optimizer.state_dict()  # makes Muon forget norms, as a run that resumes does
             for p, state in optimizer.state.items():
                 own[self.names[p]] = {key: value.cpu() for key, value in state.items()}
         parts = [own] * self.world_size
@@ -866,7 +879,8 @@ def connect(config):
         with explain("The other processes cannot be found", "start the script by torchrun"):
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-            # On one node torchrun keeps its table over a restart, with the addresses of the dead.
+            # On one node torchrun keeps the store in which processes look each other up. After a
+            # restart it still holds the addresses of killed ones. So each restart has a prefix.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         nccl = dict(backend="nccl", device_id=device)
         library = nccl if device.type == "cuda" else dict(backend="gloo")
@@ -892,10 +906,11 @@ def from_rank_0(thing):
 
 @contextlib.contextmanager
 def one_message():
-    """Under torchrun an error of one process ends all of them, with one message."""
+    """Under torchrun an error in main of one process ends all of them, with one message a node."""
     # torchrun ends the others as soon as one process has ended. But they fail as well: they lost a
     # partner, or they found the same. So rank 0 says at once what the user can mend. Whoever else
-    # fails waits five seconds, and is ended meanwhile if it has nothing new to say.
+    # fails waits five seconds. If rank 0 has ended, torchrun ends it before it prints. If not, it
+    # prints an error that only it has.
     try:
         yield
     except Exception as problem:
@@ -908,7 +923,8 @@ def one_message():
 
 # ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
 # On a first reading go on with Main. Some names here occur in the other tutorials only.
-# What may change where a stopped run goes on: where things are, and what is for sampling only.
+# What may change where a stopped run goes on: where things are, how many sequences are in memory at
+# once, and what is for sampling only.
 PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
 
 
@@ -1116,11 +1132,11 @@ def main(config):
         raise UserError(f"--batch {config.batch}: must be a multiple of {world_size} process(es) x "
                         f"--micro_batch {config.micro_batch}; change one of them")
     compiles = can_compile(device)
-    flex = compiles and dtype != torch.float64 and config.seq_len % BLOCK == 0
+    flex = compiles and dtype != torch.float64 and config.seq_len % TILE == 0
     if config.seq_len > LONGEST and not flex:
-        raise UserError(f"needs a GPU for --seq_len {config.seq_len}, above {LONGEST} (of compute "
-                        f"capability 8, with Triton, a multiple of {BLOCK}, and no --dtype "
-                        "float64); on a CPU give --preset tiny")
+        raise UserError(f"--seq_len {config.seq_len}: above {LONGEST} it needs a GPU of compute "
+                        f"capability 8 with Triton, must be a multiple of {TILE}, and not in "
+                        "--dtype float64; on a CPU give --preset tiny")
     state, summary = from_rank_0(find_run(config) if rank == 0 else (None, None))
     if summary:
         return summary
@@ -1193,7 +1209,9 @@ def main(config):
                 x_BTD, docs_BT = model.embed(tokens_BT[:, :-1], dtype)
                 x_ND = model.body(x_BTD, docs_BT, window).flatten(0, 1)
                 y_N = tokens_BT[:, 1:].flatten()
-                # The head in chunks of positions: logits of 50,257 tokens take most of the memory.
+                # The head in chunks of positions. Logits of all are kept for the backward pass in
+                # bfloat16. Their float32 copies and gradients, which are larger, exist for one
+                # chunk at a time.
                 part_loss = 0.0
                 for x_CD, y_C in zip(x_ND.split(CHUNK), y_N.split(CHUNK)):
                     part_loss = part_loss + loss_of(x_CD, y_C)
@@ -1204,13 +1222,14 @@ def main(config):
             exchange.finish_gradients()
             losses.append(loss / (config.batch * config.seq_len))
 
-            # Muon changes every W by an update whose RMS->RMS norm is about lr, whatever the
-            # gradient. So the norm of W grows by no more than that. Where it could now exceed
-            # w_max, the constraint lowers it, still inside optimizer.step(), and somewhat further
-            # than needed, so that it may rest for some steps (constrain_every). A process does this
-            # for the matrices that it owns, and share_weights sends them to the others. So after
-            # each step every matrix is within its limit, and attention logits and the residual
-            # stream are bounded. Other transformers need norm layers for that.
+            # Muon changes every W by an update whose RMS->RMS norm is at most lr, in bfloat16
+            # 1.07 lr, whatever the gradient. So the norm of W grows by no more than that. Where it
+            # could now exceed w_max, the constraint lowers it, still inside optimizer.step(), and
+            # somewhat further than needed, so that it may rest for some steps (constrain_every).
+            # Constraints that cannot wait act after every step. A process does this for the
+            # matrices that it owns, and share_weights sends them to the others. With a constraint
+            # that guarantees its limit, every matrix is then within it, and so the residual stream
+            # and the products q.k are bounded. Other transformers need norm layers for that.
             set_learning_rates(optimizers, lr_factor)
             set_momentum(optimizers, momentum)
             for optimizer in optimizers:
@@ -1229,7 +1248,8 @@ def main(config):
                 continue  # what follows forces a GPU to synchronise
             check_finite(model, exchange.all_reduce(torch.stack(losses[-10:])), done, out)
             # If one process stopped alone, the others would hang in a collective, waiting for it.
-            # So all stop here if Ctrl-C has reached one of them.
+            # So all stop here if Ctrl-C has reached one of them. torchrun kills them 30 seconds
+            # after Ctrl-C: where ten steps take longer, give it --shutdown-timeout.
             stop_count = exchange.all_reduce(torch.tensor(len(stops), device=device)).item()
             if done in eval_steps:
                 ms_per_step = 1000 * (time.perf_counter() - began) / (done - timed_from)
@@ -1270,11 +1290,11 @@ def schedule(config, step):
     # At first gradients change fast, and an average over few steps is the better one.
     warm = min(1.0, step / config.momentum_warmup)
     momentum = 0.85 + warm * (config.momentum - 0.85)
-    # The window grows by whole blocks: near tokens are learned first, and cost less. That of cap1
+    # The window grows by whole tiles: near tokens are learned first, and cost less. That of cap1
     # is full at 96 % of training, as in modded-nanogpt.
-    all_blocks = math.ceil(config.window / BLOCK)
-    window_blocks = max(1, math.ceil(done * (all_blocks - 0.5)))
-    return lr_factor, momentum, window_blocks * BLOCK
+    all_tiles = math.ceil(config.window / TILE)
+    window_tiles = max(1, math.ceil(done * (all_tiles - 0.5)))
+    return lr_factor, momentum, window_tiles * TILE
 
 
 def build_optimizers(model, config, exchange, constraint, dtype):
@@ -1317,7 +1337,10 @@ def build_optimizers(model, config, exchange, constraint, dtype):
 
 @torch.no_grad()
 def evaluate(model, validation, window, dtype, exchange):
-    """(cross-entropy, accuracy, largest entry of the stream after each block) of val_tokens."""
+    """(cross-entropy, accuracy, largest entry of the stream after each block) of val_tokens.
+
+    What fills up the last sequence counts for the largest entry alone.
+    """
     config = model.config
     device = exchange.device
     T = config.seq_len

@@ -1,9 +1,10 @@
 """Tutorial 2: a transformer on Shakespeare without norm layers, with a valid Lipschitz bound.
 
 WHAT IT SHOWS. A constraint holds every weight matrix within a limit. So activations stay small, and
-the transformer needs no layer norm, QK norm or softcapping. It then has a Lipschitz constant: how
-far its logits can move, at most, when the embeddings of its tokens move. The bound on attention in
-the paper's code misses that heads may look at different tokens. The bounds here count heads.
+the transformer needs no layer norm, QK norm or softcapping. Among embeddings within a ball it then
+has a Lipschitz constant: how far its logits can move, at most, when embeddings move. The bound on
+attention in the paper's code misses that heads may look at different tokens. The bounds here count
+heads.
 
 COMMANDS
     python shakespeare.py                      # minutes on a laptop; ends with a sample
@@ -291,7 +292,8 @@ class Block(torch.nn.Module):
     def attention(self, x_BTD):
         """out_t = beta sum_h o_h sum_(j <= t) P^h_tj v_h x_j, with the pattern
         P^h_t = softmax over j of s (q_h x_t) . (k_h x_j) + bias_h(t - j), RoPE before the dot,
-        beta = attention_scale and s = logit_scale / E.
+        beta = attention_scale and s = logit_scale / E. With a cap queries, keys and values are
+        scaled down first.
         """
         B, T, D = x_BTD.shape
         position_T = torch.arange(T, device=x_BTD.device)
@@ -313,18 +315,19 @@ class Block(torch.nn.Module):
         parts = F.linear(x_BTD, W).view(B, T, 3 * H, D // H).transpose(1, 2)
         q_BHTE, k_BHTE, v_BHTE = parts.chunk(3, 1)
         if self.config.cap:
-            # Longer vectors are scaled down. That is the projection onto a ball, which brings no
-            # two vectors further apart; others stay as they are. So attention has a Lipschitz
-            # constant for tokens of any length, and q.k adds at most logit_scale * cap^2 to each
-            # attention logit.
+            # Vectors above the cap are scaled down to it, and others stay as they are. That is the
+            # projection onto a ball, which brings no two vectors further apart. So attention has a
+            # Lipschitz constant for tokens of any length, and q.k adds at most logit_scale * cap^2
+            # to each attention logit.
             q_BHTE = cap_rows(q_BHTE, s * self.config.cap)
             k_BHTE = cap_rows(k_BHTE, self.config.cap)
             v_BHTE = cap_rows(v_BHTE, self.config.cap)
         if self.config.key_offset:
             # In half of the heads a token gets the key of the one before it. Such a head finds what
-            # came after characters like the present one: it can copy alone. The bound is the same,
-            # as it lets keys come from any token. From modded-nanogpt, which offsets half of each
-            # head: that would lengthen keys, and so the bound, by up to sqrt(2).
+            # came after characters like the present one. So one block can copy, where otherwise two
+            # are needed. The bound is the same, as it lets keys come from any token. From
+            # modded-nanogpt, which offsets half of each head: that would lengthen keys, and so the
+            # bound, by up to sqrt(2).
             own_BHTE = k_BHTE[:, H // 2:]
             before_BHTE = torch.cat([own_BHTE[:, :, :1], own_BHTE[:, :, :-1]], 2)
             k_BHTE = torch.cat([k_BHTE[:, :H // 2], before_BHTE], 1)
@@ -384,7 +387,8 @@ class Transformer(torch.nn.Module):
                 # With equal key and query matrices a token attends most to tokens like itself. In
                 # the heads with offset keys it attends to what came after these, so it can copy
                 # from the first step on: without that some seeds never learn to copy. In the other
-                # heads rows of the query matrix are moved on by one, so that no token is preferred.
+                # heads the key matrix has the rows of the query matrix moved on by one, so that no
+                # token is preferred.
                 half = config.heads // 2 * (config.width // config.heads)
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = norm_at_start(config.constraint, limits[role])
@@ -416,15 +420,16 @@ def build_model(config, state):
 # How far can the outputs of the blocks differ? Part III of constraints.py derives it, by a product
 # of norms that counts heads, and by ellipsoids, which know in what directions a difference is long.
 # The smaller of the two counts. What is this model's own:
-#   1. In attention by position, ellipsoids use what a head gives a token of itself, at least. The
-#      more tokens a softmax sees, the less it gives to one of them. So the least share is that at
-#      the last position, softmax(bias)[0].
-#   2. The difference of two logits, f_y - f_j, changes by at most L_yj: the largest |(u_y - u_j) z|
-#      in the last ellipsoid, with the rows u of U = final_scale head. Nor by more than |u_y - u_j|
-#      sqrt(D) times the product without the head.
+#   1. In attention by position, ellipsoids use the least weight that a head gives to the token at
+#      which it stands. The more tokens a softmax sees, the less it gives to one of them. So that is
+#      the weight at the last position, softmax(bias)[0].
+#   2. Let f be the logits, and u the rows of U = final_scale head. If all embeddings change by an
+#      RMS of at most 1, f_y - f_j changes by at most L_yj, the smaller of two bounds. One is the
+#      largest |(u_y - u_j) z| in the last ellipsoid. The other is |u_y - u_j| sqrt(D) times the
+#      product without the head.
 #   3. If f_y - f_j > rho L_yj for all j != y, y stays the largest logit when every embedding moves
 #      by RMS <= rho. All these embeddings are in a ball, whose radius is the largest RMS in the
-#      table plus rho.
+#      table plus rho. L_yj is computed for that ball.
 #   4. The ellipsoids have trainable weights: of the parts of a sum, of neurons, of heads, of pairs
 #      that RoPE turns. Any weights give a valid bound. They start at zero, and `tuned` improves
 #      them by descent on the bound.
@@ -624,7 +629,8 @@ def windows(tokens_N, T, batch=None):
 
 # ==== A run, its folder and its checkpoint (the same text in the three tutorials) =================
 # On a first reading go on with Main. Some names here occur in the other tutorials only.
-# What may change where a stopped run goes on: where things are, and what is for sampling only.
+# What may change where a stopped run goes on: where things are, how many sequences are in memory at
+# once, and what is for sampling only.
 PLACES = ("out", "data", "device", "micro_batch", "sample", "prompt", "length", "temperature")
 
 
@@ -866,7 +872,7 @@ def main(config):
             # predictions a step.
             inputs_BT, targets_BT = choose_batch(step, train_N, config)
 
-            # The loss multiplies the logits by a temperature. A network with a small Lipschitz
+            # The loss multiplies the logits by loss_temperature. A network with a small Lipschitz
             # constant has small logits; the factor lets it be confident all the same. The Lipschitz
             # bound is for the unscaled logits. Subtracting a margin from the scaled logit of the
             # right character asks that it lead by that margin, so that the answer survives a small
@@ -893,12 +899,14 @@ def main(config):
             warm = min(1, (step + 1) / max(1, config.warmup))
             set_learning_rates(optimizers, (1 - step / config.steps) * warm)
 
-            # Muon changes every W by an update whose RMS->RMS norm is about lr, whatever the
-            # gradient. So the norm of W grows by no more than that. Where it could now exceed
-            # w_max, the constraint lowers it, still inside optimizer.step(), and somewhat further
-            # than needed, so that it may rest for some steps (constrain_every). So after each step
-            # every matrix is within its limit, and attention logits and the residual stream are
-            # bounded. Other transformers need norm layers for that.
+            # Muon changes every W by an update whose RMS->RMS norm is at most lr, in bfloat16
+            # 1.07 lr, whatever the gradient. So the norm of W grows by no more than that. Where it
+            # could now exceed w_max, the constraint lowers it, still inside optimizer.step(), and
+            # somewhat further than needed, so that it may rest for some steps (constrain_every).
+            # Constraints that cannot wait act after every step. With a constraint that guarantees
+            # its limit, every matrix is then within it, and so the residual stream and the products
+            # q.k are bounded. Other transformers need norm layers for that. The bias by position
+            # has no limit. It does not depend on the input, so no bound needs one.
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -1,10 +1,11 @@
-"""Recomputes every number that a training run claims, and attacks its certificates.
+"""Recomputes from the weights what a training run claims of them, and attacks its certificates.
 
-WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script believes no
-file. From the weights it recomputes norms, bounds, certified shares, loss and accuracy, by the
-tutorials' own functions, and holds them against what the files of a run say. Then it looks for the
-pair, in the norm and the ball for which a bound is claimed. found / certified is the tightness. It
-is at most 1, or there is a bug. The search shares no code with the certificates.
+WHAT IT SHOWS. A certificate claims that no pair of inputs exceeds a number. This script takes
+weights and settings from checkpoint.pt. From these it recomputes norms, bounds, certified shares,
+loss and accuracy, by the tutorials' own functions, and holds them against what the files of a run
+say. Then it looks for the pair, by gradient ascent, in the norm and the ball for which a bound is
+claimed. found / certified is the tightness. It is at most 1, or there is a bug. What measures a
+pair shares no code with the certificates, which only say where the search begins.
 
 COMMANDS
     python verify_lipschitz.py runs/NAME [...]        # run folders, or folders of them
@@ -12,15 +13,16 @@ COMMANDS
     python verify_lipschitz.py runs/NAME --budget 20  # search twenty times as long
 
 RESULT: a table, verify.json in the run's folder, and an exit status:
-    0  held: every claim was recomputed and agrees, and no attack succeeded
+    0  held: what the weights determine was recomputed and agrees, and no attack succeeded
     1  BROKEN: a claim is false, two files contradict each other, or an attack succeeded
     2  could not be checked in full: a file, a value or the data are missing (without summary.json:
        nothing claimed)
 A norm above its limit is BROKEN if the constraint promises a limit: specnorm, stiefel, soft_cap and
-hard_cap do. Of hammer, of a constraint of your own, or of soft_cap in bfloat16 by up to 1.2 %, it
-is reported as "above its limit" and leaves the status as it is. The bounds are of the norms that
-the weights have, so they still hold. Decays have no limits. The embedding has one, RMS 1, whatever
-the constraint.
+hard_cap do. Three kinds of norms may be above it and break no promise: those of hammer, those of a
+constraint of your own, and those of soft_cap by up to 1.2 %, as it may have computed in bfloat16.
+They are reported as "above its limit", and the status stays as it is. The bounds are of the norms
+that the weights have, so they still hold. Decays have no limits. The embedding has one, RMS 1,
+whatever the constraint.
 
 ANCESTRY. Attacks by projected gradients: Madry et al. (2018), Carlini and Wagner (2017).
 """
@@ -50,14 +52,14 @@ SCRIPTS = {script.SCRIPT: script for script in (mlp_cifar, shakespeare, nanogpt_
 # Capitals at the end of a name are the shape of a tensor: x_STD is (S, T, D).
 # Shapes: S searches or windows side by side, T tokens (1 for an image), D dimension of a token's
 # vector, O of an output's, N images or positions, P pixels, K classes, V characters, H heads.
-# All is computed in float64.
+# All is computed in float64, but for what step 3 of Claims measures.
 
 
 @dataclasses.dataclass
 class Config:
     budget: float = 1.0  # multiplies the steps of every search
     images: int = 300  # test images to attack
-    windows: int = 6  # windows of validation text to attack
+    windows: int = 6  # windows of validation text whose predictions are attacked, of shakespeare.py
     data: str = ""  # where the run's own data are now, if they moved
     seed: int = 0  # of the searches
 
@@ -81,9 +83,10 @@ def parse_arguments(argv=None):
 # So any such quotient is a lower bound on L, at any distance: not only for d -> 0. Where f is
 # piecewise linear, its Jacobian gives no direction in which to move x, but a larger d sees the next
 # piece. With d = h w and rms(w_t) = 1 a search has two phases:
-#   1. Ascent over both. w moves 0.3 of the way to its gradient of one token's difference, each
-#      token's part at RMS 1. x follows its own gradient, by steps that shrink to 0, in the ball.
-#      Each search has its own h and its own token, the last ones first as they see most others.
+#   1. Ascent over both. Each search has its own h, and one output token whose difference is to get
+#      long, the last ones first as they see most others. The gradient of that length by w has each
+#      input token's part scaled to RMS 1. w becomes 0.7 w + 0.3 of it, scaled to RMS 1 again. x
+#      follows its own gradient, by steps that shrink to 0, in the ball.
 #   2. Power iteration. x rests, h is small, and w becomes the gradient of the largest difference.
 TOLERANCE = 1e-8  # relative: what rounding can add to a quotient at the smallest distance
 
@@ -112,10 +115,10 @@ def directions(*shape, seed):
 
 
 def compare(f, x_STD, w_STD, h, radius, token_S=None):
-    """(quotient_S, the gradients by x and by w of the length of one token's difference).
+    """(quotient_S, gradients by x and by w of the length of the difference at one output token).
 
     The quotient is that of f(x + h w) - f(x - h w) and 2 h w, each by the RMS of its largest token.
-    The one token is token_S, or the one whose difference is the largest.
+    The output token is token_S, or the one whose difference is the largest.
     """
     x_STD = x_STD.detach().requires_grad_()
     w_STD = w_STD.detach().requires_grad_()
@@ -188,19 +191,24 @@ def withstands(logits, x, y_N, radius, steps, restarts=1, seed=0):
 # ==== Claims: what the files of a run say, beside what the weights give ===========================
 # A claimed number has to be the recomputed one, or lie in its range.
 #   1. Norms and products are computed in float64. For 1000 layers that is right to a relative
-#      7e-10. ROUNDING allows a thousand times as much.
-#   2. A tuned bound, or a share certified with it, may be claimed weaker than here, not stronger.
+#      7e-10. ROUNDING allows a thousand times as much. Bounds are compared as logarithms, so one of
+#      10^100 may be off by 0.02 %.
+#   2. A tuned bound, or a share certified with it, may be claimed weaker than here, not stronger. A
+#      run that tuned better than happens here would be called BROKEN, as its bound was not
+#      reproduced.
 #   3. Loss and accuracy come from float32, or the dtype of the run for nanogpt_lipschitz.py. Let e
 #      be the largest error of an example's logits in that dtype, measured here. On another machine
 #      it may have been larger. It is an ASSUMPTION, not proved, that it was at most 4 e. Then
 #      margins and losses differ by at most 8 e, and a prediction with a smaller margin may count as
-#      right or wrong.
+#      right or wrong. So for a run in bfloat16 the range of the accuracy is wide. verify.json has
+#      its ends, `low` and `high`.
 ROUNDING = dict(rel_tol=1e-6, abs_tol=1e-9)
 SLACK = 1e-4  # of a limit on the weights, which a constraint keeps in float32 (constraints.py)
 SOFT_CAP_SLACK = 0.012  # what soft_cap is known to exceed where it computes in bfloat16
 PROMISES = ("specnorm", "stiefel", "soft_cap", "hard_cap")  # to keep every norm within its limit
 NORM = "max-token RMS->max-token RMS"
-# What a run did, its weights do not tell.
+# Not checked and not listed: what depends on the course of the run or on its machine. Activations
+# could be recomputed, and are not.
 HISTORY = ("train_loss", "train_seconds", "ms_per_step", "device", "dtype", "torch", "activations",
            "tokens_per_second", "memory_gib", "processes")
 
@@ -264,7 +272,7 @@ def evaluate(logits, batches, factors, dtype=torch.float32):
 
 
 def say(text):
-    """What comes now, and which part of how many it is."""
+    """Print what comes now."""
     print(f"  {text} ...", flush=True)
 
 
@@ -322,9 +330,8 @@ class Table:
     def attack(self, where, what, certified, f, x_STD, radius=math.inf, norm=NORM, within=None):
         """Search for a pair of inputs that exceeds the log10 of a bound.
 
-        within: the radius of a smaller ball to search as well, or None. Where a map flattens out,
-        as behind a cap, its steepest places are near the origin, and steps in a large ball miss
-        them.
+        within: the radius of a smaller ball to search as well, or None. Behind a cap a map is steep
+        near the origin and flat far away. Steps that suit a large ball jump over the steep part.
         """
         found_S = climb(f, x_STD, radius, self.steps(120), self.seed)
         if within:
@@ -403,7 +410,7 @@ def verify_mlp(table, config, model, data):
     say("2 of 3: the network, and pairs of logits")
     starts = torch.cat([x_NP[:24, None], 0.5 + 0.3 * directions(8, 1, 3072, seed=table.seed)])
     table.attack("network", "tight certificate", tight, as_tokens(model), starts, norm="RMS->RMS")
-    y_S, j_S = torch.triu_indices(K, K, 1)[:, ::max(1, K * (K - 1) // 90)]  # at most 90 pairs
+    y_S, j_S = torch.triu_indices(K, K, 1)[:, ::max(1, K * (K - 1) // 90)]  # all, or 90 to 180
     certificate_S1 = 10 ** pairs_KK[y_S, j_S, None].clamp(min=-300)
     eye_KK = torch.eye(K).double()
     aim_SK = (eye_KK[y_S] - eye_KK[j_S]) / (certificate_S1 * 3072**0.5)  # climb's distances are RMS
@@ -443,7 +450,7 @@ def verify_mlp(table, config, model, data):
 LARGEST = 1e13  # parameters times tokens of an evaluation: more would take hours here
 # Bounds hold for all lengths up to that of the training sequences, and the time of an attack grows
 # with the square of the length. So what heads look at further back than this is attacked only where
-# predictions are, and the tightness that is found is that of short sequences.
+# predictions are, in shakespeare.py, and the tightness that is found is that of short sequences.
 ATTACKED_TOKENS = 32
 
 
@@ -522,6 +529,9 @@ def follow(model, x_STD):
     return streams
 
 
+# Sublayers have the constants of the product. The ellipsoid is attacked end to end only. So an error
+# in it shows only if it is larger than certified / found of the whole network. Its steps are tested
+# one by one, in tests/.
 def attack_blocks(table, model, bound, real_STD):
     """Attack each sublayer, alone and with the stream, and the ball that holds the stream."""
     _, T, D = real_STD.shape
@@ -557,8 +567,9 @@ def attack_blocks(table, model, bound, real_STD):
         largest_S = rms(follow(model, x_STD)[-1]).amax(1)
         gradient, = torch.autograd.grad(largest_S.sum(), x_STD)
         x_STD = x_STD.detach() + 0.3 * R * unit(gradient)
-    for i, x_STD in enumerate(follow(model, into_ball(x_STD, R))):
-        largest = rms(x_STD).max().item()
+    streams = follow(model, into_ball(x_STD, R))
+    for i in range(1, len(streams)):  # those before the last are looked at on the way
+        largest = rms(streams[i]).max().item()
         table.bound("stream", f"radius after {i} sublayers", radii[i], largest, "max-token RMS")
 
 
@@ -573,7 +584,7 @@ def attack_sublayer(table, where, what, f, mix, starts, radius, alone, with_stre
 
 
 def split_tokens(block, heads, T, R):
-    """Inputs that break a bound without heads.
+    """Inputs that exceed a bound which takes all heads as one.
 
     Head h's strongest input direction goes to tokens h, h + H, ... So each head averages other
     tokens, which such a bound does not allow for.
@@ -659,9 +670,12 @@ def verify(table, path):
         w_max=None if config.constraint == "none" else limits)
     table.claim("summary.json", "", summary, expected, ignored=HISTORY, missing="nothing claimed")
     last = log[-1] if log else dict(step=None)
-    if last["step"] == saved["step"]:  # else the run was stopped between two evaluations
+    if last["step"] == saved["step"]:
         same = {name: expected[name] for name in last.keys() & expected.keys()}
         table.claim("checkpoint's log", "", last, same, ignored=last)
+    else:  # the run was stopped between two evaluations
+        table.add("claim", "checkpoint's log", "last line", last["step"], saved["step"],
+                  "not checked: it is of another step than the weights")
     agree = lines is None or lines == log[:len(lines)]  # if the run was killed, the last may lack
     table.claim("log.jsonl", "is the checkpoint's log", agree, True)
 

@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT))
 import constraints  # noqa: E402
 import muon  # noqa: E402
 import nanogpt_lipschitz as nano  # noqa: E402
-from nanogpt_lipschitz import BLOCK, Config, finite  # noqa: E402
+from nanogpt_lipschitz import TILE, Config, finite  # noqa: E402
 
 STEP = 0.05  # how far above the limit a soft cap's matrices are
 BEFORE = dict(msign=1.0, soft_cap=1 + STEP, hard_cap=1.5, specnorm=1.5)  # norms that maps are given
@@ -240,7 +240,7 @@ def positions(mask):
     """(B, T, T): what flex_attention sees, by the lists of a BlockMask and by its function."""
     device = mask.kv_indices.device
     B, _, Q, _ = mask.kv_indices.shape
-    t = torch.arange(Q * BLOCK, device=device)
+    t = torch.arange(Q * TILE, device=device)
     b = torch.arange(B, device=device)[:, None, None]
     tiles = []
     lists = ((mask.kv_num_blocks, mask.kv_indices),
@@ -248,7 +248,7 @@ def positions(mask):
     for count_B1Q, index_B1QQ in lists:
         listed_BQQ = torch.arange(Q, device=device) < count_B1Q[:, 0, :, None]
         tile_BQQ = torch.zeros_like(listed_BQQ).scatter(2, index_B1QQ[:, 0].long(), listed_BQQ)
-        tiles.append(tile_BQQ.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2))
+        tiles.append(tile_BQQ.repeat_interleave(TILE, 1).repeat_interleave(TILE, 2))
     some_BTT, whole_BTT = tiles
     return some_BTT & mask.mask_mod(b, 0, t[:, None], t) | whole_BTT
 
@@ -273,7 +273,7 @@ def random_block(config):
 
 def check_attention(run):
     generator = torch.Generator().manual_seed(0)
-    T = 2 * BLOCK if run.small else 8 * BLOCK
+    T = 2 * TILE if run.small else 8 * TILE
     starts_BT = torch.rand(2, T, generator=generator) < torch.tensor([[0.0], [1 / 100]])
     docs_BT = starts_BT.long().cumsum(1)
     wrong = 0

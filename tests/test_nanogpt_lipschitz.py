@@ -184,7 +184,7 @@ def test_stand_in_is_the_one_of_shakespeare(small_stand_in):
 @pytest.mark.parametrize("changes", [dict(), dict(heads=4, activation="maxmin", residual_scale=2.0), BY_POSITION, MIXED])
 def test_certificate_survives_attack(changes, monkeypatch):
     """Within the ball of embeddings, with documents that begin in the middle and a window shorter than the text."""
-    monkeypatch.setattr(nano, "BLOCK", 3)
+    monkeypatch.setattr(nano, "TILE", 3)
     model = random_model(norm=1.0, window=5, **changes)
     docs_BT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2]])
     bound, R = certificate(model), rms(model.embedding_VD).max().item()
@@ -861,7 +861,7 @@ def test_help_is_complete(capsys):
     (["--constrain_every", "100"], "every is 100"), (["--momentum", "2"], "momentum is 2.0"),
     (["--device", "tpu9"], "cannot be used here"), (["--data", "/nowhere"], "results/prepare.py"),
     (["--constraint", "huge"], "--constraint huge"), (["--sample", "nowhere"], "is no checkpoint"),
-    (["--preset", "cap1"], "needs a GPU for --seq_len 49152")])
+    (["--preset", "cap1"], "--seq_len 49152: above 8192 it needs a GPU")])
 def test_wrong_flags(wrong, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:

@@ -102,6 +102,17 @@ def test_a_run_that_was_stopped_claims_nothing_false(tmp_path, after_step):
         mlp_cifar.main(mlp_cifar.Config(**{**MLP, "steps": 20, "evals": 2}, out=str(tmp_path / "run")))
     code, verdict, rows = status(tmp_path / "run")
     assert (code, verdict) == (2, "nothing claimed") and "checkpoint's log val_loss" not in rows
+    assert rows["checkpoint's log last line"].startswith("not checked")
+
+
+def test_a_log_of_another_step_is_not_passed_over(runs, tmp_path):
+    """Its last line could claim anything, if it were of other weights than the checkpoint's."""
+    files = Files(runs / "mlp", tmp_path / "run")
+    for log in (files.log, files.state["log"]):
+        log[-1].update(step=log[-1]["step"] + 1, val_accuracy=0.99)
+    code, verdict, rows = status(files.write(), budget=0.1, images=10)
+    assert (code, verdict) == (2, "could not be checked in full")
+    assert rows["checkpoint's log last line"].startswith("not checked")
 
 
 def test_true_runs_are_held(runs, capsys):
