@@ -11,6 +11,7 @@ import pickle
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -496,6 +497,28 @@ def check_norm_free(path):
             assert line in README
 
 
+def check_presets_mlp(path):
+    """Of several seeds mean and standard deviation are in the row of that run, else the figures."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in dict.fromkeys(row["run"] for row in rows):
+        runs = [row for row in rows if row["run"] == name]
+        lines = "\n".join(line for line in README.splitlines() if line.startswith(f"| `{name}`"))
+        for column in list(runs[0])[list(runs[0]).index("accuracy_percent"):]:
+            values = [float(row[column]) for row in runs if row[column]]
+            if len(values) < 3 or column == "seconds":
+                assert not values or re.search(rf"\b{runs[0][column]}\b", README), (name, column)
+                continue
+            if column == "tight_bound" and name in ("tight", "certified"):
+                continue  # the product, for these
+            if column in ("certified_72_percent", "certified_108_percent", "certified_1_percent"):
+                if name not in ("tight", "certified"):
+                    continue  # not in the table
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            cells = {f"{mean:.{digits}f} ± {deviation:.{digits}f}" for digits in range(4)}
+            assert any(f"{cell} " in lines or f"{cell}*" in lines for cell in cells), (name, column, cells)
+
+
 def check_peers(path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -541,6 +564,8 @@ def test_table(path):
     """Every figure of a CSV file is in the README, but for logarithms; of several seeds the means."""
     if path.name == "norm_free.csv":
         return check_norm_free(path)
+    if path.name == "presets_mlp_cifar.csv":
+        return check_presets_mlp(path)
     if path.name == "peers.csv":
         return check_peers(path)
     if path.name.startswith("comparison_"):
