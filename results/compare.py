@@ -8,8 +8,8 @@
 Other flags are those of the tutorial. Each run has a folder of its own below --out. The same command goes on
 where it was stopped. At the end: a table, compare.csv with a line a run, compare.png. One seed: 30 to 45
 minutes on one core. --search halves and doubles the learning rate of each pair at its middle strength, until the
-best of them has a worse one on either side: rates.csv. AdamW with spectral normalization, whose best rate
-changes most with the strength, is searched at each.
+best of them has a worse one on either side: rates.csv. AdamW with spectral normalization and with the decays,
+whose best rates change most with the strength, is searched at each.
 """
 
 import argparse
@@ -235,7 +235,7 @@ def table(study, rows):
             best = "-"
             if curves:
                 accuracy, bound, _ = means(curves)
-                best = f"{100 * accuracy.max():.1f}, {bound[accuracy.argmax()]:.2f}"
+                best = f"{100 * accuracy.max():.1f}, {np.ceil(100 * bound[accuracy.argmax()]) / 100:.2f}"  # rounded up
             lines.append(f"| {constraint} | {NAMES[optimizer]} | {' | '.join([*cells, best])} |")
     return lines
 
