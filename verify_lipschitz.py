@@ -669,7 +669,7 @@ def verify(table, path):
         max_weight_norm=max(norm for name, norm in norms.items() if name != "embedding"),
         w_max=None if config.constraint == "none" else limits)
     table.claim("summary.json", "", summary, expected, ignored=HISTORY, missing="nothing claimed")
-    last = log[-1] if log else dict(step=None)
+    last = log[-1] if log else dict(step=saved["step"])
     if last["step"] == saved["step"]:
         same = {name: expected[name] for name in last.keys() & expected.keys()}
         table.claim("checkpoint's log", "", last, same, ignored=last)
