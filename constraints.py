@@ -710,7 +710,7 @@ def power(exponent, down=False, digits=4):
 class BlockBounds:
     """What the bounds need of a block. Matrices are in float64."""
     # The product: constants of steps 3 to 7.
-    value: float  # attention's constant, if its pattern did not change
+    value: float  # attention's constant, if its pattern did not change; also its gain, by step 6
     pattern: float  # what the changed pattern adds; without a cap this is still to be times R^2
     mlp: float  # the MLP's constant
     mlp_gain: float  # its largest output, divided by R
