@@ -1054,7 +1054,7 @@ def transformer_bounds(blocks, R, U_VD, free=None):
     zeros.
     log10           the smaller of product_log10 and ellipsoid_log10
     body_log10      the product before the head; radius_log10: R after the last block
-    end             (S, log) after the last block
+    after           [(S, log)] after each block: tokens change within the ellipsoid exp(log) S
     rows            one for each block: constants of steps 3 to 7, R before each sublayer, and
                     attention's constant, alone and with the stream
     """
@@ -1077,7 +1077,8 @@ def transformer_bounds(blocks, R, U_VD, free=None):
         radius_log10 += growth_log10 + log10((1 - a) + a * block.mlp_gain)
         body_log10 += attention_log10 + log10((1 - a) + a * block.mlp) + 1e-9
     product = body_log10 + log10(exact_norm(U_VD).item())
-    S, log = ellipsoid_blocks(blocks, R, free or {})[-1]
+    after = ellipsoid_blocks(blocks, R, free or {})
+    S, log = after[-1]
     followed = (ellipsoid_norm(S, log, U_VD).item() - math.log(len(U_VD)) / 2) / LN10
     return dict(log10=min(product, followed), product_log10=product, ellipsoid_log10=followed,
-                body_log10=body_log10, radius_log10=radius_log10, end=(S, log), rows=rows)
+                body_log10=body_log10, radius_log10=radius_log10, after=after, rows=rows)

@@ -519,7 +519,7 @@ def certified_tokens(model, tokens_N, free=None, rhos=RHOS):
     needed_VV = {}  # {rho: rho L_yj, which margins must exceed}
     for rho in rhos:
         bound = certificate(model, rho, weights)
-        pairs_VV = ellipsoid_pairs(*bound["end"], U_VD) / LN10
+        pairs_VV = ellipsoid_pairs(*bound["after"][-1], U_VD) / LN10
         constant_VV = torch.minimum(pairs_VV, rows_VV + bound["body_log10"])  # L_yj of step 2
         needed_VV[rho] = 10 ** (constant_VV + math.log10(rho))
         needed_VV[rho].fill_diagonal_(-math.inf)

@@ -502,6 +502,7 @@ def verify_transformer(table, script, config, model, tokens_N, step, dtype):
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real_STD, R * directions(*real_STD.shape, seed=table.seed)])
     within = R / 2 if config.cap and config.content_blocks() else None
+    attack_ellipsoids(table, model, bound["after"], starts, R, within)
     table.attack("network", "certificate", bound["log10"], logits, starts, R, within=within)
     if script is shakespeare:
         n = min(table.options.windows, (count - 1) // T) * T
@@ -519,19 +520,18 @@ def verify_transformer(table, script, config, model, tokens_N, step, dtype):
     return of_weights, of_data
 
 
-def follow(model, x_STD):
-    """The stream before each sublayer, and at the end."""
+def follow(model, x_STD, count=None):
+    """The stream before each sublayer, and at the end, of all blocks or the first `count`."""
     streams = [x_STD]
-    for block in model.blocks:
+    for block in model.blocks[:count]:
         for sublayer in (block.attention, block.mlp):
             x_STD = torch.lerp(x_STD, sublayer(x_STD), model.mix)
             streams.append(x_STD)
     return streams
 
 
-# Sublayers have the constants of the product. The ellipsoid is attacked end to end only. So an error
-# in it shows only if it is larger than certified / found of the whole network. Its steps are tested
-# one by one, in tests/.
+# Sublayers have the constants of the product. Ellipsoids are attacked from the embeddings to each
+# block: behind the first few they are tight, so that a small error shows.
 def attack_blocks(table, model, bound, real_STD):
     """Attack each sublayer, alone and with the stream, and the ball that holds the stream."""
     _, T, D = real_STD.shape
@@ -571,6 +571,26 @@ def attack_blocks(table, model, bound, real_STD):
     for i in range(1, len(streams)):  # those before the last are looked at on the way
         largest = rms(streams[i]).max().item()
         table.bound("stream", f"radius after {i} sublayers", radii[i], largest, "max-token RMS")
+
+
+def attack_ellipsoids(table, model, after, starts, R, within):
+    """Attack the ellipsoid in which the stream moves after each block.
+
+    It is stretched to a ball: along axes_D, which have a mean square of 1. A token that lies on its
+    surface then has the length exp(log / 2) / sqrt(D), so the RMS exp(log / 2) / D.
+    """
+    for i, (S, log) in enumerate(after):
+        squares_D, directions_DD = torch.linalg.eigh(len(S) * S)  # S has trace 1
+        axes_D = squares_D.clamp(min=1e-14 * squares_D[-1]).sqrt()
+        stretch_DD = directions_DD / axes_D
+        certified = log.item() / 2 / math.log(10) - math.log10(len(S))
+
+        def stretched(x_STD, count=i + 1, stretch_DD=stretch_DD):
+            return follow(model, x_STD, count)[-1] @ stretch_DD
+
+        capped = any(block.sees_content for block in model.blocks[:i + 1])
+        table.attack(f"block {i + 1}", "ellipsoid of the stream", certified, stretched, starts,
+                     R, within=within if capped else None)
 
 
 def attack_sublayer(table, where, what, f, mix, starts, radius, alone, with_stream, within=None):

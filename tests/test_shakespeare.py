@@ -705,7 +705,7 @@ def test_certified_tokens_by_brute_force(kind, case, rho):
     """Steps 2 and 3 of shakespeare.py, pair by pair, from S itself and from the product."""
     model = random_model(kind, blocks=2, **case)
     model.head_VD *= 3
-    S, log = certificate(model, rho, tuned(model, 20, None, pairs=True))["end"]
+    S, log = certificate(model, rho, tuned(model, 20, None, pairs=True))["after"][-1]
     body = 10 ** certificate(model, rho)["body_log10"]
     expected = []
     for x_BT, y_BT in shakespeare.windows(TOKENS, T):

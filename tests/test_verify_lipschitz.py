@@ -390,6 +390,20 @@ def test_a_certificate_without_heads_is_broken_in_a_run(runs, monkeypatch):
     assert {rows[f"block {i} {what}"] for i in (1, 2) for what in ("attention", "attention + stream")} == {"BROKEN"}
 
 
+@pytest.mark.parametrize("name", ["position", "nano"])
+def test_an_ellipsoid_that_is_a_fifth_too_small_is_broken_in_a_run(name, runs, monkeypatch):
+    script = nanogpt_lipschitz if name == "nano" else shakespeare
+    honest = script.certificate
+
+    def too_small(*arguments, **more):
+        bound = honest(*arguments, **more)
+        bound["after"] = [(S, log + 2 * math.log(0.8)) for S, log in bound["after"]]
+        return bound
+
+    monkeypatch.setattr(script, "certificate", too_small)
+    assert status(runs / name, budget=0.1)[2]["block 1 ellipsoid of the stream"] == "BROKEN"
+
+
 def test_false_certificates_of_predictions(runs, monkeypatch):
     honest, honest_tokens = mlp_cifar.certified_radii, shakespeare.certified_tokens
     monkeypatch.setattr(mlp_cifar, "certified_radii", lambda *a: 30 * honest(*a))
