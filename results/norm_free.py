@@ -35,16 +35,19 @@ from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 import nanogpt_lipschitz as nano  # noqa: E402
 
+ODD_OFFSET = dict(content="odd", key_offset=True)
 ROWS = {  # name: preset, what differs from it
     "norm layers": ("tiny_baseline", dict()),
-    "norm layers, content in odd blocks": ("tiny_baseline", dict(content="odd")),
+    "norm layers, content in odd blocks": ("tiny_baseline", dict(content="odd", bias_lr=0.04)),
     "norm layers, offset": ("tiny_baseline", dict(key_offset=True)),
-    "norm layers, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
-    "norm layers, last, offset": ("tiny_baseline", dict(content="last", key_offset=True)),
-    "DyT, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True, head_lr=0.025)),
-    "Derf, odd, offset": ("tiny_baseline", dict(content="odd", key_offset=True)),
+    "norm layers, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, bias_lr=0.04)),
+    "norm layers, last, offset": ("tiny_baseline", dict(content="last", key_offset=True,
+                                                             bias_lr=0.04)),
+    "DyT, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, head_lr=0.4)),
+    "Derf, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, head_lr=0.4)),
     "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
-    "no constraint, as tiny": ("tiny", dict(constraint="none", lr=0.05)),
+    "no constraint, as tiny": ("tiny", dict(constraint="none", lr=0.05, embed_lr=0.025,
+                                            bias_lr=0.04)),
     "soft cap 3, content in all": ("tiny_paper", dict(embed_lr=0.1)),
     "tiny": ("tiny", dict()),
     "tiny without offset": ("tiny", dict(key_offset=False)),
@@ -63,6 +66,7 @@ SHAPES = {
 }
 ALPHA = {"DyT": 0.5, "Derf": 1.0}  # with which a rival's layers start
 RATES = ("lr", "head_lr", "embed_lr", "bias_lr")  # that --search searches
+HEADS = (0.1, 0.4)  # head_lr from which it begins as well: DyT and Derf have two minima
 FIELDS = ("shape", "row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
           "lipschitz_product_log10", "largest_entry", "largest_logit")
 
@@ -184,13 +188,14 @@ def train(name, shape, steps, seed, out, **changes):
 def search(name, shape, steps, folder, **changes):
     """Halve and double each rate of a row, until the best setting has eight worse beside it.
 
-    Losses are of training text held out. Prints each run. Returns {rates: loss}.
+    It begins with the row's own rates, or with another head_lr of HEADS if that is better. Losses
+    are of training text held out. Prints each run. Returns {rates: loss}.
     """
     preset, own = ROWS[name]
     settings = vars(nano.Config.of(preset, **own))
-    best = tuple(settings[rate] for rate in RATES)
+    lr, head_lr, embed_lr, bias_lr = (settings[rate] for rate in RATES)
     losses = {}
-    new = [best, *beside(best)]
+    new = [(lr, start, embed_lr, bias_lr) for start in dict.fromkeys((head_lr, *HEADS))]
     while new:
         for values in new:
             rates = dict(zip(RATES, values))

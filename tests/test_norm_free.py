@@ -272,17 +272,23 @@ def test_flags_that_do_not_fit(flags, capsys):
     assert status.value.code == 2 and "error: --" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimum", [(0.1, 0.025, 0.4, 0.02), (0.05, 0.0125, 0.1, 0.01)])
+@pytest.mark.parametrize("optimum", [(0.1, 0.025, 0.4, 0.02), (0.05, 0.0125, 0.1, 0.01), (0.05, 0.8, 0.1, 0.02)])
 def test_the_search_ends_where_both_neighbours_of_each_rate_are_worse(optimum, tmp_path):
-    """Of a loss that is known: it starts at the rates of the row, 0.05, 0.0125, 0.1 and 0.02."""
+    """Of a loss that is known. A second minimum is where the search starts, at the rates of the row."""
+    start = (0.05, 0.0125, 0.1, 0.02)
+
     def train(name, shape, steps, seed, out, holdout, **rates):
         assert holdout and seed == 0
-        distance = sum(abs(math.log2(rates[rate] / best))
-                       for rate, best in zip(norm_free.RATES, optimum))
-        return dict(val_loss="diverged" if rates["embed_lr"] > 0.5 else 1 + distance)
 
-    with mock.patch.object(norm_free, "train", train):
-        losses = norm_free.search("Derf, odd, offset", "tiny", 3, tmp_path)
+        def distance(point):
+            return sum(abs(math.log2(rates[rate] / value)) for rate, value in zip(norm_free.RATES, point))
+
+        diverged = rates["embed_lr"] > 0.5
+        return dict(val_loss="diverged" if diverged else min(1 + distance(optimum), 4.6 + 2 * distance(start)))
+
+    row = {"row": ("tiny_baseline", dict(zip(norm_free.RATES, start)))}
+    with mock.patch.object(norm_free, "train", train), mock.patch.object(norm_free, "ROWS", row):
+        losses = norm_free.search("row", "tiny", 3, tmp_path)
     assert min(losses, key=losses.get) == pytest.approx(optimum)
     assert {values for values in norm_free.beside(optimum)} <= losses.keys()
 
