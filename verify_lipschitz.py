@@ -498,7 +498,7 @@ def verify_transformer(table, script, config, model, tokens_N, step, dtype):
     length = min(ATTACKED_TOKENS, T, count)
     real_STD = F.embedding(tokens_N.unfold(0, length, T)[:8], model.embedding_VD)
     attack_blocks(table, model, bound, real_STD)
-    say("5 of 5: the network, and predictions")
+    say("5 of 5: ellipsoids, the network, and predictions")
     R = bound["norms"]["embedding"] * (1 + 1e-9)
     starts = torch.cat([real_STD, R * directions(*real_STD.shape, seed=table.seed)])
     within = R / 2 if config.cap and config.content_blocks() else None

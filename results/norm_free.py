@@ -42,7 +42,7 @@ ROWS = {  # name: preset, what differs from it
     "norm layers, offset": ("tiny_baseline", dict(key_offset=True)),
     "norm layers, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, bias_lr=0.04)),
     "norm layers, last, offset": ("tiny_baseline", dict(content="last", key_offset=True,
-                                                             bias_lr=0.04)),
+                                                        bias_lr=0.04)),
     "DyT, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, head_lr=0.4)),
     "Derf, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, head_lr=0.4)),
     "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
