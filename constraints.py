@@ -12,17 +12,18 @@ On a first reading part I is enough. Every constraint has one signature,
 
 for W (..., fan_out, fan_in) of any float dtype, wide or tall. It changes singular values alone.
 `w_max` is the limit on the RMS->RMS norm of W. `step_norm` says how far above it, in the same norm,
-the steps since the last use can have led. Infinity means that W may be anything. To the decays it
-is the learning rate, under Muon the most that a step can add, and 1 / w_max is the decay. With
-w = w_max * sqrt(fan_out / fan_in), the limit on singular values, and s_1, the largest of them:
+the steps since the last use can have led. Infinity means that W may be anything. The two decays
+read both in their own way: 1 / w_max is the strength of the decay, and step_norm the learning rate,
+or under Muon the most that a step can add. With w = w_max * sqrt(fan_out / fan_in), the limit on
+singular values, and s_1, the largest of them:
 
     name                    singular values                     what it guarantees
     none                    s -> s                              nothing
     weight_decay            s -> (1 - step_norm / w_max) s      s <= w under Muon if so at the start
-    spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1  nothing alone
+    spectral_weight_decay   s_1 -> (1 - step_norm / w_max) s_1  nothing: only s_1 decays
     specnorm                s -> s * w / max(w, s_1)            s <= w always
     stiefel                 s -> w                              s = w always
-    hammer                  s_1 -> w                            nothing alone: s_2 may exceed w
+    hammer                  s_1 -> w                            nothing: s_2 may exceed w
     soft_cap                an odd polynomial in s              s <= w after a step of known norm
     hard_cap                s -> min(s, w)                      s <= w always
 
@@ -61,9 +62,10 @@ def sigma_per_norm(W):
 
 
 def singular_values(W):
-    """All singular values of W (..., fan_out, fan_in), largest first, divided by sigma_per_norm(W).
+    """All singular values of W (..., fan_out, fan_in) in RMS->RMS units, largest first.
 
-    So the first is the RMS->RMS norm. In float64 and on the CPU.
+    That is divided by sigma_per_norm(W), so that the first is the RMS->RMS norm. In float64 and on
+    the CPU.
     """
     return torch.linalg.svdvals(W.detach().cpu().double()) / sigma_per_norm(W)
 
@@ -97,8 +99,10 @@ def in_float64(W):
 #      small, so that float32 is enough: Apple's GPUs have no float64.
 #   2. No Frobenius norm is below the spectral norm, and A = W W^T has largest eigenvalue s_1^2.
 #   3. A^(2^k) has largest eigenvalue s_1^(2^(k+1)), so s_1 <= ||A^(2^k)||_F^(1 / 2^(k+1)).
-#   4. Powers would overflow. So divide A by its Frobenius norm before each squaring. The sum of the
-#      logarithms of these divisors is log_square, an upper bound on log s_1^2.
+#   4. Powers would overflow. So A is divided by its Frobenius norm before each squaring. After k
+#      squarings its largest eigenvalue is s_1^(2^(k+1)) but for the divisors so far. So the
+#      logarithm of the next divisor counts 1 / 2^k. The sum is log_square, an upper bound on
+#      log s_1^2.
 def norm_bound(W, squarings=10):
     """Upper bound on the RMS->RMS norm of W (..., fan_out, fan_in), shape (...).
 
@@ -264,9 +268,10 @@ def hammer(W, w_max, step_norm=0.0):
 def hard_cap(W, w_max, step_norm=0.0):
     """All s -> min(s, w), exactly: the nearest matrix within the limit.
 
-    A matrix that is within the limit stays as it is. With the small Gram matrix A = V diag(s^2) V^T
-    the result is W - V diag(max(0, 1 - w / s)) V^T W. That takes as long as a dozen products on a
-    CPU. A resolves s^2 only to 1e-7 of s_1^2, so an SVD is used where s_1 is far above w.
+    A matrix that is within the limit stays as it is. A is the small Gram matrix of W / w. Of
+    A = V diag((s / w)^2) V^T the result is W - V diag(max(0, 1 - w / s)) V^T W. That takes as long
+    as a dozen products on a CPU. A resolves squares only to 1e-7 of the largest, so an SVD is used
+    where s_1 is more than 4 w.
     """
     check(W, w_max, step_norm)
     w = w_max * sigma_per_norm(W)
@@ -387,7 +392,7 @@ CONSTRAINTS = {f.__name__: f for f in (none, weight_decay, spectral_weight_decay
                                        hammer, soft_cap, hard_cap)}
 # What this promises stands above Muon._constrain in muon.py.
 specnorm.can_wait = soft_cap.can_wait = hard_cap.can_wait = True
-NO_LIMIT = ("none", "weight_decay", "spectral_weight_decay")  # norms may exceed w_max
+NO_LIMIT = ("none", "weight_decay", "spectral_weight_decay")  # to which w_max is not a limit
 
 
 def norm_at_start(name, w_max):

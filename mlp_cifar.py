@@ -175,9 +175,10 @@ class Config(Settings):
 
 CHOICES = dict(optimizer=("muon", "adamw"), activation=("relu", "maxmin"),
                dtype=("auto", "float32", "bfloat16"))
-# The margin is that of Prach and Lampert (2022), 4 sqrt(2). Their temperature is 4, for a constant
-# of 1 in l2. Ours is 30, for limits of 1 in RMS->RMS. In l2 that is 30 sqrt(10 / 432) = 4.6, by 10
-# logits and 432 frequencies.
+# Prach and Lampert (2022) take sqrt(2) from the right logit and divide by a temperature of 1/4.
+# Here that is a factor of 4 and a margin of 4 sqrt(2) after it, for a constant of 1 in l2. The
+# margin is theirs. Our factor is 30, for limits of 1 in RMS->RMS. In l2 that is 30 sqrt(10 / 432) =
+# 4.6, by 10 logits and 432 frequencies.
 CERTIFIED = dict(activation="maxmin", augment=True, w_max="1", batch=2048, loss_temperature=30.0,
                  margin=5.66)
 PRESETS = {
@@ -252,10 +253,10 @@ class MLP(torch.nn.Module):
     def forward(self, x_BP):
         """Logits (B, K) of pixels in [0, 1], in the precision of x_BP; certificates use float64."""
         h = self.views(x_BP - self.mean_P.to(x_BP.dtype))
-        if len(self.cosines_FX) < 32:
+        if len(self.cosines_FX) < 32:  # all 32 would only rotate h
             cosines_XF = self.cosines_FX.to(h).T
-            h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows to frequencies: (B, 32 columns * 3, F)
-            h = (h.reshape(len(h), 32, -1).mT @ cosines_XF).flatten(1)  # and columns
+            h = h.reshape(-1, 32, 96).mT @ cosines_XF  # rows: (B, 32 columns * 3, F)
+            h = (h.reshape(len(h), 32, -1).mT @ cosines_XF).flatten(1)  # columns: (B, 3 * F * F)
         for i, W in enumerate(self.weights):
             if i > 0:
                 h = self.activation(h)
@@ -784,7 +785,7 @@ def build_optimizers(model, config, limits, constraint, dtype):
     """The one of the matrices, and Adam for the biases if there are any."""
     if config.optimizer == "muon":
         # Each of the layers moves by lr / depth. So once norms are at their limit, a step changes
-        # their product by a relative lr / w_max at most, whatever the depth.
+        # their product by about lr / w_max of it at most, whatever the depth.
         peak_lr = (config.lr or 0.2) / config.depth
         groups = [dict(params=[W], w_max=limits[name], peak_lr=peak_lr)
                   for name, W in model.matrices()]

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised. An update has norm `lr`, whatever the gradient.
+"""Muon: momentum, orthogonalised. An update has a norm of at most `lr`, whatever the gradient.
 
 Read this file first. The method rests on one fact that AdamW cannot offer: the size of an update is
 known *before* it is made. Muon replaces the momentum matrix by its orthogonal factor, whose
@@ -8,8 +8,9 @@ sigma_max(W) * sqrt(fan_in / fan_out). In that norm the update
 
     W <- W - lr * sqrt(fan_out / fan_in) * msign(momentum)
 
-has size lr. By the triangle inequality a matrix that was within its limit ends at most lr above it.
-The constraints of constraints.py take that back.
+has size lr, or at most 1.07 lr as it is computed in bfloat16. By the triangle inequality a matrix
+that was within its limit ends above it by no more than that. The constraints of constraints.py take
+that back.
 
 The file has two parts: msign, which computes the orthogonal factor, and the optimizer, which also
 decides when a constraint has to run.
@@ -27,13 +28,14 @@ import torch
 # ==== msign: the orthogonal factor of a matrix, by matrix products alone ==========================
 # For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. With A = G G^T, the
 # matrix (a I + b A + c A^2) G has the singular vectors of G, and a s + b s^3 + c s^5 as singular
-# values. So a few such quintics need products alone. Together those here take [0.003, 1] into
-# [0.955, 1], and smaller values grow by a factor of at least 300. A singular value above 1 would
-# make the update larger than lr, and so weaken the guarantee on the weights. Jordan's five quintics
-# reach 1.20. In exact arithmetic those here never exceed 1:
+# values. So such quintics can be applied by matrix products alone. Together those here take all from
+# 0.003 to 1 into [0.955, 1], and smaller values grow by a factor of at least 300. A singular value
+# above 1 would make the update larger than lr, and so weaken the guarantee on the weights. Jordan's
+# five quintics reach 1.20. In exact arithmetic those here never exceed 1:
 #   1. Let the singular values lie in [low, 1], and let tau = 0.08 be room for rounding. Take the
-#      odd quintic whose largest distance e from 1 on [low, 1 + tau] is least. In turn it is 1 - e
-#      and 1 + e, at low, at two points between, and at 1 + tau (Remez).
+#      odd quintic whose largest distance from 1 on [low, 1 + tau] is least. Call that distance e.
+#      The quintic is 1 - e at low, 1 + e and 1 - e at two points between, and 1 + e at 1 + tau.
+#      Remez's algorithm finds it.
 #   2. Divide it by 1 + e. It then maps [low, 1] into [(1 - e) / (1 + e), 1], and rises from 0 on
 #      [0, low].
 #   3. Repeat with low = (1 - e) / (1 + e). From 0.003 that is 0.0118, 0.046, 0.173, 0.548, 0.956.
@@ -43,9 +45,9 @@ import torch
 #
 # How far above 1 can rounding lead? bfloat16 has 8 significant bits and rounds an entry by up to a
 # relative 2^-8. The entries of an orthogonal factor of m x n, m <= n, are about 1 / sqrt(n). If all
-# errors have the same sign, they form a matrix of rank one whose norm is up to 2^-8 sqrt(m), 0.09
-# for 512 rows. That estimate grows with m, and is too large to reckon with. A matrix comes near it
-# if all positive entries have one size, which is rounded up, and all negative entries another,
+# errors have the same sign and size, they form a matrix of rank one of norm 2^-8 sqrt(m): 0.09 for
+# 512 rows, 0.18 for 2048. To assume that would weaken the guarantee needlessly. A matrix comes near
+# it if all positive entries have one size, which is rounded up, and all negative entries another,
 # which is rounded towards 0. Hadamard matrices with two such sizes are the worst that were found.
 # With 64 to 2048 rows and up to 10,240 columns msign gave at most 1.056, for 512 x 2560 and sizes
 # that differ by 40/256 (tests/test_muon.py). So the 1.07 below is what was found and some room, not
@@ -57,7 +59,7 @@ QUINTICS = (
     (3.3527885714277708, -6.356417693343335, 3.665787153475924),
     (2.399582326380437, -2.5019688578112294, 1.0618535818890484),
 )
-# {dtype: upper bound on the singular values of msign(G)}
+# {dtype: the largest singular value of msign(G) that is assumed; found by tests, not proved}
 MSIGN_MAX = {torch.float64: 1 + 1e-6, torch.float32: 1 + 1e-3, torch.bfloat16: 1.07}
 
 
@@ -75,13 +77,13 @@ def full_sums():
 
 @full_sums()
 def msign(G: torch.Tensor) -> torch.Tensor:
-    """The orthogonal factor U V^T of G = U diag(s) V^T, approximately and never too large.
+    """The orthogonal factor U V^T of G = U diag(s) V^T, approximately.
 
     G (..., fan_out, fan_in): float64, float32 or bfloat16, of any scale. Returns the same shape and
-    dtype, with singular values of at most MSIGN_MAX[dtype]. Singular values of 0.1, 0.01 and 0.001
-    of the largest become 0.96, 0.96 and 0.45. At high rank they become less, as the largest one is
-    known only up to a factor rank^(1/8). Zero gives zero; NaN or infinity gives NaN. Not for TF32,
-    nor under autocast. ValueError for other dtypes and for vectors.
+    dtype, with singular values that no test found above MSIGN_MAX[dtype]. Singular values of 0.1,
+    0.01 and 0.001 of the largest become 0.96, 0.96 and 0.45. At high rank they become less, as the
+    largest one is known only up to a factor rank^(1/8). Zero gives zero; NaN or infinity gives NaN.
+    Not for TF32, nor under autocast. ValueError for other dtypes and for vectors.
     """
     if G.ndim < 2 or G.dtype not in MSIGN_MAX:
         raise ValueError(f"msign needs a float64, float32 or bfloat16 matrix, not {G.dtype} "
@@ -157,9 +159,9 @@ class Muon(torch.optim.Optimizer):
     arithmetic may exceed it by more: see its docstring. Writing to weights from outside breaks the
     limit for at most 64 steps, or until forget() is called. A gradient that is not finite makes no
     update, and the momentum of those entries restarts at 0. A matrix whose gradient is zero in
-    every entry gets no update, but a decay still shrinks it. On a GPU such a matrix counts as
-    moved, since finding out would wait for the GPU. So the norm that is counted for it grows, and
-    soft_cap goes on lowering the singular values that are near the limit.
+    every entry gets no update, but a decay still shrinks it. It counts as moved on a GPU, since
+    finding out would wait for the GPU, and in a stack of which another matrix moves. Then the norm
+    that is counted for it grows, and soft_cap goes on lowering the singular values near the limit.
     """
 
     def __init__(self, params, lr=0.1, momentum=0.95, constraint=None, w_max=None, dtype=None,

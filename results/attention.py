@@ -5,7 +5,8 @@
 
 The paper's architecture at half its width, without norm layers, with the settings and learning rates of
 results/compare.py, seeds 0, 1, 2. Largest: over 16 windows of validation text, all heads and blocks. Bound:
-s sigma(q_h) sigma(k_h) R^2 D of the worst head, R the certified radius of the stream before it. Flags are
+s sigma(q_h) sigma(k_h) R^2 D of the worst head, R the certified radius of the stream before it. With soft cap
+also what the limits promise whatever the weights become: that bound with every norm at its limit. Flags are
 those of shakespeare.py. Writes attention.png to --out, by default to results/.
 """
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shakespeare  # noqa: E402
 from compare import STUDIES, change, train  # noqa: E402
+from promise import drive_to_limits  # noqa: E402
 
 STUDY = STUDIES["shakespeare"]
 SEEDS = (0, 1, 2)
@@ -72,6 +74,13 @@ def logits_over_training(config, data, window_BT):
         hook.remove()
 
 
+def promised(config, window_BT):
+    """The bound with every norm at its limit."""
+    model = shakespeare.Transformer(config, "".join(map(chr, range(window_BT.max() + 1)))).double()
+    drive_to_limits(model, config.limits())
+    return attention_logits(model, window_BT)[1]
+
+
 def spread(values):
     return f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}"
 
@@ -104,6 +113,8 @@ def main(argv=None):
         panel.set_title(name, fontsize=9)
         print(f"{name:24} largest logit over training {spread(seen)}, bound {spread(bounds)}, "
               f"accuracy {spread(accuracy)} %", flush=True)
+        if constraint != "none":
+            print(f"{name:24} bound with every norm at its limit {promised(config, window_BT):.3g}", flush=True)
     panels[0].set_ylabel("|attention logit|")
     figure.supxlabel("training step (shakespeare.py; solid: largest on 16 windows, dotted: bound; "
                      f"data: {Path(data[-1]).name})", fontsize=8)

@@ -45,10 +45,10 @@ ROWS = {  # name: preset, what differs from it
                                                         bias_lr=0.04)),
     "DyT, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, head_lr=0.4)),
     "Derf, odd, offset": ("tiny_baseline", dict(ODD_OFFSET, head_lr=0.4)),
-    "no constraint, content in all": ("tiny_paper", dict(constraint="none", embed_lr=0.1)),
+    "no constraint, content in all": ("tiny_paper", dict(constraint="none")),
     "no constraint, as tiny": ("tiny", dict(constraint="none", lr=0.05, embed_lr=0.025,
                                             bias_lr=0.04)),
-    "soft cap 3, content in all": ("tiny_paper", dict(embed_lr=0.1)),
+    "tiny_paper": ("tiny_paper", dict()),
     "tiny": ("tiny", dict()),
     "tiny without offset": ("tiny", dict(key_offset=False)),
     "tiny, larger limits": ("tiny", dict(w_max="6,6,4,4,4,4,16")),
@@ -226,7 +226,7 @@ def group(rows):
 
 
 def table(rows, shape, steps):
-    """Lines of a table: means and spreads over seeds, the largest bound, entry and logit."""
+    """Lines of a table: mean and spread over seeds, both losses of two, the largest bound, entry and logit."""
     lines = ["| network | seeds | loss | accuracy | valid bound | largest entry | largest logit |",
              "|---|---|---|---|---|---|---|"]
     for (own_shape, name, own_steps), seeds in group(rows).items():
@@ -238,7 +238,9 @@ def table(rows, shape, steps):
             continue
         losses = torch.tensor([float(row["val_loss"]) for row in seeds], dtype=torch.float64)
         loss = f"{losses.mean():.3f}"
-        if len(seeds) > 1:
+        if len(seeds) == 2:
+            loss = f"{losses.min():.3f} to {losses.max():.3f}"
+        elif len(seeds) > 2:
             loss += f" ± {losses.std():.3f}"
         right = sum(float(row["val_accuracy"]) for row in seeds) / len(seeds)
         largest = {key: max(float(row[key]) for row in seeds)

@@ -203,12 +203,15 @@ def test_method(tmp_path, capsys):
 
 def test_attention(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "SEEDS", (0, 1))
-    monkeypatch.setattr(attention, "RUNS", attention.RUNS[1:])
+    monkeypatch.setattr(attention, "RUNS", (attention.RUNS[0], attention.RUNS[2]))
     attention.main([*TEXT, "--out", str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "adamw, no constraint" in lines[1]
-    for line in lines:
-        assert 0 < float(line.split("training ")[1].split()[0]) < float(line.split("bound ")[1].split()[0])
+    capped, promise, free = capsys.readouterr().out.splitlines()
+    assert "adamw, no constraint" in free
+    bounds = []
+    for line in (capped, free):
+        bounds.append(float(line.split("bound ")[1].split()[0]))
+        assert 0 < float(line.split("training ")[1].split()[0]) < bounds[-1]
+    assert bounds[0] <= float(promise.split("limit ")[1])
     assert (tmp_path / "attention.png").stat().st_size > 5000
 
 
@@ -602,6 +605,49 @@ def test_measured_names_what_changed(tmp_path):
     assert measured.changed(commit, "code.py", tmp_path) == []
     code.write_text(source.replace("LIMIT = 2", "LIMIT = 3").replace("def g(x):\n    return x", "def h(x):\n    return x"))
     assert measured.changed(commit, "code.py", tmp_path) == ["LIMIT", "h", "g"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_replay_compares_a_commit_with_the_code_as_it_is(tmp_path, capsys):
+    """Comments change nothing; another constant shows in weights, loss and bound; a flag may be missing."""
+    source = """import argparse, json, pathlib, torch
+parser = argparse.ArgumentParser()
+for name in ("--data", "--out"):
+    parser.add_argument(name)
+options = parser.parse_args()
+folder = pathlib.Path(options.out)
+folder.mkdir()
+W = torch.full((2,), 3.0)
+torch.save({"model": {"W": W, "b": torch.zeros(1)}}, folder / "checkpoint.pt")
+(folder / "summary.json").write_text(json.dumps({"val_loss": W[0].item(), "lipschitz_log10": 1.0}))
+"""
+    code = tmp_path / "code.py"
+    code.write_text(source)
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "-m", "first")
+    rows = [{"table": "t.csv", "commits": git(tmp_path, "rev-parse", "--short", "HEAD")}]
+
+    def replayed(command="code.py"):
+        measured.replay(rows, ["t.csv"], tmp_path, {"t.csv": [command]})
+        return capsys.readouterr().out.splitlines()[1]
+
+    code.write_text("# a comment\n" + source)
+    assert replayed() == "    weights, loss and bound have the same bits: code.py"
+    code.write_text(source.replace("3.0", "3.5"))
+    assert replayed() == "    weights W; val_loss 3.0 then, 3.5 now: code.py"
+    code.write_text(source.replace('"--data"', '"--data", "--new"'))
+    assert replayed("code.py --new 1").startswith("    that commit does not run: ")
+
+
+def test_every_replay_is_of_a_table_and_runs():
+    """A replay whose flags the code no longer has would only say so after half an hour."""
+    with open(ROOT / "results" / "measured.csv", newline="") as file:
+        tables = {row["table"] for row in csv.DictReader(file)}
+    assert set(measured.REPLAYS) <= tables
+    for command in sorted({command for commands in measured.REPLAYS.values() for command in commands}):
+        script, *flags = command.split()
+        importlib.import_module(Path(script).stem).parse_arguments(flags)
 
 
 def test_every_table_and_picture_is_measured():
