@@ -487,9 +487,9 @@ def trace(S):
 
 
 # Rounding of S. What can it take from S? Let eps = 2^-53, and |.| the Frobenius norm.
-#   1. G G^T, with sums of n terms, is off by at most n eps |G|^2 = n eps trace(G G^T), as a matrix
-#      in the spectral norm. A sum of n such matrices is off by at most n eps trace, too. So S may
-#      be too small by n eps trace(S).
+#   1. G G^T, with sums of n terms, is off by a matrix of spectral norm at most n eps |G|^2 =
+#      n eps trace(G G^T). Adding n such matrices is off by at most n eps times the trace of their
+#      sum. So S may be too small by n eps trace(S).
 #   2. Cholesky's root is one of a matrix that is off by another (D + 1) eps trace(S).
 #   3. So 1e-11 trace(S) I is added wherever S is used. That is enough for n + D < 90,000, such as
 #      D = 16,384 with hidden layers of four times that.
@@ -503,8 +503,8 @@ def root_of(S):
     return cholesky(S + rounding(S)[..., None, None] * eye_like(S))
 
 
-# G S G^T, rounded up. Where terms cancel, in G itself or in G z, the computed one could be too
-# small by more than that.
+# G S G^T, rounded up. Where terms cancel, in G itself or in G z, the computed matrix may be too
+# small by more than 1e-11 of its trace. So step 3 is not enough here.
 #   4. Let root root^T = S, so |root|^2 = trace(S), up to the relative 1e-11 D of step 3. Let `size`
 #      be |G|, or the sum of its terms' norms if G is a sum, or the product of its factors' norms if
 #      it is a product. The computed G root is off by at most d = n eps size |root|, with n terms in
@@ -698,19 +698,21 @@ def power(exponent, down=False, digits=4):
 #   attention(x)_t = beta sum_h o_h v_h sum_(j <= t) P^h_tj x_j,   mlp(x) = w_out f(w_in x) / scale
 #   P^h_t = softmax over j of s q_h x_t . k_h x_j + bias,   q_h and k_h with or without RoPE
 #
-# Here a is the share of a sublayer, beta is attention_scale, s is logit_scale / (D / H), P^h are
-# the attention weights of head h, its pattern, and scale is the constant by which GeLU is divided.
-# This is attention by content. By position there is no q_h and no k_h: the bias alone decides. A
-# block by content may have a cap: if the RMS of q_h x_t, k_h x_j or v_h x_j is above the cap, the
-# vector is scaled down to it, as cap_rows does. q_h, k_h and v_h (E, D) are the rows of q, k and v
-# that belong to head h, and o_h (D, E) the columns of o.
+# Here a is the share of a sublayer, beta is attention_scale, and s is logit_scale / (D / H). P^h
+# are the attention weights of head h, its pattern. f is GeLU or MaxMin. scale is the constant by
+# which GeLU is divided, and 1 for MaxMin. This is attention by content. By position there is no q_h
+# and no k_h: the bias alone decides. A block by content may have a cap: if the RMS of q_h x_t,
+# k_h x_j or v_h x_j is above the cap, the vector is scaled down to it, as cap_rows does. q_h, k_h
+# and v_h (E, D) are the rows of q, k and v that belong to head h, and o_h (D, E) the columns of o.
 #
 # A sequence is measured by its largest token, max_t rms(x_t): bounds then do not depend on its
 # length. Attention without a cap has no bound on all of space, as larger tokens move its pattern
 # more (Kim, Papamakarios and Mnih 2021). So embeddings are in the ball rms(x_t) <= R. It is convex,
-# so the segment between two inputs stays in it, and a bound on derivatives along the segment is a
-# bound on differences. From here on dx, dP, y and m are derivatives along such a segment, and
-# sigma(.) is the largest singular value.
+# so the segment between two inputs stays in it. MaxMin and the cap have kinks. But along the
+# segment all that is computed is Lipschitz in one number. So it has a derivative at almost every
+# point, and a difference is the integral of the derivative. A length or a convex ellipsoid that
+# bounds the derivatives bounds the differences, too. From here on dx, dP, y and m are derivatives
+# along such a segment, and sigma(.) is the largest singular value.
 @dataclass
 class BlockBounds:
     """What the bounds need of a block. Matrices are in float64."""
@@ -863,8 +865,9 @@ def seen_by_keys(q_HED, k_HED, S, rotates, weights_HF):
     if not rotates:
         root_HEE = root_of(keys_HEE)
         return root_HEE.mT @ q_HED, matrix_norm(root_HEE) * matrix_norm(q_HED)
-    # With d = 1 the ellipsoid that holds it is a ball. With d = pair_HF^(-1/2) its axes are as long
-    # as those of the keys' ellipsoid. The start is half way, in logarithms: the power -1/4.
+    # With d = 1 the ellipsoid that holds it is a ball. With d = pair_HF^(-1/2) its axes are in
+    # proportion to the extents of the keys' ellipsoid along the pairs. The start is half way, in
+    # logarithms: the power -1/4.
     pair_HF = keys_HEE.diagonal(dim1=-2, dim2=-1).unflatten(-1, (2, -1)).sum(-2)
     log_HF = pair_HF.clamp(min=1e-300).log()
     d_HE = (weights_HF - (log_HF - log_HF.mean()) / 4).exp().repeat(1, 2)
@@ -883,7 +886,7 @@ def changed_pattern(values_HDD, S, first_HED, size_H, log_second_H, norm_second,
     norm_second     a function of r_h: n_second
     weights_H       logarithm of r_h, less that of the start
     """
-    # The start has about the least trace in step b: r_h^4 is the trace of values_HDD by e_h^2.
+    # The start has about the least trace in step b: r_h^4 is trace(values_HDD) / e_h^2.
     log_first_H = ellipsoid(first_HED @ S @ first_HED.mT)[1]
     start_H = (ellipsoid(values_HDD)[1] - torch.logaddexp(log_first_H, log_second_H)) / 4
     r_H = (weights_H + start_H).exp()
@@ -1055,11 +1058,13 @@ def ellipsoid_blocks(blocks, R, free):
 def transformer_bounds(blocks, R, U_VD, free=None):
     """How far logits U x change (max-token RMS) if embeddings of RMS at most R change by RMS 1.
 
-    All are logarithms to base 10, rounded up. free: the trainable weights that `tune` found; None:
-    zeros.
-    log10           the smaller of product_log10 and ellipsoid_log10
+    What ends in log10 is a logarithm to base 10. Bounds are rounded up. free: the trainable weights
+    that `tune` found; None: zeros.
+    product_log10   the bound by the product; ellipsoid_log10: that by ellipsoids
+    log10           the smaller of the two
     body_log10      the product before the head; radius_log10: R after the last block
-    after           [(S, log)] after each block: tokens change within the ellipsoid exp(log) S
+    after           [(S, log)] after each block: tokens change within the ellipsoid exp(log) S. log
+                    is a natural logarithm
     rows            one for each block: constants of steps 3 to 7, R before each sublayer, and
                     attention's constant, alone and with the stream
     """

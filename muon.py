@@ -28,10 +28,10 @@ import torch
 # ==== msign: the orthogonal factor of a matrix, by matrix products alone ==========================
 # For G = U diag(s) V^T, msign(G) = U V^T: every singular value becomes 1. With A = G G^T, the
 # matrix (a I + b A + c A^2) G has the singular vectors of G, and a s + b s^3 + c s^5 as singular
-# values. So such quintics can be applied by matrix products alone. Together those here take all from
-# 0.003 to 1 into [0.955, 1], and smaller values grow by a factor of at least 300. A singular value
-# above 1 would make the update larger than lr, and so weaken the guarantee on the weights. Jordan's
-# five quintics reach 1.20. In exact arithmetic those here never exceed 1:
+# values. So such quintics can be applied by matrix products alone. Together those here take all
+# from 0.003 to 1 into [0.955, 1], and smaller values grow by a factor of at least 300. A singular
+# value above 1 would make the update larger than lr, and so weaken the guarantee on the weights.
+# Jordan's five quintics reach 1.20. In exact arithmetic those here never exceed 1:
 #   1. Let the singular values lie in [low, 1], and let tau = 0.08 be room for rounding. Take the
 #      odd quintic whose largest distance from 1 on [low, 1 + tau] is least. Call that distance e.
 #      The quintic is 1 - e at low, 1 + e and 1 - e at two points between, and 1 + e at 1 + tau.

@@ -3,7 +3,8 @@
 WHAT IT SHOWS. The paper's largest experiment (arXiv 2507.13338): 162M weights on FineWeb, no layer
 norm, QK norm or softcapping. The default preset, `tiny`, has heads that can copy, and caps queries,
 keys and values, which is not far from QK norm. Each matrix belongs to one process, which alone
-updates and constrains it. So processes share that work, down to that of the largest matrix.
+updates and constrains it. So processes share that work. It takes at least the time of the largest
+matrix, as no matrix is split.
 
 COMMANDS
     python nanogpt_lipschitz.py                                    # minutes on a laptop, no network
@@ -63,7 +64,7 @@ from muon import Muon, fast_dtype
 SCRIPT = "nanogpt_lipschitz"
 ROLES = ("q", "k", "v", "o", "in", "out", "head")  # of the matrices: attention, MLP, unembedding
 TILE = 128  # positions that attention takes or skips together
-CHUNK = 8192  # tokens whose logits exist in float32 at a time, which takes twice that of bfloat16
+CHUNK = 8192  # tokens whose logits exist in float32 at a time, if compiled
 LONGEST = 8192  # tokens of a sequence for which attention may hold a mask of T x T
 TUNED_WIDTH = 256  # largest width at which the certificate is tuned: that takes up to a minute
 
@@ -237,7 +238,7 @@ FEW = dict(cap=1.0, logit_scale=8.0, key_offset=True, residual_scale=2.0,
 PRESETS = {
     # Attention by content in one block, the last, with a cap and keys offset: of what was tried
     # without norm layers the lowest loss for its bound. Each block by content multiplies the bound
-    # by about 10, position costs nearly nothing, and copying wants content only once.
+    # by about 16. Position costs nearly nothing, and copying wants content only once.
     # "tiny_paper" is the paper's architecture, which attends by content in all, without a cap.
     "tiny": {**TINY, **FEW, "content": "last"},
     "tiny_paper": TINY,
@@ -266,8 +267,8 @@ GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its sl
 def rotate(x_BHTE, speeds):
     """RoPE: the pair (i, i + E/2) of the token at t is turned by t speeds[i] radians.
 
-    It turns queries and keys, so q.k depends on the distance t - j only. In float32 at least: an
-    angle of 49,152 radians would be rounded to a multiple of 256 in bfloat16.
+    It turns queries and keys. So of the positions t and j, q.k depends on t - j alone. In float32
+    at least: an angle of 49,152 radians would be rounded to a multiple of 256 in bfloat16.
     """
     T = x_BHTE.shape[-2]
     high = torch.promote_types(x_BHTE.dtype, torch.float32)
@@ -387,11 +388,11 @@ class Block(torch.nn.Module):
         if not self.sees_content:
             # Attention by position: the logits of a head are a sum of n waves in the distance d to
             # a token, sum_i c_i cos(speed_i d) + s_i sin(speed_i d). The fastest turns by 2 radians
-            # a token, a wave of 3 tokens. The slowest is longer than the window, so that the sum
-            # can tell all distances apart. At the start all waves of head h have their peak at the
-            # same distance: h * 2^index in the block of that index, from 5 on h * 32. The logit
-            # there is 12, so a token at the peak gets e^12 times the share of one where the waves
-            # cancel.
+            # a token, a wave of 3 tokens. In heads of dimension 8 or more the slowest is longer
+            # than a window of up to 6,000 tokens, so that the sum can tell all distances apart. At
+            # the start all waves of head h have their peak at the same distance: h * 2^index in the
+            # block of that index, from 5 on h * 32. The logit there is 12, so a token at the peak
+            # gets e^12 times the share of one where the waves cancel.
             n = D // config.heads // 2
             fastest = 2
             fastest_per_slowest = 4 * config.window
@@ -409,7 +410,10 @@ class Block(torch.nn.Module):
         return [(name.removeprefix("w_"), W) for name, W in parameters if name != "query_HE"]
 
     def own_share_H(self):
-        """The least that a head by position gives a token of itself: where it sees T tokens."""
+        """The least weight that a head by position gives to the token at which it stands.
+
+        That is the weight at the last of seq_len positions, where it sees most tokens.
+        """
         query_HE = in_float64(self.query_HE)
         t = torch.arange(self.config.seq_len).to(query_HE)
         angle = t[:, None] * self.speeds.to(query_HE)
@@ -501,12 +505,13 @@ class Transformer(torch.nn.Module):
         limits = config.limits()
         stiefel = config.constraint == "stiefel"
         for role, W in self.matrices():
-            # o and w_out start at 0, so that a block begins as (1 - a) x. Not where a is large: too
-            # little of x would reach the head. The head starts at 0, for a first loss of ln V.
+            # o and w_out start at 0, so that each sublayer begins as (1 - a) x. Not where a is
+            # large: too little of x would reach the head. The head starts at 0, for a first loss of
+            # ln V.
             fades_in = role in ("o", "out") and not stiefel and self.mix < 0.4
             if role == "head" or fades_in:
                 continue
-            # All singular values are equal. The norm is 1 if the limit allows it.
+            # All singular values are equal. norm_at_start says what the norm is.
             torch.nn.init.orthogonal_(W, generator=generator)
             if role == "q":
                 q_DD = W.detach().clone()
@@ -589,13 +594,14 @@ def build_model(config, state):
 # How far can the outputs of the blocks differ? Part III of constraints.py derives it, by a product
 # of norms that counts heads, and by ellipsoids, which know in what directions a difference is long.
 # The smaller of the two counts. What is this model's own:
-#   1. In attention by position, ellipsoids use what a head gives a token of itself, at least. That
-#      is its share at the last of seq_len positions.
+#   1. In attention by position, ellipsoids use the least weight that a head gives to the token at
+#      which it stands. The more tokens a softmax sees, the less it gives to one of them. So that is
+#      the weight at the last of seq_len positions.
 #   2. Documents and windows only take tokens out of an average. So all bounds hold with them.
 #   3. The baseline has no bound: a norm layer stretches short vectors without limit.
-#   4. The ellipsoids have trainable weights: of the parts of a sum, of neurons, of heads, of pairs
-#      that RoPE turns. Any weights give a valid bound. They start at zero, and `tuned` improves
-#      them by descent on the bound.
+#   4. The ellipsoids have trainable weights: of the parts of a sum, of neurons and their share, of
+#      heads, of pairs that RoPE turns. Any weights give a valid bound. They start at zero, and
+#      `tuned` improves them by descent on the bound.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Bounds of a model: what transformer_bounds in constraints.py returns, and norms.
@@ -1138,7 +1144,7 @@ def main(config):
     if config.seq_len > LONGEST and not flex:
         raise UserError(f"--seq_len {config.seq_len}: above {LONGEST} it needs a GPU of compute "
                         f"capability 8 with Triton, must be a multiple of {TILE}, and not in "
-                        "--dtype float64; on a CPU give --preset tiny")
+                        f"--dtype float64; else give --seq_len {LONGEST} or less")
     state, summary = from_rank_0(find_run(config) if rank == 0 else (None, None))
     if summary:
         return summary
@@ -1211,9 +1217,9 @@ def main(config):
                 x_BTD, docs_BT = model.embed(tokens_BT[:, :-1], dtype)
                 x_ND = model.body(x_BTD, docs_BT, window).flatten(0, 1)
                 y_N = tokens_BT[:, 1:].flatten()
-                # The head in chunks of positions. Logits of all are kept for the backward pass in
-                # bfloat16. Their float32 copies and gradients, which are larger, exist for one
-                # chunk at a time.
+                # The head in chunks of positions. Compiled, only the bfloat16 logits of all chunks
+                # are kept for the backward pass. Their float32 copies and gradients, which are
+                # larger, exist for one chunk at a time. Without compilation those of all are kept.
                 part_loss = 0.0
                 for x_CD, y_C in zip(x_ND.split(CHUNK), y_N.split(CHUNK)):
                     part_loss = part_loss + loss_of(x_CD, y_C)

@@ -239,10 +239,11 @@ GELU_SCALE = 1.1289  # what the paper divides GeLU by: a little less than its sl
 
 
 def rotate(x_BHTE):
-    """The paper's RoPE: at t each pair (i, i + E/2) is reflected, by an angle of t / period.
+    """The paper's RoPE: at t each pair (i, i + E/2) is reflected at a line through the origin.
 
-    (x, y) becomes (x cos + y sin, x sin - y cos), which keeps its length. A product of two
-    reflections is a rotation, so q.k depends on the distance t - j only.
+    The line has the angle t / (2 period). (x, y) becomes (x cos + y sin, x sin - y cos), which
+    keeps its length. A product of two reflections is a rotation. So of the positions t and j, q.k
+    depends on t - j alone.
     """
     T, E = x_BHTE.shape[-2:]
     period = 10000 ** (torch.arange(E // 2).double() / (E // 2))  # longer from pair to pair
@@ -379,7 +380,7 @@ class Transformer(torch.nn.Module):
         limits = config.limits()
         stiefel = config.constraint == "stiefel"
         for role, W in self.matrices():
-            # All singular values are equal. The norm is 1 if the limit allows it.
+            # All singular values are equal. norm_at_start says what the norm is.
             torch.nn.init.orthogonal_(W, generator=generator)
             if role == "q":
                 q_DD = W.detach().clone()
@@ -393,8 +394,8 @@ class Transformer(torch.nn.Module):
                 W.data.copy_(torch.cat([q_DD[:half].roll(1, 0), q_DD[half:]]))
             norm = norm_at_start(config.constraint, limits[role])
             W.data.mul_(sigma_per_norm(W) * norm)
-            # o and w_out start at 0, so that a block begins as (1 - a) x. Not where a is large: too
-            # little of x would reach the head.
+            # o and w_out start at 0, so that each sublayer begins as (1 - a) x. Not where a is
+            # large: too little of x would reach the head.
             if role in ("o", "out") and not stiefel and self.mix < 0.4:
                 W.data.zero_()
 
@@ -430,9 +431,9 @@ def build_model(config, state):
 #   3. If f_y - f_j > rho L_yj for all j != y, y stays the largest logit when every embedding moves
 #      by RMS <= rho. All these embeddings are in a ball, whose radius is the largest RMS in the
 #      table plus rho. L_yj is computed for that ball.
-#   4. The ellipsoids have trainable weights: of the parts of a sum, of neurons, of heads, of pairs
-#      that RoPE turns. Any weights give a valid bound. They start at zero, and `tuned` improves
-#      them by descent on the bound.
+#   4. The ellipsoids have trainable weights: of the parts of a sum, of neurons and their share, of
+#      heads, of pairs that RoPE turns. Any weights give a valid bound. They start at zero, and
+#      `tuned` improves them by descent on the bound.
 @torch.no_grad()
 def certificate(model, rho=0.0, free=None):
     """Bounds of a model: what transformer_bounds in constraints.py returns, and norms.
@@ -565,7 +566,8 @@ def load_text(data):
             try:
                 path = download()
             except Exception as problem:  # networks and caches fail in dozens of ways
-                print(f"Shakespeare is not in $DATA_DIR/tinyshakespeare/input.txt: {problem}\n"
+                print("Shakespeare is not in $DATA_DIR/tinyshakespeare/input.txt, and cannot be "
+                      f"downloaded: {problem}\n"
                       "TRAINING ON A STAND-IN, source code of Python's library.", flush=True)
                 data = "stand-in"
     if data == "stand-in":
