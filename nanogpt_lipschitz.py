@@ -232,7 +232,7 @@ CHOICES = dict(activation=("gelu", "maxmin"), dtype=("auto", "float32", "bfloat1
 POSITION = dict(activation="maxmin", content="none", attention_scale=0.0, final_scale=40.0)
 TINY = dict(data="stand-in", vocab=256, width=128, blocks=4, heads=4, hidden=512, w_max="3",
             seq_len=256, window=256, batch=16, micro_batch=16, steps=300, evals=6, logit_scale=1.0,
-            lr=0.1, head_lr=0.1, embed_lr=0.1, momentum_warmup=30)
+            lr=0.1, head_lr=0.1, momentum_warmup=30)
 FEW = dict(cap=1.0, logit_scale=8.0, key_offset=True, residual_scale=2.0,
            w_max="4,4,3,3,2.5,2.5,16")
 PRESETS = {
@@ -242,8 +242,7 @@ PRESETS = {
     # "tiny_paper" is the paper's architecture, which attends by content in all, without a cap.
     "tiny": {**TINY, **FEW, "content": "last"},
     "tiny_paper": TINY,
-    "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0,
-                   "embed_lr": 0.02},
+    "tiny_tight": {**TINY, **POSITION, "w_max": "1", "hidden": 640, "residual_scale": 4.0},
     # The same shape with norm layers. QK norm gives q and k an RMS of 1, so q.k / (D / H) is within
     # 1, and no attention logit is above logit_scale. At a scale of 1 no token could get more than
     # e^2 times the share of another. modded-nanogpt has 15.4. The scale and the three learning
