@@ -403,6 +403,7 @@ def load_data(config):
 
 def load_images(source, label):
     """[(images_NP, labels_N)] of the splits train and test of a folder or a data set on the Hub."""
+    print(f"Reading {source}: some seconds ...", flush=True)
     import datasets  # takes a second, so only where it is needed
     import huggingface_hub
     folder = Path(source).expanduser()
@@ -887,7 +888,8 @@ def run_script():
         main(parse_arguments())
         return 0
     except (UserError, OSError, KeyboardInterrupt) as problem:
-        print(f"{SCRIPT}.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        interrupted = "interrupted outside of training; nothing new is saved"
+        print(f"{SCRIPT}.py: {str(problem) or interrupted}", file=sys.stderr)
         return 130 if isinstance(problem, KeyboardInterrupt) else 2
 
 

@@ -1473,7 +1473,8 @@ def run_script():
         main(parse_arguments())
         return 0
     except (UserError, OSError, KeyboardInterrupt) as problem:
-        print(f"{SCRIPT}.py: {str(problem) or 'interrupted'}", file=sys.stderr)
+        interrupted = "interrupted outside of training; nothing new is saved"
+        print(f"{SCRIPT}.py: {str(problem) or interrupted}", file=sys.stderr)
         return 130 if isinstance(problem, KeyboardInterrupt) else 2
 
 

@@ -84,8 +84,9 @@ def read_old(commit, file, root):
     """The text of a file at a commit; nothing, if it was not there."""
     known = subprocess.run(["git", "cat-file", "-e", commit], cwd=root, capture_output=True)
     if known.returncode:
-        sys.exit(f"measured.py: commit {commit} is not here; fetch the whole history, by git fetch "
-                 "--unshallow")
+        print(f"measured.py: commit {commit} is not here; get the whole history: by git fetch "
+              "--unshallow in a shallow clone, else by git clone", file=sys.stderr)
+        sys.exit(2)
     shown = subprocess.run(["git", "show", f"{commit}:{file}"], cwd=root, capture_output=True,
                            text=True)
     return shown.stdout
@@ -171,6 +172,9 @@ def main(argv=None):
         if unknown:
             parser.error(f"--replay {' '.join(unknown)}: it has {', '.join(REPLAYS)}")
         return replay(rows, options.replay or list(REPLAYS))
+    print("table, commits at which it was measured: names that differ since. A name need not change "
+          "a figure.\n")
+    current = 0
     for row in rows:
         differs = []
         for name in row["rests_on"].split():
@@ -181,7 +185,10 @@ def main(argv=None):
             names = [each for each in names if each != other]
             if names:
                 differs.append(f"{name}: {', '.join(dict.fromkeys(names))}")
-        print(f"{row['table']:28} {row['commits']}  {'; '.join(differs) or 'of the code as it is'}")
+        current += not differs
+        print(f"{row['table']}, {row['commits']}: {'; '.join(differs) or 'of the code as it is'}")
+    print(f"\n{current} of {len(rows)} have no name that differs. Of the others --replay compares first "
+          "steps, bit by bit.")
 
 
 if __name__ == "__main__":
