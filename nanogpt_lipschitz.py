@@ -249,7 +249,7 @@ PRESETS = {
     # rates were searched on text held out (--holdout, seed 0): loss 1.320, neighbours 1.330 to
     # 1.431.
     "tiny_baseline": dict(TINY, baseline=True, constraint="none", w_max="1", logit_scale=12.0,
-                          lr=0.05, head_lr=0.0125),
+                          lr=0.05, head_lr=0.0125, embed_lr=0.1),
     "cap1": dict(),  # the paper's run with spectral cap at 1: the defaults above are its settings
     "specnorm8": dict(constraint="specnorm", w_max="8", steps=1770, logit_scale=128**0.5 / 64),
     "tight": dict(POSITION, hidden=3840, residual_scale=12.0),

@@ -276,7 +276,8 @@ def draw(rows, shape, steps, path):
             points = panel.plot(bounds, losses, "o", alpha=0.7)
             label = f"{name}, the default" if name == "tiny" else name
             panel.annotate(label, (max(bounds), min(losses)), xytext=(5, -10),
-                           textcoords="offset points", color=points[0].get_color())
+                           textcoords="offset points", color=points[0].get_color(),
+                           fontsize="small")
     names = []
     without_bound.sort()
     for i, (mean, name) in enumerate(without_bound):
@@ -295,7 +296,7 @@ def draw(rows, shape, steps, path):
                     "that can copy alone.", fontsize="medium")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.xaxis.set_major_formatter(lambda exponent, _: f"$10^{{{exponent:.0f}}}$")
-    panel.margins(x=0.25)
+    panel.margins(x=0.13)
     figure.savefig(path, dpi=110)
 
 
