@@ -7,8 +7,8 @@
 measured.csv has a line for each table and picture: the commits at which it was measured, and the
 files that its figures rest on. This script names the functions, classes and constants of those files
 that differ between one of those commits and the files as they are. Comments and docstrings do not
-count, nor what draws pictures where it is a table, nor what prints tables where it is a picture. A name need not matter to the figure: read
-what it says before you believe, or rerun, a table.
+count, nor what draws pictures where it is a table, nor what prints tables where it is a picture. A
+name need not matter to the figure: read what it says before you believe, or rerun, a table.
 
 --replay finds out whether it matters. It takes the first steps of a table's runs twice on this
 machine, with the code of the commit and with the code as it is, on the data that the scripts make

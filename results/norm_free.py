@@ -66,7 +66,7 @@ SHAPES = {
 }
 ALPHA = {"DyT": 0.5, "Derf": 1.0}  # with which a rival's layers start
 RATES = ("lr", "head_lr", "embed_lr", "bias_lr")  # that --search searches
-HEADS = (0.1, 0.4)  # head_lr from which it begins as well: Derf has two minima
+HEADS = (0.1, 0.4)  # head_lr from which it begins as well: Derf's search stopped short of 0.4
 FIELDS = ("shape", "row", "steps", "seed", "val_loss", "val_accuracy", "lipschitz_log10",
           "lipschitz_product_log10", "largest_entry", "largest_logit")
 

@@ -636,6 +636,8 @@ torch.save({"model": {"W": W, "b": torch.zeros(1)}}, folder / "checkpoint.pt")
     assert replayed() == "    weights, loss and bound have the same bits: code.py"
     code.write_text(source.replace("3.0", "3.5"))
     assert replayed() == "    weights W; val_loss 3.0 then, 3.5 now: code.py"
+    bounds = [({}, {"lipschitz_log10": bound}) for bound in (1.0, 1.5)]
+    assert measured.difference(*bounds) == "lipschitz_log10 1.0 then, 1.5 now"
     failed = "does not run: no such flag"
     assert measured.difference(failed, ({}, {})) == "that commit does not run: no such flag"
 
